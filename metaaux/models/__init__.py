@@ -1,0 +1,1 @@
+"""The networks, one file each. Their module paths are part of the checkpoint format (`model_index.json`)."""

@@ -1,0 +1,357 @@
+"""EG3D's generator (Chan et al., "Efficient Geometry-aware 3D Generative Adversarial Networks", 2022).
+
+z and a camera → w → three feature planes → volume-rendered features at any camera → super-resolved image. Every step
+is a method of its own, so that a new camera reuses the planes. Weight offsets and an offset tri-plane (this paper's
+§3.3) are arguments: nothing in the generator is changed by a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from . import renderer
+from .stylegan2 import FullyConnected, MappingNetwork, SynthesisNetwork, modulated_layer_shapes, split_offsets
+from .super_resolution import SuperResolution
+
+
+@dataclass
+class Rendering:
+    """Volume-rendered maps of side h: `features` [B, C, h, h] in [-1, 1] (the first three are the raw image), `depth`
+    [B, 1, h, h] (distance along the ray, world units) and `opacity` [B, 1, h, h] in [0, 1]."""
+
+    features: torch.Tensor
+    depth: torch.Tensor
+    opacity: torch.Tensor
+
+
+@dataclass
+class GeneratorOutput:
+    """`image` [B, 3, S, S] and `image_raw` [B, 3, h, h], both around [-1, 1]; `depth` [B, 1, h, h] in world units."""
+
+    image: torch.Tensor
+    image_raw: torch.Tensor
+    depth: torch.Tensor
+
+
+# Rays rendered together on the CPU.
+RAYS_AT_ONCE = 512
+
+
+def _spans(count: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+class TriPlaneDecoder(nn.Module):
+    """Sampled features → density and colour features through one hidden layer of softplus units (EG3D §4.2)."""
+
+    def __init__(self, features, hidden, lr_multiplier):
+        super().__init__()
+        self.hidden = FullyConnected(features, hidden, lr_multiplier=lr_multiplier)
+        self.out = FullyConnected(hidden, 1 + features, lr_multiplier=lr_multiplier)
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[..., C] → densities [...] in float32 before activation, colour logits [..., C]."""
+        x = F.softplus(self.hidden(features))
+        weight = self.out.weight.to(x.dtype) * self.out.weight_gain
+        bias = self.out.bias.to(x.dtype) * self.out.bias_gain
+        # Apart, so that the wide product has aligned sides and the density is neither copied nor rounded twice.
+        density = (x @ weight[0]).float() + bias[0].float()
+        return density, F.linear(x, weight[1:], bias[1:])
+
+
+def shade(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Colours of samples, summed along each ray.
+
+    logits [B, M, S, C], weights [B, M, S] → [B, M, C] float32 in about [0, 1]: sigmoid widened to [-0.001, 1.001]
+    (mip-NeRF's clamp) times weight.
+    """
+    if logits.device.type == "cpu":
+        # A product with few passes over memory: Σ w·(1.002·s - 0.001) = 1.002·Σ w·s - 0.001·Σ w.
+        total = (weights[..., None, :] @ torch.sigmoid(logits.float()))[..., 0, :]
+        return total * 1.002 - 0.001 * weights.sum(dim=-1, keepdim=True)
+    colours = torch.sigmoid(logits.float()) * 1.002 - 0.001
+    return (colours * weights[..., None]).sum(dim=-2)
+
+
+class EG3DGenerator(ModelMixin, ConfigMixin):
+    """Tri-plane generator; the default configuration is the released ffhq512-128's.
+
+    Args:
+        z_dim, w_dim: latent sizes.
+        camera_dim: length of the camera condition of the mapping (25).
+        mapping_layers: layers of the mapping network.
+        pose_conditioning: whether the mapping sees its camera (else zeros); `camera_scale` scales it.
+        image_size: side of the final image in pixels.
+        plane_resolution, plane_features: side and channels of each plane.
+        channel_base, channel_max: widths of the backbone, min(base / resolution, max).
+        backbone_noise, super_resolution_noise: whether those layers own noise (the latter's is never applied).
+        conv_clamp, super_resolution_conv_clamp: clamp of activations or None.
+        plane_axes: projection of each plane. Released checkpoints were trained with ("xy", "xz", "zx").
+        box_size: side of the cube that the planes cover, world units.
+        decoder_hidden, decoder_lr_multiplier: of the tri-plane decoder.
+        neural_resolution: side in rays of a rendering.
+        depth_samples, importance_samples: samples a ray, first and second pass.
+        ray_start, ray_end: distances between which rays are sampled, world units.
+        super_resolution_kind: "2X", "4X", "8X" or "8XDC"; super_resolution_antialias as EG3D's `sr_antialias`.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        z_dim: int = 512,
+        w_dim: int = 512,
+        camera_dim: int = 25,
+        mapping_layers: int = 2,
+        pose_conditioning: bool = True,
+        camera_scale: float = 1.0,
+        image_size: int = 512,
+        plane_resolution: int = 256,
+        plane_features: int = 32,
+        channel_base: int = 32768,
+        channel_max: int = 512,
+        backbone_noise: bool = True,
+        super_resolution_noise: bool = True,
+        conv_clamp: float | None = None,
+        super_resolution_conv_clamp: float | None = 256.0,
+        plane_axes: tuple[str, ...] = ("xy", "xz", "zx"),
+        box_size: float = 1.0,
+        decoder_hidden: int = 64,
+        decoder_lr_multiplier: float = 1.0,
+        neural_resolution: int = 128,
+        depth_samples: int = 48,
+        importance_samples: int = 48,
+        ray_start: float = 2.25,
+        ray_end: float = 3.3,
+        super_resolution_kind: str = "8XDC",
+        super_resolution_antialias: bool = True,
+    ):
+        super().__init__()
+        for axes in plane_axes:
+            if len(axes) != 2 or axes[0] == axes[1] or not set(axes) <= set("xyz"):
+                raise ValueError(f"plane_axes holds pairs of two of x, y and z, got {axes!r}")
+        self.mapping_network = MappingNetwork(z_dim, camera_dim, w_dim, mapping_layers)
+        self.backbone = SynthesisNetwork(
+            w_dim, plane_resolution, plane_features * len(plane_axes), channel_base, channel_max, backbone_noise,
+            conv_clamp,
+        )
+        self.decoder = TriPlaneDecoder(plane_features, decoder_hidden, decoder_lr_multiplier)
+        self.super_resolution = SuperResolution(
+            super_resolution_kind, plane_features, image_size, w_dim, super_resolution_noise,
+            super_resolution_conv_clamp, super_resolution_antialias,
+        )
+        self.num_ws = self.backbone.num_ws
+
+    @property
+    def w_avg(self) -> torch.Tensor:
+        """Mean of w [w_dim], towards which truncation pulls."""
+        return self.mapping_network.w_avg
+
+    @property
+    def modulated_layers(self) -> dict[str, tuple[int, int]]:
+        """{layer name: (C_out, C_in)} of the convolutions that take weight offsets, in order of evaluation."""
+        return {
+            **modulated_layer_shapes(self.backbone, "backbone."),
+            **modulated_layer_shapes(self.super_resolution, "super_resolution."),
+        }
+
+    def mapping(
+        self,
+        z: torch.Tensor,
+        cameras: torch.Tensor,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+    ) -> torch.Tensor:
+        """z [B, z_dim], cameras [B, 25] → ws [B, num_ws, w_dim].
+
+        `truncation_psi` 1 leaves w, 0 gives the average; `truncation_cutoff` limits it to the first so many layers.
+        """
+        condition = cameras * self.config.camera_scale
+        if not self.config.pose_conditioning:
+            condition = torch.zeros_like(condition)
+        ws = self.mapping_network(z, condition)[:, None].repeat(1, self.num_ws, 1)
+        if truncation_psi != 1:
+            cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
+            ws[:, :cutoff] = self.w_avg.to(ws.dtype).lerp(ws[:, :cutoff], truncation_psi)
+        return ws
+
+    def _broadcast(self, ws: torch.Tensor) -> torch.Tensor:
+        if ws.ndim == 2:
+            ws = ws[:, None].expand(-1, self.num_ws, -1)
+        if ws.ndim != 3 or ws.shape[1:] != (self.num_ws, self.config.w_dim):
+            raise ValueError(
+                f"w must be [B, {self.config.w_dim}] or [B, {self.num_ws}, {self.config.w_dim}], got {list(ws.shape)}"
+            )
+        return ws
+
+    def _check_offsets(self, weight_offsets: Mapping[str, torch.Tensor] | None):
+        known = self.modulated_layers
+        for name, offset in (weight_offsets or {}).items():
+            if name not in known:
+                raise ValueError(f"no layer {name!r} takes weight offsets; those that do: {', '.join(known)}")
+            if tuple(offset.shape[-4:]) != (*known[name], 1, 1):
+                raise ValueError(f"offset of {name} must be {[*known[name], 1, 1]}, got {list(offset.shape)}")
+
+    def planes(
+        self,
+        ws: torch.Tensor,
+        weight_offsets: Mapping[str, torch.Tensor] | None = None,
+        noise: str = "const",
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """w [B, w_dim] or [B, num_ws, w_dim] → feature planes [B, P, C, R, R] in float32.
+
+        `weight_offsets` maps names of `modulated_layers` to δ [C_out, C_in, 1, 1], or one a sample; layers without an
+        entry keep their weight. `noise` is "const", "random" or "none". `dtype` of the convolutions: that of the
+        weights unless given.
+
+        Raises:
+            ValueError: a w or an offset of the wrong shape, an offset for a layer that there is not.
+        """
+        self._check_offsets(weight_offsets)
+        image = self.backbone(
+            self._broadcast(ws).float(), dtype or self.dtype, noise, split_offsets(weight_offsets, "backbone.")
+        )
+        # unflatten keeps the memory format, in which a pixel's channels stay adjacent for the look-up.
+        return image.unflatten(1, (len(self.config.plane_axes), self.config.plane_features))
+
+    def _decode(self, planes, points, offset_planes, lookup, dtype):
+        config = self.config
+        if offset_planes is not None:
+            # Eq. 4: Δp is the sum of the planes' look-ups, sample_planes' mean times their number.
+            if isinstance(offset_planes, torch.Tensor):
+                offset_planes = offset_planes.float()
+            deformation = renderer.sample_planes(
+                offset_planes, points, config.plane_axes, config.box_size,
+                "gather" if lookup == "gather" else "grid_sample",
+            )
+            points = points + deformation * len(config.plane_axes)
+        features = renderer.sample_planes(planes, points, config.plane_axes, config.box_size, lookup)
+        return self.decoder(features.to(dtype))
+
+    def density(
+        self, planes: torch.Tensor, points: torch.Tensor, offset_planes: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Density before activation at points [B, M, 3] in world units → [B, M, 1] (softplus(· - 1) is σ)."""
+        return self._decode(planes, points, offset_planes, "auto", planes.dtype)[0][..., None]
+
+    def render(
+        self,
+        planes: torch.Tensor,
+        cameras: torch.Tensor,
+        resolution: int | None = None,
+        offset_planes: torch.Tensor | None = None,
+        jitter: bool = False,
+        lookup: str = "auto",
+        dtype: torch.dtype | None = None,
+    ) -> Rendering:
+        """Volume-render planes [B, P, C, R, R] at cameras [B, 25] → `Rendering` of side `resolution`.
+
+        `offset_planes` [B, P, 3, r, r] deforms the sample points by the sum of their look-ups (Eq. 3, 4), world units.
+        Rendering is deterministic unless `jitter` draws the sample distances from the global random state, as training
+        does. `lookup`: see `renderer.sample_planes`. `dtype` of the decoder: that of `planes` unless given.
+        """
+        config = self.config
+        side = resolution or config.neural_resolution
+        dtype = dtype or planes.dtype
+        origins, directions = renderer.camera_rays(cameras, side)
+        batch, rays = directions.shape[:2]
+        planes = planes.to(dtype)
+        depths = renderer.stratified_depths(
+            origins, rays, config.ray_start, config.ray_end, config.depth_samples, jitter
+        )
+        march = partial(self._march, origins=origins, lookup=lookup, dtype=dtype, jitter=jitter)
+        on_cpu = planes.device.type == "cpu" and dtype == torch.float32
+        if on_cpu and lookup == "auto" and not torch.is_grad_enabled():
+            # A group of rays at a time, so that what is made of its samples stays in the processor's cache.
+            quantiles = torch.rand(batch, rays, config.importance_samples) if jitter else None
+            limits = torch.stack((depths.min(), depths.max()))
+            table = renderer.PlaneTable.of(planes)
+            offsets = None if offset_planes is None else renderer.PlaneTable.of(offset_planes.float())
+            parts = [
+                march(
+                    table, offset_planes=offsets, directions=directions[:, start:end], depths=depths[:, start:end],
+                    quantiles=None if quantiles is None else quantiles[:, start:end], limits=limits,
+                )
+                for start, end in _spans(rays, RAYS_AT_ONCE)
+            ]  # fmt: skip
+            colours, distance, opacity = (torch.cat(part, dim=1) for part in zip(*parts))
+        else:
+            colours, distance, opacity = march(planes, offset_planes=offset_planes, directions=directions, depths=depths)
+        features = (colours * 2 - 1).transpose(1, 2).reshape(batch, -1, side, side)
+        return Rendering(
+            features.contiguous(memory_format=torch.channels_last),
+            distance.reshape(batch, 1, side, side),
+            opacity.reshape(batch, 1, side, side),
+        )
+
+    def _march(
+        self, planes, offset_planes, origins, directions, depths, lookup, dtype, jitter, quantiles=None, limits=None
+    ):
+        """Samples and composites rays: colours [B, M, C] in about [0, 1], distance [B, M], opacity [B, M]."""
+        config = self.config
+
+        def evaluate(depths):
+            points = origins[:, None, None] + depths[..., None] * directions[:, :, None]
+            density, logits = self._decode(planes, points.flatten(1, 2), offset_planes, lookup, dtype)
+            return density.reshape(depths.shape), logits.reshape(*depths.shape, -1)
+
+        densities, logits = evaluate(depths)
+        if not config.importance_samples:
+            weights, distance, opacity = renderer.merge_and_weigh(depths, densities, limits)
+            return shade(logits, weights), distance, opacity
+        coarse = renderer.compositing_weights(depths, densities.detach())
+        fine_depths = renderer.importance_depths(depths, coarse, config.importance_samples, jitter, quantiles)
+        fine_densities, fine_logits = evaluate(fine_depths)
+        weights, distance, opacity = renderer.merge_and_weigh(
+            torch.cat((depths, fine_depths), dim=-1), torch.cat((densities, fine_densities), dim=-1), limits
+        )
+        coarse_weights, fine_weights = weights.split((config.depth_samples, config.importance_samples), dim=-1)
+        return shade(logits, coarse_weights) + shade(fine_logits, fine_weights), distance, opacity
+
+    def super_resolve(
+        self,
+        features: torch.Tensor,
+        ws: torch.Tensor,
+        weight_offsets: Mapping[str, torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Rendered features [B, C, h, h] and w → image [B, 3, image_size, image_size] in float32."""
+        self._check_offsets(weight_offsets)
+        return self.super_resolution(
+            features, self._broadcast(ws)[:, -1].float(), dtype or self.dtype, "none",
+            split_offsets(weight_offsets, "super_resolution."),
+        )
+
+    def synthesize(
+        self,
+        ws: torch.Tensor,
+        cameras: torch.Tensor,
+        weight_offsets: Mapping[str, torch.Tensor] | None = None,
+        offset_planes: torch.Tensor | None = None,
+        planes: torch.Tensor | None = None,
+        resolution: int | None = None,
+        noise: str = "const",
+        jitter: bool = False,
+        lookup: str = "auto",
+        dtype: torch.dtype | None = None,
+    ) -> GeneratorOutput:
+        """w → picture at the cameras [B, 25]; `planes` of an earlier call spare the backbone."""
+        if planes is None:
+            planes = self.planes(ws, weight_offsets, noise, dtype)
+        rendering = self.render(planes, cameras, resolution, offset_planes, jitter, lookup, dtype or self.dtype)
+        image = self.super_resolve(rendering.features, ws, weight_offsets, dtype)
+        return GeneratorOutput(image, rendering.features[:, :3], rendering.depth)
+
+    def forward(self, z: torch.Tensor, cameras: torch.Tensor, truncation_psi: float = 1.0) -> GeneratorOutput:
+        """Random heads: z [B, z_dim] seen from, and conditioned on, cameras [B, 25]."""
+        return self.synthesize(self.mapping(z, cameras, truncation_psi), cameras)

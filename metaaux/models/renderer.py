@@ -1,0 +1,230 @@
+"""Tri-plane volume rendering (EG3D §4: ray sampling, tri-plane look-up, importance sampling, compositing).
+
+Everything works on plain tensors, in float32 where positions and transmittances are concerned. Distances are in world
+units: cameras stand 2.7 from the origin and the box's half side is `box_size`/2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from . import triplane_cuda
+
+AXES = {"x": 0, "y": 1, "z": 2}
+
+
+def camera_rays(cameras: torch.Tensor, resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rays through the pixel centres of a `resolution`² picture.
+
+    cameras [B, 25] → origins [B, 3] and unit directions [B, resolution², 3], row by row.
+    """
+    cam2world = cameras[:, :16].float().reshape(-1, 4, 4)
+    intrinsics = cameras[:, 16:25].float().reshape(-1, 3, 3)
+    centres = (torch.arange(resolution, device=cameras.device, dtype=torch.float32) + 0.5) / resolution
+    v, u = torch.meshgrid(centres, centres, indexing="ij")
+    u, v = u.reshape(1, -1), v.reshape(1, -1)
+    fx, skew, cx = intrinsics[:, 0, 0, None], intrinsics[:, 0, 1, None], intrinsics[:, 0, 2, None]
+    fy, cy = intrinsics[:, 1, 1, None], intrinsics[:, 1, 2, None]
+    y = (v - cy) / fy
+    x = (u - cx - skew * y) / fx
+    directions = torch.stack((x, y, torch.ones_like(x)), dim=-1) @ cam2world[:, :3, :3].transpose(1, 2)
+    return cam2world[:, :3, 3], F.normalize(directions, dim=-1)
+
+
+def project_to_planes(points: torch.Tensor, plane_axes: Sequence[str], box_size: float) -> torch.Tensor:
+    """points [B, M, 3] → coordinates in [-1, 1] on each plane [B, planes, M, 2]; axes "zx" means (u, v) = (z, x)."""
+    points = points.float() * (2 / box_size)
+    return torch.stack([points[..., [AXES[a] for a in axes]] for axes in plane_axes], dim=1)
+
+
+def bilinear_gather(planes: torch.Tensor, uv: torch.Tensor) -> torch.Tensor:
+    """Bilinear look-up with zero borders written with gathers, so that it can be differentiated any number of times.
+
+    planes [N, C, H, W], uv [N, M, 2] in [-1, 1] (pixel centres, not corners, at the ends) → [N, M, C].
+    Equals `grid_sample(align_corners=False)`, whose backward has no derivative on CUDA.
+    """
+    n, channels, height, width = planes.shape
+    table = planes.permute(0, 2, 3, 1).reshape(n, height * width, channels)
+    x = ((uv[..., 0] + 1) * width - 1) / 2
+    y = ((uv[..., 1] + 1) * height - 1) / 2
+    x0, y0 = x.detach().floor(), y.detach().floor()
+    fx, fy = x - x0, y - y0
+    total = 0
+    for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        column, row = x0 + dx, y0 + dy
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long()
+        weight = (fx if dx else 1 - fx) * (fy if dy else 1 - fy) * inside
+        corner = torch.gather(table, 1, index[..., None].expand(-1, -1, channels))
+        total = total + corner * weight[..., None].to(corner.dtype)
+    return total
+
+
+@dataclass(frozen=True)
+class PlaneTable:
+    """Planes laid out for weighted look-ups on the CPU: one row [C] a pixel, with a border of zeros.
+
+    `rows` is [B·P·(H + 3)·(W + 3), C]: each plane has one pixel of border before and two behind.
+    """
+
+    rows: torch.Tensor
+    batch: int
+    count: int
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, planes: torch.Tensor) -> PlaneTable:
+        """Lays out planes [B, P, C, H, W]."""
+        batch, count, channels, height, width = planes.shape
+        rows = F.pad(planes.permute(0, 1, 3, 4, 2), (0, 0, 1, 2, 1, 2)).reshape(-1, channels)
+        return cls(rows, batch, count, height, width)
+
+    def sample(self, points: torch.Tensor, plane_axes: Sequence[str], box_size: float) -> torch.Tensor:
+        """As `sample_planes`: the mean of the planes' bilinear look-ups in one weighted sum of rows. No gradients."""
+        size = {"x": self.width, "y": self.height}
+        stride = self.width + 3
+        cells = (self.height + 3) * stride
+        batch, number, _ = points.shape
+        index = torch.empty(batch, number, 4 * self.count, dtype=torch.int64)
+        weight = torch.empty(batch, number, 4 * self.count)
+        first = torch.arange(batch)[:, None] * (self.count * cells)
+        for plane, axes in enumerate(plane_axes):
+            corner, fraction = [], []
+            for axis, side in zip(axes, (size["x"], size["y"])):
+                # In pixels; whatever lies outside meets the border's zeros.
+                x = (points[..., AXES[axis]].float() * (side / box_size) + (side - 1) / 2).clamp_(-1, side)
+                low = x.floor()
+                fraction.append(x.sub_(low))
+                corner.append(low.nan_to_num_().to(torch.int64))  # the fraction stays NaN, and so the result
+            base = (corner[1] * stride).add_(corner[0]).add_(first + (plane * cells + stride + 1))
+            u, v = fraction
+            for k, (offset, across, down) in enumerate(
+                ((0, 1 - u, 1 - v), (1, u, 1 - v), (stride, 1 - u, v), (stride + 1, u, v))
+            ):
+                torch.add(base, offset, out=index[..., 4 * plane + k])
+                torch.mul(across, down, out=weight[..., 4 * plane + k])
+        weight.mul_(1 / self.count)
+        sums = F.embedding_bag(
+            index.flatten(0, 1), self.rows, mode="sum", per_sample_weights=weight.flatten(0, 1).to(self.rows.dtype)
+        )
+        return sums.unflatten(0, (batch, number))
+
+
+def sample_planes(
+    planes: torch.Tensor | PlaneTable,
+    points: torch.Tensor,
+    plane_axes: Sequence[str],
+    box_size: float,
+    lookup: str = "auto",
+) -> torch.Tensor:
+    """Mean over the planes of their features at the projected points (EG3D's aggregation; Eq. 3 up to the factor).
+
+    planes [B, P, C, H, W], points [B, M, 3] in world units → [B, M, C]; zero outside of the box.
+    `lookup`: "auto" takes the fused CUDA kernel where it can run and `grid_sample` elsewhere; "grid_sample" and
+    "gather" force one. Only "gather" can be differentiated twice on CUDA. A `PlaneTable` has its own look-up.
+    """
+    if isinstance(planes, PlaneTable):
+        return planes.sample(points, plane_axes, box_size)
+    batch, count, channels, height, width = planes.shape
+    if lookup == "auto" and triplane_cuda.is_supported(planes, plane_axes):
+        return triplane_cuda.sample_planes(planes, points * (2 / box_size), plane_axes)
+    if lookup not in ("auto", "grid_sample", "gather"):
+        raise ValueError(f"lookup must be 'auto', 'grid_sample' or 'gather', got {lookup!r}")
+    uv = project_to_planes(points, plane_axes, box_size).flatten(0, 1)
+    flat = planes.reshape(batch * count, channels, height, width)
+    if lookup == "gather":
+        features = bilinear_gather(flat, uv)
+    else:
+        flat = flat.contiguous(memory_format=torch.channels_last)
+        features = F.grid_sample(flat, uv[:, None].to(flat.dtype), align_corners=False)[:, :, 0].transpose(1, 2)
+    return features.reshape(batch, count, -1, channels).mean(dim=1)
+
+
+def stratified_depths(
+    origins: torch.Tensor, rays: int, start: float, end: float, samples: int, jitter: bool
+) -> torch.Tensor:
+    """Distances [B, rays, samples] along the rays: `samples` even steps from `start` to `end`, each moved by a uniform
+    fraction of a step (`jitter`), or by half a step."""
+    step = (end - start) / (samples - 1)
+    depths = torch.linspace(start, end, samples, device=origins.device).expand(origins.shape[0], rays, samples)
+    fraction = torch.rand(depths.shape, device=origins.device) if jitter else 0.5
+    return depths + fraction * step
+
+
+def compositing_weights(depths: torch.Tensor, densities: torch.Tensor) -> torch.Tensor:
+    """Weights of the intervals between neighbouring samples (mip-NeRF's midpoint rule as EG3D uses it).
+
+    depths (ascending) and densities σ before activation, both [B, M, S] → [B, M, S - 1]:
+    wᵢ = αᵢ·Π_{j<i}(1 - αⱼ), αᵢ = 1 - exp(-softplus((σᵢ + σᵢ₊₁)/2 - 1)·δᵢ), computed as the loss of transmittance
+    Tᵢ - Tᵢ₊₁ over the interval, where Tᵢ = exp(-Σ_{j<i} softplus(·)·δⱼ).
+    """
+    delta = depths[..., 1:] - depths[..., :-1]
+    optical = F.softplus((densities[..., :-1] + densities[..., 1:]) / 2 - 1) * delta
+    transmittance = F.pad(torch.exp(-_cumulative_sum(optical)), (1, 0), value=1.0)
+    return transmittance[..., :-1] - transmittance[..., 1:]
+
+
+def _cumulative_sum(x: torch.Tensor) -> torch.Tensor:
+    # CUDA scans short innermost axes several times slower than outer ones.
+    return torch.cumsum(x.mT.contiguous(), dim=-2).mT if x.is_cuda else torch.cumsum(x, dim=-1)
+
+
+def importance_depths(
+    depths: torch.Tensor,
+    weights: torch.Tensor,
+    samples: int,
+    jitter: bool,
+    quantiles: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Draw distances from the coarse weights by inverting their cumulative distribution (NeRF §5.2).
+
+    depths [B, M, S], weights [B, M, S - 1] → [B, M, samples]; `jitter` draws uniformly, else evenly spaced quantiles
+    are taken; `quantiles` [B, M, samples] are used where they are given. No gradient flows through it.
+    """
+    with torch.no_grad():
+        batch, rays, _ = depths.shape
+        # A max filter followed by a mean keeps the neighbours of a surface likely; 0.01 keeps the rest possible.
+        smooth = F.max_pool1d(weights.flatten(0, 1)[:, None], 2, stride=1, padding=1)
+        smooth = F.avg_pool1d(smooth, 2, stride=1)[:, 0] + 0.01
+        bins = ((depths[..., :-1] + depths[..., 1:]) / 2).flatten(0, 1)
+        mass = smooth[:, 1:-1] + 1e-5
+        last = mass.shape[1]
+        cdf = F.pad(_cumulative_sum(mass / mass.sum(dim=-1, keepdim=True)), (1, 0)).contiguous()
+        if quantiles is not None:
+            u = quantiles.flatten(0, 1).contiguous()
+        elif jitter:
+            u = torch.rand(batch * rays, samples, device=depths.device)
+        else:
+            u = ((torch.arange(samples, device=depths.device) + 0.5) / samples).expand(batch * rays, -1).contiguous()
+        index = torch.searchsorted(cdf, u, right=True)
+        below, above = (index - 1).clamp(min=0), index.clamp(max=last)
+        cdf_below, cdf_above = cdf.gather(1, below), cdf.gather(1, above)
+        width = cdf_above - cdf_below
+        width = torch.where(width < 1e-5, torch.ones_like(width), width)
+        low, high = bins.gather(1, below), bins.gather(1, above)
+        return (low + (u - cdf_below) / width * (high - low)).reshape(batch, rays, samples)
+
+
+def merge_and_weigh(depths: torch.Tensor, densities: torch.Tensor, limits: torch.Tensor | None = None):
+    """Composite unordered samples.
+
+    depths, densities [B, M, S] → weight of each sample [B, M, S] in the given order (half of each interval it bounds),
+    expected distance [B, M] and opacity [B, M]. Weights are sorted back so that colours need not be. `limits` [2]:
+    smallest and largest of the picture's depths, where the given rays are a part of it.
+    """
+    low, high = (depths.min(), depths.max()) if limits is None else limits.unbind()
+    depths, order = torch.sort(depths, dim=-1)
+    weights = compositing_weights(depths, densities.gather(-1, order))
+    opacity = weights.sum(dim=-1)
+    distance = (weights * (depths[..., :-1] + depths[..., 1:]) / 2).sum(dim=-1)
+    # A ray that meets nothing ends at the farthest sample; dividing by 1 there keeps its gradient finite.
+    empty = opacity <= 0
+    distance = distance / torch.where(empty, torch.ones_like(opacity), opacity)
+    distance = torch.where(empty, high, distance).clamp(low, high)
+    share = (F.pad(weights, (1, 0)) + F.pad(weights, (0, 1))) / 2
+    return torch.zeros_like(share).scatter(-1, order, share), distance, opacity

@@ -1,0 +1,328 @@
+"""StyleGAN2 building blocks (Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020).
+
+EG3D's backbone, super-resolution and discriminator, the auxiliary network's 3D module and the 2D variant are all made
+of these. Activations are `channels_last`; the dtype of the activations decides the precision of a convolution, while
+styles and modulation are computed in the dtype of `w` (float32).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LRELU_SLOPE = 0.2
+LRELU_GAIN = math.sqrt(2.0)
+
+
+def scaled_leaky_relu(x: torch.Tensor, gain: float = 1.0, clamp: float | None = None) -> torch.Tensor:
+    """Leaky ReLU of slope 0.2 scaled by `gain`·√2 (He gain) and, where asked, clamped to ±`clamp`·`gain`."""
+    x = F.leaky_relu(x, LRELU_SLOPE) * (LRELU_GAIN * gain)
+    return x if clamp is None else x.clamp(-clamp * gain, clamp * gain)
+
+
+def _fir_1331(x: torch.Tensor, dim: int, gain: float) -> torch.Tensor:
+    """Correlate with [1, 3, 3, 1]·gain/8 along `dim` without padding: length n becomes n - 3."""
+    n = x.shape[dim] - 3
+    outer = x.narrow(dim, 0, n) + x.narrow(dim, 3, n)
+    inner = x.narrow(dim, 1, n) + x.narrow(dim, 2, n)
+    return outer * (gain / 8) + inner * (3 * gain / 8)
+
+
+def blur2d(x: torch.Tensor, padding: int, gain: float = 1.0) -> torch.Tensor:
+    """Low-pass filter [B, C, H, W] with the separable [1, 3, 3, 1] kernel over zero borders of width `padding`.
+
+    `gain` scales the amplitude per axis; the output is [B, C, H + 2·padding - 3, W + 2·padding - 3].
+    """
+    if x.device.type == "cpu":
+        # There one depthwise convolution is several times faster than passes over slices; on GPUs it is slower.
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype) * (gain / 8)
+        kernel = (taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)
+        return F.conv2d(x, kernel, padding=padding, groups=x.shape[1])
+    x = F.pad(x, (padding, padding, padding, padding))
+    return _fir_1331(_fir_1331(x, 2, gain), 3, gain)
+
+
+def upsample2d(x: torch.Tensor) -> torch.Tensor:
+    """Upsample [B, C, H, W] by 2 with the [1, 3, 3, 1] kernel and zero borders → [B, C, 2H, 2W].
+
+    Zero insertion followed by this kernel gives each output ¾ of its nearest and ¼ of its next nearest input.
+    """
+    x = F.pad(x, (1, 1, 1, 1))
+    for dim in (2, 3):
+        n = x.shape[dim] - 2
+        before, nearest, after = (x.narrow(dim, start, n) for start in range(3))
+        nearest = nearest * 0.75
+        x = torch.stack((nearest + before * 0.25, nearest + after * 0.25), dim=dim + 1).flatten(dim, dim + 1)
+    return x
+
+
+def downsample2d(x: torch.Tensor) -> torch.Tensor:
+    """Downsample [B, C, H, W] by 2 with the [1, 3, 3, 1] kernel and zero borders → [B, C, H/2, W/2]."""
+    x = F.pad(x, (1, 1, 1, 1))
+    for dim in (2, 3):
+        n = x.shape[dim] // 2 - 1
+        taps = [x[(slice(None),) * dim + (slice(start, start + 2 * n, 2),)] for start in range(4)]
+        x = (taps[0] + taps[3]) * 0.125 + (taps[1] + taps[2]) * 0.375
+    return x
+
+
+class FullyConnected(nn.Module):
+    """Linear layer with equalised learning rate: y = act(x·Wᵀ·(lr/√in) + b·lr).
+
+    `activation` is "linear" or "lrelu". Weights are drawn from N(0, 1)/`lr_multiplier`, biases start at `bias_init`.
+    """
+
+    def __init__(self, in_features, out_features, activation="linear", lr_multiplier=1.0, bias_init=0.0):
+        super().__init__()
+        if activation not in ("linear", "lrelu"):
+            raise ValueError(f"activation must be 'linear' or 'lrelu', got {activation!r}")
+        self.activation = activation
+        self.weight_gain = lr_multiplier / math.sqrt(in_features)
+        self.bias_gain = lr_multiplier
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
+        self.bias = nn.Parameter(torch.full((out_features,), float(bias_init)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] → [..., out], computed in the dtype of `x`."""
+        x = F.linear(x, self.weight.to(x.dtype) * self.weight_gain, self.bias.to(x.dtype) * self.bias_gain)
+        return scaled_leaky_relu(x) if self.activation == "lrelu" else x
+
+
+def normalize_second_moment(x: torch.Tensor) -> torch.Tensor:
+    """Scale the last axis to a mean square of one."""
+    return x * (x.square().mean(dim=-1, keepdim=True) + 1e-8).rsqrt()
+
+
+class MappingNetwork(nn.Module):
+    """z (and a condition) → w (StyleGAN2 §2; EG3D conditions on the camera).
+
+    Either input may be absent (`z_dim` or `condition_dim` 0). `w_avg` tracks the mean of w for truncation; it is
+    updated by the trainer only, never by a call.
+    """
+
+    def __init__(self, z_dim, condition_dim, w_dim, num_layers=2, lr_multiplier=0.01, track_average=True):
+        super().__init__()
+        self.z_dim, self.condition_dim = z_dim, condition_dim
+        features = [z_dim + (w_dim if condition_dim else 0)] + [w_dim] * num_layers
+        if condition_dim:
+            self.embed = FullyConnected(condition_dim, w_dim)
+        self.layers = nn.ModuleList(
+            FullyConnected(a, b, activation="lrelu", lr_multiplier=lr_multiplier)
+            for a, b in zip(features[:-1], features[1:], strict=True)
+        )
+        if track_average:
+            self.register_buffer("w_avg", torch.zeros(w_dim))
+
+    def forward(self, z: torch.Tensor | None, condition: torch.Tensor | None) -> torch.Tensor:
+        """z [B, z_dim] and condition [B, condition_dim] → w [B, w_dim] in float32."""
+        parts = []
+        if self.z_dim:
+            parts.append(normalize_second_moment(z.float()))
+        if self.condition_dim:
+            parts.append(normalize_second_moment(self.embed(condition.float())))
+        x = torch.cat(parts, dim=1)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def modulated_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    styles: torch.Tensor,
+    demodulate: bool = True,
+    upsample: bool = False,
+    offset: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Modulated and demodulated convolution (StyleGAN2 Eq. 1-3).
+
+    x [B, I, H, W], weight [O, I, k, k], styles [B, I] → [B, O, H', W'] in the dtype of `x`, where H' is 2H + 1 for
+    `upsample` (a stride-2 transposed convolution, to be blurred by the caller) and H otherwise.
+    `offset` δ of shape [O, I, 1, 1] or, one a sample, [B, O, I, 1, 1] replaces the weight by θ·(1 + δ).
+
+    A weight shared by the batch is applied between a scaling of its input and one of its output, which costs one
+    convolution; one that differs per sample is folded with its style and applied as a grouped convolution.
+    """
+    batch, in_channels = x.shape[:2]
+    if offset is not None:
+        weight = weight * (1 + offset.to(weight.dtype))
+    weight, styles = weight.float(), styles.float()
+    if x.dtype == torch.float16 and demodulate:
+        # Demodulation cancels any scale of weight and style; dividing by the maxima keeps half precision in range.
+        peak = weight.abs().amax(dim=(-3, -2, -1), keepdim=True)
+        weight = weight / (peak * math.sqrt(weight[0, 0].numel() * in_channels if weight.ndim == 4 else
+                                            weight[0, 0].numel()))
+        styles = styles / styles.abs().amax(dim=1, keepdim=True)
+    padding = weight.shape[-1] // 2
+    if weight.ndim == 5 or batch == 1:
+        per_sample = (weight if weight.ndim == 5 else weight[None]) * styles[:, None, :, None, None]
+        if demodulate:
+            per_sample = per_sample * (per_sample.square().sum(dim=(2, 3, 4), keepdim=True) + 1e-8).rsqrt()
+        per_sample = per_sample.to(x.dtype)
+        grouped = x.reshape(1, batch * in_channels, *x.shape[2:]) if batch > 1 else x
+        if upsample:
+            kernel = per_sample.transpose(1, 2).flatten(0, 1)
+            y = F.conv_transpose2d(grouped, kernel, stride=2, groups=batch)
+        else:
+            y = F.conv2d(grouped, per_sample.flatten(0, 1), padding=padding, groups=batch)
+        return y.reshape(batch, -1, *y.shape[2:]) if batch > 1 else y
+
+    x = x * styles.to(x.dtype)[:, :, None, None]
+    if upsample:
+        y = F.conv_transpose2d(x, weight.to(x.dtype).transpose(0, 1), stride=2)
+    else:
+        y = F.conv2d(x, weight.to(x.dtype), padding=padding)
+    if demodulate:
+        energy = styles.square() @ weight.square().sum(dim=(2, 3)).t()
+        y = y * (energy + 1e-8).rsqrt().to(y.dtype)[:, :, None, None]
+    return y
+
+
+class SynthesisLayer(nn.Module):
+    """Style-modulated 3×3 convolution with noise, bias and leaky ReLU; `up` doubles the resolution first.
+
+    `resolution` is the output's side in pixels.
+    """
+
+    def __init__(self, in_channels, out_channels, w_dim, resolution, up=False, use_noise=True, conv_clamp=None):
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.resolution, self.up, self.use_noise, self.conv_clamp = resolution, up, use_noise, conv_clamp
+        self.affine = FullyConnected(w_dim, in_channels, bias_init=1.0)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        if use_noise:
+            self.register_buffer("noise_const", torch.randn(resolution, resolution))
+            self.noise_strength = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, w, noise="const", offset=None):
+        """x [B, in, R, R] (R/2 if `up`), w [B, w_dim] → [B, out, R, R]; noise: "const", "random" or "none"."""
+        x = modulated_conv2d(x, self.weight, self.affine(w), upsample=self.up, offset=offset)
+        if self.up:
+            x = blur2d(x, padding=1, gain=2.0)
+        if self.use_noise and noise != "none":
+            pattern = self.noise_const
+            if noise == "random":
+                pattern = torch.randn(x.shape[0], 1, self.resolution, self.resolution, device=x.device)
+            pattern = (pattern * self.noise_strength).to(x.dtype)
+            x = x + pattern if torch.is_grad_enabled() else x.add_(pattern)
+        bias = self.bias.to(x.dtype)[:, None, None]
+        if torch.is_grad_enabled():
+            return scaled_leaky_relu(x + bias, clamp=self.conv_clamp)
+        # The convolution's result is nobody else's: new memory for each pass would cost more than the pass itself.
+        x = F.leaky_relu_(x.add_(bias), LRELU_SLOPE).mul_(LRELU_GAIN)
+        return x if self.conv_clamp is None else x.clamp_(-self.conv_clamp, self.conv_clamp)
+
+
+class ToRGB(nn.Module):
+    """Style-modulated 1×1 convolution to image (or tri-plane) channels, without demodulation."""
+
+    def __init__(self, in_channels, out_channels, w_dim, conv_clamp=None):
+        super().__init__()
+        self.conv_clamp = conv_clamp
+        self.style_gain = 1 / math.sqrt(in_channels)
+        self.affine = FullyConnected(w_dim, in_channels, bias_init=1.0)
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, x, w):
+        """x [B, in, R, R], w [B, w_dim] → [B, out, R, R]."""
+        x = modulated_conv2d(x, self.weight, self.affine(w) * self.style_gain, demodulate=False)
+        x = x + self.bias.to(x.dtype)[:, None, None]
+        return x if self.conv_clamp is None else x.clamp(-self.conv_clamp, self.conv_clamp)
+
+
+class SynthesisBlock(nn.Module):
+    """One resolution of a skip-architecture generator: up to two convolutions and a to-RGB branch.
+
+    `in_channels` 0 makes the first block, which starts from a learnt constant. `up=False` keeps the resolution
+    (EG3D's 2X and 4X super-resolution begin with such a block).
+    """
+
+    def __init__(
+        self, in_channels, out_channels, w_dim, resolution, image_channels, up=True, use_noise=True, conv_clamp=None
+    ):
+        super().__init__()
+        self.up = up
+        if in_channels:
+            self.conv0 = SynthesisLayer(in_channels, out_channels, w_dim, resolution, up, use_noise, conv_clamp)
+        else:
+            self.const = nn.Parameter(torch.randn(out_channels, resolution, resolution))
+        self.has_conv0 = bool(in_channels)
+        self.conv1 = SynthesisLayer(out_channels, out_channels, w_dim, resolution, False, use_noise, conv_clamp)
+        self.torgb = ToRGB(out_channels, image_channels, w_dim, conv_clamp)
+        self.num_convs = 2 if in_channels else 1
+
+    def forward(self, x, image, ws, dtype, noise="const", offsets: Mapping[str, torch.Tensor] | None = None):
+        """x [B, in, ·, ·] or None, image skip [B, c, ·, ·] or None, ws [B, num_convs + 1, w_dim] → (x, image).
+
+        The image skip is accumulated in float32, the activations have `dtype`. `offsets` maps "conv0" and "conv1" to
+        weight offsets δ.
+        """
+        offsets = offsets or {}
+        w = iter(ws.unbind(dim=1))
+        if self.has_conv0:
+            x = self.conv0(x.to(dtype), next(w), noise, offsets.get("conv0"))
+        else:
+            x = self.const.to(dtype)[None].expand(ws.shape[0], -1, -1, -1)
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = self.conv1(x, next(w), noise, offsets.get("conv1"))
+        if image is not None and self.up:
+            image = upsample2d(image)
+        rgb = self.torgb(x, next(w)).float()
+        return x, rgb if image is None else image + rgb
+
+
+class SynthesisNetwork(nn.Module):
+    """StyleGAN2 synthesis: blocks `b4` … `b{resolution}` with min(`channel_base`/resolution, `channel_max`) channels.
+
+    `num_ws` counts the w vectors it takes: one a convolution and one for the last to-RGB.
+    """
+
+    def __init__(
+        self, w_dim, resolution, image_channels, channel_base, channel_max, use_noise=True, conv_clamp=None
+    ):
+        super().__init__()
+        if resolution < 8 or resolution & (resolution - 1):
+            raise ValueError(f"resolution must be a power of two of at least 8, got {resolution}")
+        self.resolutions = [2**i for i in range(2, resolution.bit_length())]
+        channels = {r: min(channel_base // r, channel_max) for r in self.resolutions}
+        for r in self.resolutions:
+            block = SynthesisBlock(
+                channels.get(r // 2, 0), channels[r], w_dim, r, image_channels, use_noise=use_noise,
+                conv_clamp=conv_clamp,
+            )
+            self.add_module(f"b{r}", block)
+        self.num_ws = sum(getattr(self, f"b{r}").num_convs for r in self.resolutions) + 1
+
+    def forward(self, ws, dtype=torch.float32, noise="const", offsets: Mapping[str, torch.Tensor] | None = None):
+        """ws [B, num_ws, w_dim] → image [B, image_channels, R, R] in float32.
+
+        `offsets` maps layer names such as "b8.conv0" to weight offsets δ.
+        """
+        x = image = None
+        start = 0
+        for r in self.resolutions:
+            block = getattr(self, f"b{r}")
+            own = split_offsets(offsets, f"b{r}.")
+            x, image = block(x, image, ws[:, start : start + block.num_convs + 1], dtype, noise, own)
+            start += block.num_convs
+        return image
+
+
+def split_offsets(offsets: Mapping[str, torch.Tensor] | None, prefix: str) -> dict[str, torch.Tensor]:
+    """The entries of `offsets` whose name starts with `prefix`, with the prefix taken off."""
+    return {name[len(prefix) :]: value for name, value in (offsets or {}).items() if name.startswith(prefix)}
+
+
+def modulated_layer_shapes(network: nn.Module, prefix: str = "") -> dict[str, tuple[int, int]]:
+    """{name: (C_out, C_in)} of every `SynthesisLayer` of `network`, in order of evaluation."""
+    return {
+        prefix + name: (layer.out_channels, layer.in_channels)
+        for name, layer in network.named_modules()
+        if isinstance(layer, SynthesisLayer)
+    }
