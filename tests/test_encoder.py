@@ -1,0 +1,274 @@
+"""LatentEncoder: shapes, the average face at the start, batch independence, errors, files."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+import metaaux.training
+from metaaux.faces.cameras import camera_from_pose
+from metaaux.models.eg3d import EG3DGenerator
+from metaaux.models.encoder import LatentEncoder
+from metaaux.training.encoder import (
+    EncoderConfig,
+    EncoderTrainer,
+    LatentDistribution,
+    latent_error,
+    train,
+    warmup_cosine,
+)
+from metaaux.training.loop import load_config
+
+CONFIGS = Path(metaaux.training.__file__).parent / "configs"
+
+TINY = {
+    "image_size": 32,
+    "input_size": 32,
+    "w_dim": 24,
+    "num_ws": 5,
+    "num_queries": 5,
+    "widths": (16, 16, 32, 32),
+    "depths": (1, 1, 1, 1),
+    "width": 32,
+    "num_blocks": 1,
+    "num_heads": 2,
+}
+
+
+def tiny_encoder(trained: bool = True, **changes) -> LatentEncoder:
+    torch.manual_seed(0)
+    encoder = LatentEncoder(**TINY | changes)
+    if trained:
+        torch.nn.init.normal_(encoder.to_offset.weight, std=0.1)
+    return encoder.eval()
+
+
+def images(batch: int = 3, size: int = 32) -> torch.Tensor:
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+class TestModel:
+    def test_shapes(self):
+        assert tiny_encoder()(images()).shape == (3, 24)
+        assert tiny_encoder(space="w+")(images()).shape == (3, 5, 24)
+
+    def test_untrained_encoder_gives_the_average_face(self):
+        encoder = tiny_encoder(trained=False)
+        w_avg = torch.linspace(-1, 1, 24)
+        encoder.set_latent_statistics(w_avg, torch.full((24,), 0.5))
+        assert torch.equal(encoder(images()), w_avg.expand(3, -1))
+
+    def test_offsets_scale_with_the_standard_deviation(self):
+        encoder = tiny_encoder()
+        plain = encoder(images())
+        encoder.set_latent_statistics(torch.ones(24), torch.full((24,), 0.5))
+        torch.testing.assert_close(encoder(images()), 1 + 0.5 * plain)
+
+    def test_an_image_is_encoded_alike_in_any_batch_and_mode(self):
+        encoder = tiny_encoder()
+        together = encoder(images())
+        torch.testing.assert_close(encoder(images()[1:2]), together[1:2], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(encoder.train()(images()), together)
+
+    def test_images_are_told_apart_by_place(self):
+        """A face's left and right differ: mirroring changes the code."""
+        encoder = tiny_encoder()
+        assert (encoder(images()) - encoder(images().flip(-1))).abs().max() > 1e-3
+
+    @pytest.mark.parametrize("space", ["w", "w+"])
+    def test_every_parameter_gets_a_gradient(self, space):
+        encoder = tiny_encoder(space=space)
+        encoder(images()).square().sum().backward()
+        assert [n for n, p in encoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+    def test_other_image_sizes_are_resized(self):
+        encoder = tiny_encoder(image_size=64)
+        large = images(size=64)
+        small = torch.nn.functional.interpolate(large, size=(32, 32), mode="bilinear", antialias=True)
+        torch.testing.assert_close(encoder(large), tiny_encoder()(small))
+
+    def test_bfloat16_autocast_answers_in_float32(self):
+        encoder = tiny_encoder()
+        with torch.autocast("cpu", torch.bfloat16):
+            w = encoder(images())
+        assert w.dtype == torch.float32
+        torch.testing.assert_close(w, encoder(images()), rtol=0.1, atol=0.05)
+
+    def test_mini_size(self):
+        config = load_config(EncoderConfig, CONFIGS / "encoder-mini.yaml")
+        encoder = LatentEncoder(image_size=128, w_dim=512, num_ws=14, **config.encoder)
+        assert sum(p.numel() for p in encoder.parameters()) <= 2_500_000
+
+    def test_save_and_load(self, tmp_path):
+        encoder = tiny_encoder()
+        encoder.set_latent_statistics(torch.rand(24), torch.rand(24))
+        encoder.save_pretrained(tmp_path)
+        loaded = LatentEncoder.from_pretrained(tmp_path)
+        torch.testing.assert_close(loaded(images()), encoder(images()))
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            ({"space": "z"}, "space 'z'"),
+            ({"space": "w+", "num_queries": 4}, "num_queries=4"),
+            ({"input_size": 40}, "multiple of 16"),
+            ({"num_heads": 3}, "divisible"),
+            ({"widths": (16, 16, 16)}, "four stages"),
+        ],
+    )
+    def test_sizes_that_do_not_fit(self, change, message):
+        with pytest.raises(ValueError, match=message):
+            tiny_encoder(**change)
+
+    def test_wrong_inputs(self):
+        encoder = tiny_encoder()
+        with pytest.raises(ValueError, match=r"\[B, 3, 32, 32\], got \[3, 3, 48, 48\]"):
+            encoder(images(size=48))
+        with pytest.raises(ValueError, match="w_std"):
+            encoder.set_latent_statistics(torch.zeros(24), torch.zeros(1))
+
+
+@pytest.fixture(scope="module")
+def training_settings(tiny_components, tmp_path_factory) -> dict:
+    """Settings of a run of seconds: a tiny generator with its discriminator, a zip of eight of its pictures."""
+    folder = tmp_path_factory.mktemp("encoder-training")
+    generator = tiny_components["generator"]
+    for name in ("generator", "discriminator", "identity"):
+        tiny_components[name].save_pretrained(folder / name)
+    random = torch.Generator().manual_seed(0)
+    yaw, pitch = (torch.rand(2, 8, generator=random) * 2 - 1) * 15
+    cameras = camera_from_pose(yaw, pitch)
+    z = torch.randn(8, generator.config.z_dim, generator=random)
+    with torch.no_grad():
+        pictures = generator(z, cameras).image.clamp(-1, 1)
+    with zipfile.ZipFile(folder / "data.zip", "w") as archive:
+        for i, picture in enumerate(pictures):
+            data = io.BytesIO()
+            Image.fromarray(((picture.permute(1, 2, 0) + 1) * 127.5).byte().numpy()).save(data, "PNG")
+            archive.writestr(f"{i}.png", data.getvalue())
+        labels = [[f"{i}.png", camera.tolist()] for i, camera in enumerate(cameras)]
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    settings = {
+        "data": str(folder / "data.zip"),
+        "generator": str(folder / "generator"),
+        "discriminator": str(folder / "discriminator"),
+        "encoder": {key: value for key, value in TINY.items() if key not in ("image_size", "w_dim", "num_ws")},
+        "coarse_resolution": 8,
+        "coarse_images": 80,
+        "batch_photos": 4,
+        "batch_samples": 4,
+        "rendered_samples": 2,
+        "learning_rate": 3e-3,
+        "warmup_images": 8,
+        "weight_latent": 1.0,
+        "identity": str(folder / "identity"),
+    }
+    settings["encoder"]["num_queries"] = 2
+    return settings
+
+
+def figures(folder: Path) -> list[dict]:
+    """The lines of a run's figures.jsonl."""
+    return [json.loads(line) for line in (folder / "figures.jsonl").read_text().splitlines()]
+
+
+class TestTraining:
+    def test_the_losses_fall(self, training_settings, tmp_path):
+        config = EncoderConfig(**training_settings, total_images=240, interval_images=80, latent_only_images=80)
+        checkpoint = train(config, tmp_path)
+        assert checkpoint == tmp_path / "checkpoint-240"
+        lines = figures(tmp_path)
+        means = [line for line in lines if "loss" in line]
+        held_out = [line for line in lines if "val/total" in line]
+        assert [line["images"] for line in held_out] == [80, 160, 240]
+        assert "mse" not in means[0] and {"mse", "perceptual", "identity", "latent", "mahalanobis"} <= set(means[1])
+        assert held_out[-1]["val/total"] < 0.7 * held_out[0]["val/total"]
+        assert all(0 < line["val/latent"] < 1.2 for line in held_out)
+        size = EG3DGenerator.from_pretrained(config.generator).config.image_size
+        assert Image.open(tmp_path / "sheets" / "encoder-000000240.png").size == (8 * size, 3 * size)
+        encoder = LatentEncoder.from_pretrained(checkpoint / "encoder")
+        assert encoder(images(2, size)).shape == (2, encoder.config.w_dim)
+        assert encoder.w_std.min() > 0
+
+    def test_latent_codes_are_learnt_from_samples(self, training_settings):
+        config = EncoderConfig(**training_settings, latent_only_images=10**6)
+        trainer = EncoderTrainer(config, Accelerator(cpu=True))
+        trainer.load_data(0)
+        errors = []
+        for images in range(80, 280, 8):
+            torch.manual_seed(0)  # the same heads at each step
+            trainer.sampler.generator.manual_seed(0)
+            errors.append(trainer.step(images)["latent"].item())
+        assert errors[-1] < 0.5 * errors[0]
+
+    def test_a_stopped_run_is_resumed(self, training_settings, tmp_path):
+        settings = training_settings | {"latent_only_images": 0}
+        train(EncoderConfig(**settings, total_images=32, interval_images=16), tmp_path)
+        first = LatentEncoder.from_pretrained(tmp_path / "checkpoint-32" / "encoder_raw")
+        train(EncoderConfig(**settings, total_images=48, interval_images=16), tmp_path, resume=True)
+        assert [line["images"] for line in figures(tmp_path) if "loss" in line] == [16, 32, 48]
+        second = LatentEncoder.from_pretrained(tmp_path / "checkpoint-48" / "encoder_raw")
+        moved = (first.to_offset.weight - second.to_offset.weight).abs().max()
+        # Two steps from where it stopped: further than none, not as far as a new start would be.
+        assert 0 < moved < 2.5 * 3e-3
+
+    def test_max_seconds_stops_with_a_checkpoint(self, training_settings, tmp_path):
+        config = EncoderConfig(**training_settings, total_images=10**6, interval_images=10**6, max_seconds=0.0)
+        checkpoint = train(config, tmp_path)
+        assert checkpoint.name == "checkpoint-128"  # the clock is looked at every 16 steps
+        assert "val/mse" in figures(tmp_path)[0]
+
+    def test_wplus(self, training_settings, tmp_path, tiny_components):
+        generator = tiny_components["generator"]
+        num_ws, size = generator.num_ws, generator.config.image_size
+        settings = training_settings | {"latent_only_images": 0, "total_images": 16, "interval_images": 16}
+        settings["encoder"] = settings["encoder"] | {"space": "w+", "num_queries": num_ws}
+        checkpoint = train(EncoderConfig(**settings), tmp_path)
+        assert LatentEncoder.from_pretrained(checkpoint / "encoder")(images(1, size)).shape[:2] == (1, num_ws)
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            ({"discriminator": None}, "weight_perceptual needs"),
+            ({"rendered_samples": 5}, "rendered_samples=5"),
+        ],
+    )
+    def test_settings_that_do_not_fit(self, training_settings, tmp_path, change, message):
+        with pytest.raises(ValueError, match=message):
+            train(EncoderConfig(**training_settings | change), tmp_path)
+
+    def test_latent_distribution(self, tiny_components):
+        generator = tiny_components["generator"]
+        cameras = camera_from_pose(torch.linspace(-20, 20, 5), torch.zeros(5))
+        distribution = LatentDistribution(generator, cameras, samples=2000)
+        random = torch.Generator().manual_seed(1)
+        chosen = torch.randint(5, (500,), generator=random)
+        with torch.no_grad():
+            w = generator.mapping(torch.randn(500, generator.config.z_dim, generator=random), cameras[chosen])[:, 0]
+        own = distribution.mahalanobis(w).mean()
+        assert 0.5 < own < 1.1
+        assert distribution.mahalanobis(distribution.w_avg) == 0
+        doubled = distribution.mahalanobis(distribution.w_avg + 2 * (w - distribution.w_avg)).mean()
+        torch.testing.assert_close(doubled, 4 * own)
+        # A step off along the axis of least variance is rarer than an equal one along that of most.
+        _, axes = torch.linalg.eigh(torch.cov(w.T))
+        rare, common = (distribution.mahalanobis(distribution.w_avg + axis) for axis in (axes[:, 0], axes[:, -1]))
+        assert rare > 2 * common
+
+    def test_latent_error_is_in_standard_deviations(self):
+        w, w_std = torch.zeros(4, 3), torch.tensor([0.5, 1.0, 2.0])
+        assert latent_error(w_std.expand(4, 3), w, w_std) == 1
+        assert latent_error(w_std.expand(4, 7, 3), w, w_std) == 1
+
+    def test_learning_rate_schedule(self):
+        rates = np.array([warmup_cosine(images, 1000, 100, 0.5) for images in range(0, 1001, 10)])
+        assert rates.argmax() == 10 and rates.max() == 0.5 and rates[-1] < 1e-9
+        assert (np.diff(rates[:11]) > 0).all() and (np.diff(rates[10:]) < 0).all()
