@@ -1,0 +1,414 @@
+"""Test-time adaptation of the auxiliary network: the total loss (Eq. 8-12) and the inner loop (Eq. 5).
+
+Nothing shared is changed: the adapted parameters live in a dictionary that belongs to the call, and
+`torch.func.functional_call`, which for its duration swaps tensors inside the module it is given, only ever sees a
+private shell of the auxiliary network that shares the tensors. So several threads may adapt the same network at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from .faces.cameras import mirror_camera
+from .models.auxiliary import AuxiliaryOutput
+
+StepCallback = Callable[[int, torch.Tensor, dict[str, float]], None]
+
+
+class PerceptualDistance(Protocol):
+    """What `models.perceptual` offers: feature maps of images in [-1, 1], the distance [B] of two lists of them."""
+
+    def taps(self, image: torch.Tensor) -> list[torch.Tensor]: ...
+
+    def distance(self, x_taps: list[torch.Tensor], y_taps: list[torch.Tensor]) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Constants of the total loss; the defaults are those of the paper's section 4.1.
+
+    Attributes:
+        mse: weight of Eq. 9.
+        perceptual: λ_lpips of Eq. 8.
+        identity: λ_id of Eq. 8.
+        adversarial: λ_adv of Eq. 8.
+        flip_perceptual: λ_1 of Eq. 12; 0 switches the term off.
+        flip_adversarial: λ_2 of Eq. 12; 0 switches the term off.
+    """
+
+    mse: float = 1.0
+    perceptual: float = 0.8
+    identity: float = 0.1
+    adversarial: float = 0.005
+    flip_perceptual: float = 0.0
+    flip_adversarial: float = 0.0
+
+    @property
+    def uses_flip(self) -> bool:
+        """Whether Eq. 12 takes part, which costs a second view per step."""
+        return self.flip_perceptual > 0 or self.flip_adversarial > 0
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A photo [B, 3, S, S] with what the loss compares: perceptual taps and identity vectors, `None` where unused."""
+
+    image: torch.Tensor
+    taps: list[torch.Tensor] | None
+    identity: torch.Tensor | None
+
+
+class InversionLoss:
+    """The distance between a photo and its reconstruction, Eq. 8, term by term.
+
+    Args:
+        weights: the constants.
+        perceptual: distance of images; `None` only where no term with a weight needs it.
+        identity: network image -> unit vectors [B, D]; `None` only with `weights.identity == 0`.
+        discriminator: network (image, image_raw, cameras) -> logits [B, 1]; `None` only where no term needs it.
+
+    Raises:
+        ValueError: a term has a weight but not its network.
+    """
+
+    def __init__(
+        self,
+        weights: LossWeights,
+        perceptual: PerceptualDistance | None,
+        identity: torch.nn.Module | None,
+        discriminator: torch.nn.Module | None,
+    ):
+        missing = [
+            name
+            for name, weight, network in (
+                ("perceptual", max(weights.perceptual, weights.flip_perceptual), perceptual),
+                ("identity", weights.identity, identity),
+                ("adversarial", max(weights.adversarial, weights.flip_adversarial), discriminator),
+            )
+            if weight > 0 and network is None
+        ]
+        if missing:
+            raise ValueError(f"the loss weights ask for {missing}, but the networks of these terms are None")
+        self.weights = weights
+        self.perceptual = perceptual
+        self.identity = identity
+        self.discriminator = discriminator
+        if discriminator is not None:
+            # Groups of one: a photo's loss must not depend on the other photos of the batch.
+            self.discriminator = private_view(discriminator)
+            self.discriminator.register_to_config(deviation_group=1)
+
+    @torch.no_grad()
+    def reference(self, target: torch.Tensor) -> Reference:
+        """What the loss needs of the photos [B, 3, S, S], to be computed once where they are compared often."""
+        return Reference(
+            target,
+            None if self.perceptual is None else self.perceptual.taps(target),
+            None if self.identity is None else self.identity(target),
+        )
+
+    def __call__(
+        self, image: torch.Tensor, image_raw: torch.Tensor, target: torch.Tensor | Reference, camera: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Each term unweighted, and their weighted sum.
+
+        Args:
+            image: reconstruction [B, 3, S, S] in [-1, 1].
+            image_raw: the renderer's own image [B, 3, h, h], the dual discriminator's second input.
+            target: photo [B, 3, S, S] in [-1, 1], or its `reference`.
+            camera: [B, 25], the view of both.
+
+        Returns:
+            "mse", "perceptual", "identity", "adversarial" and "total", each [B]. A term without a network is 0.
+        """
+        reference = target if isinstance(target, Reference) else self.reference(target)
+        if image.shape != reference.image.shape:
+            raise ValueError(f"image {tuple(image.shape)} and target {tuple(reference.image.shape)} differ in shape")
+        zero = image.new_zeros(len(image))
+        mse = (image - reference.image).square().flatten(1).mean(1)  # Eq. 9
+        perceptual = identity = adversarial = zero
+        if self.perceptual is not None:
+            perceptual = self.perceptual.distance(self.perceptual.taps(image), reference.taps)  # Eq. 10
+        if self.identity is not None:
+            identity = 1 - F.cosine_similarity(self.identity(image), reference.identity, dim=1)  # Eq. 11
+        if self.discriminator is not None:
+            adversarial = self._adversarial(image, image_raw, camera)
+        total = (
+            self.weights.mse * mse
+            + self.weights.perceptual * perceptual
+            + self.weights.identity * identity
+            + self.weights.adversarial * adversarial
+        )
+        return {
+            "mse": mse, "perceptual": perceptual, "identity": identity, "adversarial": adversarial, "total": total
+        }  # fmt: skip
+
+    def flip(
+        self, image: torch.Tensor, image_raw: torch.Tensor, target: torch.Tensor | Reference, camera: torch.Tensor
+    ) -> torch.Tensor:
+        """Flip loss, Eq. 12 [B]: no squared error, since a face's other side is only similar to its mirror image.
+
+        Args:
+            image: the render at the mirrored camera.
+            image_raw: the renderer's own image there.
+            target: the photo, mirrored, or its `reference`.
+            camera: the mirrored camera.
+        """
+        reference = target if isinstance(target, Reference) else self.reference(target)
+        loss = image.new_zeros(len(image))
+        if self.weights.flip_perceptual > 0:
+            distance = self.perceptual.distance(self.perceptual.taps(image), reference.taps)
+            loss = loss + self.weights.flip_perceptual * distance
+        if self.weights.flip_adversarial > 0:
+            loss = loss + self.weights.flip_adversarial * self._adversarial(image, image_raw, camera)
+        return loss
+
+    def _adversarial(self, image: torch.Tensor, image_raw: torch.Tensor, camera: torch.Tensor) -> torch.Tensor:
+        # StyleGAN's non-saturating generator loss.
+        return F.softplus(-self.discriminator(image, image_raw, camera)).flatten(1).mean(1)
+
+
+@dataclass
+class AdaptationResult:
+    """What `adapt` found for one person.
+
+    Attributes:
+        parameters: adapted parameters of the auxiliary network, by name; detached.
+        weight_offsets: δ per generator layer [C_out, C_in, 1, 1], ready for `generator.synthesize`.
+        offset_planes: [1, 3, 3, r, r] world units, or `None` without the 3D module.
+        steps: one dictionary a step from -1 to N: "step", the loss terms of Eq. 8 ("flip" too where it takes part)
+            and "seconds", the time that this step alone took.
+        image: the last reconstruction [P, 3, S, S], one for each photo.
+    """
+
+    parameters: dict[str, torch.Tensor]
+    weight_offsets: dict[str, torch.Tensor]
+    offset_planes: torch.Tensor | None
+    steps: list[dict[str, float]]
+    image: torch.Tensor
+
+
+def private_view(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy of `module` that shares every parameter and buffer with it but no module object.
+
+    `functional_call` replaces entries of the modules' parameter tables while it runs, which another thread would see;
+    on a private view it disturbs nobody. The view's mode can be changed freely too.
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def gradient_step(
+    parameters: Mapping[str, torch.Tensor],
+    gradients: Mapping[str, torch.Tensor],
+    rates: Mapping[str, torch.Tensor | float],
+    max_gradient_norm: float | None = None,
+    stacked: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Eq. 5: θ_i = θ - α ∇L, differentiable with regard to all its inputs.
+
+    Args:
+        parameters: by name; with `stacked` every tensor has a leading dimension of tasks.
+        gradients: the same names and shapes.
+        rates: α of each tensor.
+        max_gradient_norm: gradients of a larger norm (over all tensors, of each task alone) are scaled down to it.
+        stacked: see `parameters`.
+    """
+    scale = None
+    if max_gradient_norm is not None:
+        squares = [
+            gradient.reshape(len(gradient), -1).square().sum(1) if stacked else gradient.square().sum()
+            for gradient in gradients.values()
+        ]
+        # The constant keeps the square root's derivative finite at a gradient of zero.
+        norm = (torch.stack(squares).sum(0) + 1e-12).sqrt()
+        scale = (max_gradient_norm / norm).clamp(max=1)
+    adapted = {}
+    for name, parameter in parameters.items():
+        gradient = gradients[name]
+        if scale is not None:
+            gradient = gradient * scale.view(scale.shape + (1,) * (gradient.ndim - scale.ndim))
+        adapted[name] = parameter - rates[name] * gradient
+    return adapted
+
+
+def adapt(
+    generator: torch.nn.Module,
+    auxiliary: torch.nn.Module,
+    loss: InversionLoss,
+    target: torch.Tensor,
+    w: torch.Tensor,
+    camera: torch.Tensor,
+    steps: int = 5,
+    learning_rate: float | None = None,
+    learning_rates: Mapping[str, torch.Tensor | float] | None = None,
+    max_gradient_norm: float | None = None,
+    on_step: StepCallback | None = None,
+) -> AdaptationResult:
+    """Adapt the auxiliary network to the photos of one person by N gradient steps (Eq. 5).
+
+    Works inside `no_grad` and `inference_mode` too. The auxiliary network predicts from each photo and the
+    predictions are averaged; the loss is the mean over the photos, so that the rates suit any number of them.
+
+    Args:
+        generator: an `EG3DGenerator`, in eval mode; not changed. Freeze it (`requires_grad_(False)`) to save memory.
+        auxiliary: an `AuxiliaryNetwork`; not changed, always run with its stored batch statistics.
+        loss: Eq. 8.
+        target: photos of one person [P, 3, S, S] in [-1, 1].
+        w: latent code of the person [1, w_dim] or [1, num_ws, w_dim]; stays fixed.
+        camera: [P, 25].
+        steps: N ≥ 0.
+        learning_rate: one α for all tensors. Default: the rates stored in the auxiliary network.
+        learning_rates: α per tensor name, in place of `learning_rate`.
+        max_gradient_norm: gradients of a larger norm are scaled down to it. Default: the auxiliary network's.
+        on_step: called as (step, image [P, 3, S, S], losses) for step -1 (the encoder alone, Δθ = 0), 0 (the
+            prediction before any gradient step) and 1 … N (after each); losses as in `AdaptationResult.steps`.
+
+    Raises:
+        ValueError: shapes do not fit together, `steps` is negative, or names are missing in `learning_rates`.
+        FloatingPointError: the loss became infinite or not a number.
+    """
+    _check_inputs(generator, target, w, camera, steps)
+    with torch.inference_mode(False), torch.enable_grad():
+        # A tensor made in inference mode cannot be saved for backward; a clone made here can.
+        target, w, camera = (tensor.detach().clone() for tensor in (target, w, camera))
+        network = private_view(auxiliary).eval()
+        parameters = {
+            name: parameter.detach().requires_grad_() for name, parameter in network.adaptable_parameters().items()
+        }
+        rates = _inner_rates(network, parameters, learning_rate, learning_rates)
+        if max_gradient_norm is None:
+            max_gradient_norm = network.config.inner_max_gradient_norm
+        session = _Session(generator, network, loss, target, w, camera, on_step)
+        return session.run(parameters, rates, steps, max_gradient_norm)
+
+
+class _Session:
+    """The constants of one `adapt` call and its loop."""
+
+    def __init__(self, generator, network, loss, target, w, camera, on_step):
+        self.generator, self.network, self.loss, self.on_step = generator, network, loss, on_step
+        self.target, self.camera, self.w = target, camera, w
+        self.reports: list[dict[str, float]] = []
+        self.started = self._now()
+        self.photo_w = w.expand(len(target), *w.shape[1:])
+        self.reference = loss.reference(target)
+        self.flipped = None
+        if loss.weights.uses_flip:
+            self.flipped = (loss.reference(target.flip(-1)), mirror_camera(camera))
+        with torch.no_grad():
+            self.base_planes = generator.planes(w)
+
+    def run(self, parameters, rates, steps, max_gradient_norm) -> AdaptationResult:
+        with torch.no_grad():
+            image, losses = self._losses({}, None, self.base_planes)
+        self._report(-1, image, losses)
+
+        for step in range(steps + 1):
+            last = step == steps
+            with torch.set_grad_enabled(not last):
+                offsets = self._predict(parameters)
+                planes = self.generator.planes(self.w, weight_offsets=offsets.weight_offsets)
+                image, losses = self._losses(offsets.weight_offsets, offsets.offset_planes, planes)
+            self._report(step, image, losses)
+            if not last:
+                gradients = torch.autograd.grad(losses["total"], list(parameters.values()))
+                with torch.no_grad():
+                    parameters = gradient_step(
+                        parameters, dict(zip(parameters, gradients, strict=True)), rates, max_gradient_norm
+                    )
+                parameters = {name: parameter.requires_grad_() for name, parameter in parameters.items()}
+
+        return AdaptationResult(
+            parameters={name: parameter.detach() for name, parameter in parameters.items()},
+            weight_offsets=offsets.weight_offsets,
+            offset_planes=offsets.offset_planes,
+            steps=self.reports,
+            image=image,
+        )
+
+    def _predict(self, parameters: dict[str, torch.Tensor]) -> AuxiliaryOutput:
+        photo_planes = self._for_each_photo(self.base_planes)
+        output = torch.func.functional_call(self.network, parameters, (self.target, self.camera, photo_planes))
+        # Averaged to one prediction for the person, in the shape that all samples of a generator call share.
+        weight_offsets = {name: offset.mean(0) for name, offset in output.weight_offsets.items()}
+        offset_planes = None if output.offset_planes is None else output.offset_planes.mean(0, keepdim=True)
+        return AuxiliaryOutput(weight_offsets, offset_planes)
+
+    def _losses(self, weight_offsets, offset_planes, planes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        output = self._synthesize(self.camera, weight_offsets, offset_planes, planes)
+        losses = self.loss(output.image, output.image_raw, self.reference, self.camera)
+        if self.flipped is not None:
+            reference, camera = self.flipped
+            view = self._synthesize(camera, weight_offsets, offset_planes, planes)
+            losses["flip"] = self.loss.flip(view.image, view.image_raw, reference, camera)
+            losses["total"] = losses["total"] + losses["flip"]  # L_all = L + L_f
+        return output.image, {name: value.mean() for name, value in losses.items()}
+
+    def _synthesize(self, camera, weight_offsets, offset_planes, planes):
+        return self.generator.synthesize(
+            self.photo_w,
+            camera,
+            weight_offsets=weight_offsets,
+            offset_planes=None if offset_planes is None else self._for_each_photo(offset_planes),
+            planes=self._for_each_photo(planes),
+        )
+
+    def _report(self, step: int, image: torch.Tensor, losses: dict[str, torch.Tensor]) -> None:
+        values = {name: value.item() for name, value in losses.items()}
+        if not math.isfinite(values["total"]):
+            raise FloatingPointError(
+                f"the loss is {values['total']} at step {step} of the adaptation; lower the learning rate, set "
+                "max_gradient_norm, or check that photo, code and camera are finite"
+            )
+        self.reports.append({"step": step, **values, "seconds": self._now() - self.started})
+        if self.on_step is not None:
+            self.on_step(step, image.detach(), dict(self.reports[-1]))
+        self.started = self._now()  # the caller's drawing is not counted
+
+    def _for_each_photo(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.expand(len(self.target), *tensor.shape[1:])
+
+    def _now(self) -> float:
+        if self.target.is_cuda:
+            torch.cuda.synchronize(self.target.device)
+        return time.perf_counter()
+
+
+def _inner_rates(network, parameters, learning_rate, learning_rates) -> dict[str, torch.Tensor | float]:
+    if learning_rates is not None:
+        missing = sorted(set(parameters) - set(learning_rates))
+        if missing:
+            raise ValueError(
+                f"learning_rates lacks {len(missing)} of the auxiliary network's tensors, among them {missing[:3]}"
+            )
+        return {name: learning_rates[name] for name in parameters}
+    if learning_rate is not None:
+        return dict.fromkeys(parameters, learning_rate)
+    return {name: rate.detach() for name, rate in network.inner_rates().items()}
+
+
+def _check_inputs(generator, target, w, camera, steps) -> None:
+    size = generator.config.image_size
+    if target.ndim != 4 or len(target) < 1 or target.shape[1:] != (3, size, size):
+        raise ValueError(
+            f"target is {tuple(target.shape)}, expected photos [P, 3, {size}, {size}] as the generator makes them"
+        )
+    if camera.shape != (len(target), 25):
+        raise ValueError(f"camera is {tuple(camera.shape)}, expected one camera a photo, {(len(target), 25)}")
+    if w.ndim not in (2, 3) or len(w) != 1:
+        raise ValueError(
+            f"w is {tuple(w.shape)}, expected the one code of the person, [1, w_dim] or [1, num_ws, w_dim]; "
+            "average the codes of several photos"
+        )
+    if steps < 0:
+        raise ValueError(f"steps is {steps}, expected 0 or more")

@@ -1,0 +1,316 @@
+"""Auxiliary network (§3.3, Fig. 3): from a photo to offsets for the generator's weights and sampling positions.
+
+The 2D module predicts, for each modulated convolution j of the generator, a δ_j that replaces its weight θ_j by
+θ_j·(1 + δ_j). The 3D module predicts an offset tri-plane, whose look-up moves the renderer's sample points (Eq. 4).
+Both are zero at the start, so that training and adaptation begin at the unchanged generator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+from transformers import ResNetBackbone, ResNetConfig
+
+from .stylegan2 import LRELU_SLOPE, MappingNetwork, SynthesisBlock
+
+BACKBONE_STRIDE = 32
+
+
+@dataclass
+class AuxiliaryOutput:
+    """Offsets for one batch of photos.
+
+    Attributes:
+        weight_offsets: δ by generator layer, each [B, C_out, C_in, 1, 1] (relative to the weight); empty without the
+            2D module.
+        offset_planes: [B, 3, 3, r, r]: for each plane a displacement vector in world units; `None` without the 3D
+            module.
+    """
+
+    weight_offsets: dict[str, torch.Tensor]
+    offset_planes: torch.Tensor | None
+
+
+class HyperNetwork(nn.Module):
+    """H_j: the residual weights of one convolution, δ = A(z)·B(z)ᵀ/√rank + D.
+
+    As in HyperStyle, strided convolutions reduce the image features to a vector z. A [C_out, rank] and B [C_in, rank]
+    are linear in z; D [C_out, C_in] is the bias of the last layer: what suits all photos, and the full-rank part that
+    gradient steps on one photo can move freely. A and D start at zero and B does not, so δ is zero and yet A and D
+    have gradients.
+
+    Args:
+        in_channels: channels of the image features.
+        out_features: C_out of the generator's layer.
+        in_features: its C_in.
+        channels: length of z and width of the convolutions.
+        rank: of the predicted part.
+        num_convs: number of strided 3×3 convolutions.
+    """
+
+    def __init__(self, in_channels, out_features, in_features, channels, rank, num_convs):
+        super().__init__()
+        self.out_features, self.in_features, self.rank = out_features, in_features, rank
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels if i else in_channels, channels, 3, stride=2, padding=1) for i in range(num_convs)
+        )
+        self.to_a = nn.Linear(channels, out_features * rank)
+        self.to_b = nn.Linear(channels, in_features * rank)
+        self.bias = nn.Parameter(torch.zeros(out_features, in_features))
+        nn.init.zeros_(self.to_a.weight)
+        nn.init.zeros_(self.to_a.bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Features [B, in_channels, h, w] → δ [B, C_out, C_in, 1, 1]."""
+        for conv in self.convs:
+            features = F.leaky_relu(conv(features), LRELU_SLOPE)
+        z = features.mean(dim=(2, 3))
+        a = self.to_a(z).unflatten(1, (self.out_features, self.rank))
+        b = self.to_b(z).unflatten(1, (self.in_features, self.rank))
+        delta = a @ b.transpose(1, 2) / math.sqrt(self.rank) + self.bias
+        return delta[..., None, None]
+
+
+class OffsetPlaneNetwork(nn.Module):
+    """The 3D module: image features and camera → an offset tri-plane.
+
+    StyleGAN blocks modulated by the camera of the photo raise the image features to tri-plane features; convolutions
+    compare them with the generator's own planes and give three displacement vectors, one a plane, at each position.
+
+    Args:
+        in_channels: channels of the image features.
+        in_resolution: their side.
+        channels: width of blocks and convolutions.
+        camera_channels: length of the camera's style vector.
+        plane_features: channels C of each of the generator's planes.
+        image_plane_features: channels of each plane of image features.
+        resolution: side r of the offset planes, a power of two times `in_resolution`.
+        bound: |Δp| never exceeds it; world units.
+    """
+
+    def __init__(
+        self, in_channels, in_resolution, channels, camera_channels, plane_features, image_plane_features, resolution,
+        bound,
+    ):  # fmt: skip
+        super().__init__()
+        num_blocks = (resolution // in_resolution).bit_length() - 1
+        if num_blocks < 1 or in_resolution << num_blocks != resolution:
+            raise ValueError(
+                f"the offset planes' resolution {resolution} must be 2, 4, 8, … times the side {in_resolution} of the "
+                f"image features (the image's side / {BACKBONE_STRIDE})"
+            )
+        self.resolution, self.bound = resolution, bound
+        self.mapping = MappingNetwork(0, 25, camera_channels, track_average=False)
+        self.blocks = nn.ModuleList(
+            SynthesisBlock(
+                channels if i else in_channels, channels, camera_channels, in_resolution << (i + 1),
+                image_channels=3 * image_plane_features, use_noise=False,
+            )
+            for i in range(num_blocks)
+        )  # fmt: skip
+        self.compare = nn.Conv2d(3 * (image_plane_features + plane_features), channels, 3, padding=1)
+        self.refine = nn.Conv2d(channels, channels, 3, padding=1)
+        self.to_offsets = nn.Conv2d(channels, 9, 3, padding=1)
+        # A bias a position, for the reason given for D in `HyperNetwork`.
+        self.bias = nn.Parameter(torch.zeros(9, resolution, resolution))
+        nn.init.zeros_(self.to_offsets.weight)
+        nn.init.zeros_(self.to_offsets.bias)
+
+    def forward(self, features: torch.Tensor, cameras: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
+        """Features [B, in_channels, h, h], cameras [B, 25], planes [B, 3, C, R, R] → [B, 3, 3, r, r]."""
+        style = self.mapping(None, cameras)
+        x, image_planes = features, None
+        for block in self.blocks:
+            ws = style[:, None].expand(-1, block.num_convs + 1, -1)
+            x, image_planes = block(x, image_planes, ws, dtype=features.dtype)
+        factor = planes.shape[-1] // self.resolution
+        own_planes = F.avg_pool2d(planes.flatten(1, 2), factor)
+        x = torch.cat([image_planes, own_planes.to(image_planes.dtype)], dim=1)
+        x = F.leaky_relu(self.compare(x), LRELU_SLOPE)
+        x = F.leaky_relu(self.refine(x), LRELU_SLOPE)
+        vectors = (self.to_offsets(x).float() + self.bias).unflatten(1, (3, 3))
+        # Each plane's vector is kept shorter than a third of the bound. Bilinear weights sum to at most one, so
+        # the sum of the three look-ups (Eq. 4) stays within the bound. Unlike a norm this has all derivatives at 0.
+        return vectors * torch.rsqrt(1 + vectors.square().sum(dim=2, keepdim=True)) * (self.bound / 3)
+
+
+class AuxiliaryNetwork(ModelMixin, ConfigMixin):
+    """Predicts weight offsets and offset planes from a photo.
+
+    A ResNet (batch normalisation, transformers' `ResNetBackbone`) gives the image features. Run it in eval mode for
+    inference and adaptation: a single photo has no batch statistics.
+
+    With its weights the network stores how it is to be adapted: one learning rate a tensor (`inner_rates`) and the
+    norm to which gradients are clipped (`config.inner_max_gradient_norm`).
+
+    Args:
+        layer_shapes: {generator layer: [C_out, C_in]} of the convolutions that get offsets (`config_for` fills it).
+        image_size: side of the photos, a multiple of 32.
+        backbone_layer_type: "bottleneck" or "basic"; "bottleneck" with the default depths is ResNet-101.
+        backbone_depths: residual units of each of the four stages.
+        backbone_embedding_size: channels of the first convolution.
+        backbone_hidden_sizes: channels of each stage.
+        neck_channels: channels to which the top feature map is reduced for both modules.
+        hyper_channels: width of each hypernetwork.
+        hyper_rank: rank of the predicted part of δ.
+        hyper_convs: strided convolutions of each hypernetwork.
+        use_weight_offsets: whether there is a 2D module.
+        use_offset_planes: whether there is a 3D module; a 2D generator has no use for it.
+        plane_features: channels of each of the generator's planes.
+        plane_resolution: side R of the generator's planes.
+        offset_resolution: side r of the offset planes, a divisor of `plane_resolution`.
+        offset_channels: width of the 3D module.
+        offset_image_features: channels of each plane of image features.
+        camera_channels: length of the camera's style vector.
+        box_size: side of the renderer's box, world units.
+        offset_bound: largest displacement |Δp| as a fraction of the box.
+        inner_learning_rate: α of Eq. 5 at the start, for all tensors.
+        inner_max_gradient_norm: clipping of the gradient in Eq. 5; `None`: off.
+
+    Raises:
+        ValueError: sizes do not fit together, or both modules are switched off.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        layer_shapes: dict[str, Sequence[int]],
+        image_size: int = 512,
+        backbone_layer_type: str = "bottleneck",
+        backbone_depths: Sequence[int] = (3, 4, 23, 3),
+        backbone_embedding_size: int = 64,
+        backbone_hidden_sizes: Sequence[int] = (256, 512, 1024, 2048),
+        neck_channels: int = 512,
+        hyper_channels: int = 128,
+        hyper_rank: int = 8,
+        hyper_convs: int = 2,
+        use_weight_offsets: bool = True,
+        use_offset_planes: bool = True,
+        plane_features: int = 32,
+        plane_resolution: int = 256,
+        offset_resolution: int = 64,
+        offset_channels: int = 128,
+        offset_image_features: int = 16,
+        camera_channels: int = 128,
+        box_size: float = 1.0,
+        offset_bound: float = 0.05,
+        inner_learning_rate: float = 0.01,
+        inner_max_gradient_norm: float | None = None,
+    ):
+        super().__init__()
+        if not use_weight_offsets and not use_offset_planes:
+            raise ValueError("use_weight_offsets and use_offset_planes are both off: nothing is left to predict")
+        if use_weight_offsets and not layer_shapes:
+            raise ValueError("layer_shapes is empty: name the generator's layers, or switch use_weight_offsets off")
+        if image_size % BACKBONE_STRIDE:
+            raise ValueError(f"image_size must be a multiple of {BACKBONE_STRIDE}, got {image_size}")
+        if use_offset_planes and plane_resolution % offset_resolution:
+            raise ValueError(f"offset_resolution {offset_resolution} does not divide the planes' {plane_resolution}")
+
+        self.backbone = ResNetBackbone(
+            ResNetConfig(
+                layer_type=backbone_layer_type,
+                depths=list(backbone_depths),
+                embedding_size=backbone_embedding_size,
+                hidden_sizes=list(backbone_hidden_sizes),
+                out_features=[f"stage{len(backbone_depths)}"],
+            )
+        )
+        self.neck = nn.Conv2d(backbone_hidden_sizes[-1], neck_channels, 1)
+        # Layer names contain dots, which module names may not. Sorted, because a saved configuration is sorted too.
+        self.layer_names = sorted(layer_shapes) if use_weight_offsets else []
+        self.hypernetworks = nn.ModuleDict(
+            {
+                name.replace(".", "-"): HyperNetwork(
+                    neck_channels, *layer_shapes[name], hyper_channels, hyper_rank, hyper_convs
+                )
+                for name in self.layer_names
+            }
+        )
+        self.offset_network = None
+        if use_offset_planes:
+            self.offset_network = OffsetPlaneNetwork(
+                neck_channels, image_size // BACKBONE_STRIDE, offset_channels, camera_channels, plane_features,
+                offset_image_features, offset_resolution, offset_bound * box_size,
+            )  # fmt: skip
+        self.log_inner_rates = nn.Parameter(
+            torch.full((len(self.adaptable_parameters()),), math.log(inner_learning_rate))
+        )
+
+    @staticmethod
+    def config_for(
+        generator: nn.Module, prefixes: Sequence[str] = ("backbone.", "super_resolution."), **overrides: Any
+    ) -> dict[str, Any]:
+        """Constructor arguments that fit an `EG3DGenerator`.
+
+        Args:
+            generator: its `modulated_layers` and `config` are read.
+            prefixes: layers whose name starts with one of these get offsets.
+            overrides: further constructor arguments.
+
+        Raises:
+            ValueError: a prefix matches no layer.
+        """
+        layers = generator.modulated_layers
+        idle = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in layers)]
+        if idle:
+            raise ValueError(f"no modulated layer of the generator starts with {idle}; it has {sorted(layers)}")
+        return {
+            "layer_shapes": {n: list(shape) for n, shape in layers.items() if n.startswith(tuple(prefixes))},
+            "image_size": generator.config.image_size,
+            "plane_features": generator.config.plane_features,
+            "plane_resolution": generator.config.plane_resolution,
+            "box_size": generator.config.box_size,
+            **overrides,
+        }
+
+    def adaptable_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters θ^Aux that Eq. 5 moves, sorted by name: all but the learning rates themselves."""
+        return {name: p for name, p in sorted(self.named_parameters()) if name != "log_inner_rates"}
+
+    def inner_rates(self) -> dict[str, torch.Tensor]:
+        """α of Eq. 5 for each adaptable parameter, scalars; differentiable, as meta-training learns them."""
+        return dict(zip(self.adaptable_parameters(), self.log_inner_rates.exp().unbind(), strict=True))
+
+    def forward(
+        self, image: torch.Tensor, cameras: torch.Tensor | None = None, planes: torch.Tensor | None = None
+    ) -> AuxiliaryOutput:
+        """Offsets for each photo.
+
+        Args:
+            image: photos [B, 3, S, S] in [-1, 1].
+            cameras: [B, 25]; needed by the 3D module.
+            planes: the generator's own planes [B, 3, C, R, R] for the initial code, without offsets; likewise.
+
+        Raises:
+            ValueError: shapes differ from the configuration, or the 3D module lacks cameras or planes.
+        """
+        size = self.config.image_size
+        if image.ndim != 4 or image.shape[1:] != (3, size, size):
+            raise ValueError(f"image is {tuple(image.shape)}, expected [B, 3, {size}, {size}]")
+        features = F.leaky_relu(self.neck(self.backbone(image).feature_maps[-1]), LRELU_SLOPE)
+        weight_offsets = {name: self.hypernetworks[name.replace(".", "-")](features) for name in self.layer_names}
+        offset_planes = None
+        if self.offset_network is not None:
+            self._check_3d_inputs(image, cameras, planes)
+            offset_planes = self.offset_network(features, cameras, planes)
+        return AuxiliaryOutput(weight_offsets, offset_planes)
+
+    def _check_3d_inputs(self, image, cameras, planes) -> None:
+        if cameras is None or planes is None:
+            raise ValueError("the 3D module needs cameras and the generator's planes (or set use_offset_planes=False)")
+        if cameras.shape != (len(image), 25):
+            raise ValueError(f"cameras is {tuple(cameras.shape)}, expected {(len(image), 25)}")
+        side = self.config.plane_resolution
+        expected = (len(image), 3, self.config.plane_features, side, side)
+        if planes.shape != expected:
+            raise ValueError(f"planes is {tuple(planes.shape)}, expected {expected}")
+
