@@ -1,0 +1,397 @@
+"""Training of the auxiliary network: first plainly (Eq. 8), then by meta-learning (Alg. 1, Eq. 5-7)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from ..adaptation import InversionLoss, LossWeights, Reference
+from ..models.auxiliary import AuxiliaryNetwork, AuxiliaryOutput
+from ..models.discriminator import DualDiscriminator
+from ..models.eg3d import EG3DGenerator, GeneratorOutput
+from ..models.encoder import LatentEncoder
+from ..models.identity import IdentityNetwork
+from ..models.perceptual import LPIPS, DiscriminatorPerceptualDistance
+from .data import FaceDataset, FaceSampler, to_signed
+from .loop import TrainingRun, average_gradients, broadcast_module, update_average
+from .sheets import grid
+from .tasks import FrozenNetworks, InnerLoop, Tasks, adapt_tasks, make_tasks, predict_tasks, synthesize_tasks
+
+
+@dataclass
+class AuxiliaryConfig:
+    """Settings of both phases.
+
+    Attributes:
+        generator, encoder, discriminator, identity: folders of the trained, from now on frozen networks.
+        data: EG3D data set to train on. validation: one to measure on, or `None`.
+        phase: "plain" or "meta".
+        initial_auxiliary: folder of the network to start from (meta: that of the plain phase); `None`: a new one.
+        layer_prefixes: generator layers that get weight offsets (new network only).
+        auxiliary: further `AuxiliaryNetwork` arguments (new network only).
+        inner_loss: `LossWeights` of the inner loop, whose perceptual distance uses the discriminator's features.
+        outer_loss: `LossWeights` of the objective that the optimiser sees.
+        outer_perceptual: the objective's perceptual distance: an `LPIPS` folder, a safetensors file of SqueezeNet
+            features, or `None` for the discriminator's features.
+        total_images, interval_images, max_seconds: see `TrainingRun`; an image is a task in the meta phase.
+        batch: photos per optimiser step, of all processes together.
+        sample_fraction: part of the plain phase's batch that is generated instead of photographed.
+        learning_rate: of Adam (β of Eq. 7), falling along a cosine to `final_learning_rate` of it.
+        warmup_images: images over which the learning rate rises at first.
+        max_gradient_norm: clipping of the optimiser's gradient.
+        average_images: half-life of the averaged network that is saved as `auxiliary_average`; 0: none.
+        precision: "bf16" (on CUDA) or "fp32" for the plain phase; the meta phase and the CPU compute in fp32.
+        resolution: rays a side for the objective; `None`: the generator's. inner_resolution: of the inner loop.
+        inner_steps: K of the inner loop.
+        inner_max_gradient_norm: clipping in Eq. 5, stored in the network; `None` keeps the network's.
+        order: "second" differentiates through the inner gradients (MAML), "first" takes them for constants.
+        tasks_per_pass: tasks of a process whose inner loops run side by side; less needs less memory.
+        multi_step_weight: share of the objective that is put on the states before the last (MAML++).
+        learn_rates: whether the inner learning rates are learnt too, with `rates_learning_rate`.
+        calibrate_rates: where positive, the inner rates are set such that a step changes each tensor by this fraction
+            of its root mean square: at the start of the meta phase, and at each interval of the plain phase.
+        validation_photos: photos of the validation set that are inverted at each interval.
+        seed: of the order of the photos and of generated ones.
+    """
+
+    generator: str
+    encoder: str
+    discriminator: str
+    identity: str
+    data: str
+    validation: str | None = None
+    phase: str = "plain"
+    initial_auxiliary: str | None = None
+    layer_prefixes: Sequence[str] = ("backbone.", "super_resolution.")
+    auxiliary: dict[str, Any] = field(default_factory=dict)
+    inner_loss: dict[str, float] = field(default_factory=dict)
+    outer_loss: dict[str, float] = field(default_factory=dict)
+    outer_perceptual: str | None = None
+    total_images: int = 400_000
+    interval_images: int = 40_000
+    max_seconds: float | None = None
+    batch: int = 32
+    sample_fraction: float = 0.0
+    learning_rate: float = 5e-4
+    final_learning_rate: float = 0.05
+    warmup_images: int = 2_000
+    max_gradient_norm: float = 1.0
+    average_images: float = 5_000
+    precision: str = "bf16"
+    resolution: int | None = None
+    inner_resolution: int | None = None
+    inner_steps: int = 5
+    inner_max_gradient_norm: float | None = None
+    order: str = "second"
+    tasks_per_pass: int = 8
+    multi_step_weight: float = 0.2
+    learn_rates: bool = True
+    rates_learning_rate: float = 0.02
+    calibrate_rates: float = 0.002
+    validation_photos: int = 32
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, known in (
+            ("phase", ("plain", "meta")), ("order", ("first", "second")), ("precision", ("bf16", "fp32"))
+        ):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if self.inner_steps < 1:
+            raise ValueError(f"inner_steps must be at least 1, got {self.inner_steps}")
+
+
+def meta_objective(
+    networks: FrozenNetworks, auxiliary: AuxiliaryNetwork, tasks: Tasks, config: AuxiliaryConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Eq. 6 for a batch of tasks, differentiable with regard to θ^Aux and the inner rates; and figures of it.
+
+    With `config.multi_step_weight` the states before the last step share that part of the objective.
+    """
+    rates = auxiliary.inner_rates()
+    if not config.learn_rates:
+        rates = {name: rate.detach() for name, rate in rates.items()}
+    second_order = config.order == "second"
+    inner = InnerLoop(
+        config.inner_steps, rates, auxiliary.config.inner_max_gradient_norm, config.inner_resolution,
+        differentiable=second_order, keep_graph=config.multi_step_weight > 0,
+    )  # fmt: skip
+    adapted, outputs = adapt_tasks(networks, auxiliary, tasks, auxiliary.adaptable_parameters(), inner)
+    offsets = predict_tasks(auxiliary, adapted, tasks)
+    last = synthesize_tasks(networks.generator, tasks, offsets, config.resolution)
+
+    reference = networks.outer_loss.reference(tasks.image)
+    losses = _outer(networks, last, reference, tasks)
+    objective = (1 - config.multi_step_weight) * losses["total"].mean()
+    if config.multi_step_weight > 0:
+        earlier = [_outer(networks, output, reference, tasks)["total"].mean() for output in outputs]
+        objective = objective + config.multi_step_weight * torch.stack(earlier).mean()
+    first_mse = (outputs[0].image.detach() - tasks.image).square().mean()
+    figures = {"objective": objective, "mse_before": first_mse}
+    return objective, figures | {name: value.mean() for name, value in losses.items()}
+
+
+def _outer(networks: FrozenNetworks, output: GeneratorOutput, reference: Reference, tasks: Tasks):
+    return networks.outer_loss(output.image, output.image_raw, reference, tasks.camera)
+
+
+def plain_objective(
+    networks: FrozenNetworks, auxiliary: AuxiliaryNetwork, tasks: Tasks, config: AuxiliaryConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Eq. 8 of the prediction before any gradient step; and figures of it."""
+    half = config.precision == "bf16" and tasks.image.is_cuda
+    with torch.autocast(tasks.image.device.type, dtype=torch.bfloat16) if half else contextlib.nullcontext():
+        offsets = auxiliary(tasks.image, tasks.camera, tasks.planes)
+    offsets = AuxiliaryOutput(
+        {name: offset.float() for name, offset in offsets.weight_offsets.items()}, offsets.offset_planes
+    )
+    output = synthesize_tasks(
+        networks.generator, tasks, offsets, config.resolution, dtype=torch.bfloat16 if half else None
+    )
+    losses = _outer(networks, output, networks.outer_loss.reference(tasks.image), tasks)
+    figures = {name: value.mean() for name, value in losses.items()}
+    return figures["total"], figures
+
+
+@torch.no_grad()
+def calibrate_rates(
+    networks: FrozenNetworks,
+    auxiliary: AuxiliaryNetwork,
+    tasks: Tasks,
+    relative_step: float,
+    accelerator: Accelerator,
+) -> None:
+    """Set the inner rates such that a step changes each tensor by `relative_step` of its root mean square.
+
+    The scales of gradients differ by orders of magnitude between tensors (a tensor at zero counts as 0.01), which
+    one rate for all cannot suit and learning them from there would take long. Tensors without gradient keep theirs.
+    """
+    parameters = auxiliary.adaptable_parameters()
+    was_training = auxiliary.training
+    auxiliary.eval()
+    with torch.enable_grad():
+        stacked = {n: p.detach().expand(len(tasks.image), *p.shape).requires_grad_() for n, p in parameters.items()}
+        output = synthesize_tasks(networks.generator, tasks, predict_tasks(auxiliary, stacked, tasks), None)
+        losses = networks.inner_loss(output.image, output.image_raw, tasks.image, tasks.camera)
+        gradients = torch.autograd.grad(losses["total"].sum(), list(stacked.values()))
+    auxiliary.train(was_training)
+    logs = []
+    for current, parameter, gradient in zip(auxiliary.log_inner_rates, parameters.values(), gradients, strict=True):
+        size = parameter.square().mean().sqrt().clamp(min=0.01)
+        slope = gradient.square().mean().sqrt()
+        logs.append(torch.where(slope > 1e-9, (relative_step * size / slope.clamp(min=1e-9)).log(), current))
+    auxiliary.log_inner_rates.copy_(accelerator.reduce(torch.stack(logs), reduction="mean"))
+
+
+def average_statistics(accelerator: Accelerator, module: torch.nn.Module) -> None:
+    """Mean of the batch-normalisation statistics over all processes."""
+    if accelerator.num_processes > 1:
+        buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        flat = accelerator.reduce(torch.cat([buffer.flatten() for buffer in buffers]), reduction="mean")
+        for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+            buffer.copy_(part.view_as(buffer))
+
+
+class Validation:
+    """Inverts photos that are not trained on: figures and a sheet (rows: photo, encoder, before and after K steps)."""
+
+    def __init__(self, networks: FrozenNetworks, config: AuxiliaryConfig, device: torch.device):
+        dataset = FaceDataset(
+            config.validation, networks.generator.config.image_size, limit=config.validation_photos
+        )
+        self.networks, self.config = networks, config
+        self.image = to_signed(dataset.load()).to(device)
+        self.camera = dataset.cameras.to(device)
+
+    def measure(self, auxiliary: AuxiliaryNetwork) -> tuple[dict[str, float], Image.Image]:
+        """MSE at steps -1, 0 and K, and a sheet of the first eight photos; `auxiliary` must be in eval mode."""
+        config, generator = self.config, self.networks.generator
+        inner = InnerLoop(
+            config.inner_steps, {name: rate.detach() for name, rate in auxiliary.inner_rates().items()},
+            auxiliary.config.inner_max_gradient_norm, None, differentiable=False, keep_graph=False,
+        )  # fmt: skip
+        images: dict[int, list[torch.Tensor]] = {-1: [], 0: [], config.inner_steps: []}
+        for tasks in make_tasks(self.networks, self.image, self.camera).split(config.tasks_per_pass):
+            with torch.no_grad():
+                images[-1].append(generator.synthesize(tasks.w, tasks.camera, planes=tasks.planes).image)
+            parameters = {n: p.detach().requires_grad_() for n, p in auxiliary.adaptable_parameters().items()}
+            adapted, outputs = adapt_tasks(self.networks, auxiliary, tasks, parameters, inner)
+            images[0].append(outputs[0].image.detach())
+            with torch.no_grad():
+                last = synthesize_tasks(generator, tasks, predict_tasks(auxiliary, adapted, tasks), None)
+            images[config.inner_steps].append(last.image)
+        columns = {step: torch.cat(parts) for step, parts in images.items()}
+        figures = {
+            f"validation_mse_step_{step}": (image - self.image).square().mean().item()
+            for step, image in columns.items()
+        }
+        return figures, grid([self.image[:8], *(image[:8] for image in columns.values())])
+
+
+def load_networks(config: AuxiliaryConfig, device: torch.device) -> FrozenNetworks:
+    """The frozen networks and both losses on `device`."""
+
+    def load(cls, folder):
+        return cls.from_pretrained(folder).to(device).eval().requires_grad_(False)
+
+    discriminator = load(DualDiscriminator, config.discriminator)
+    identity = load(IdentityNetwork, config.identity)
+    inner_distance = outer_distance = DiscriminatorPerceptualDistance(discriminator)
+    if config.outer_perceptual is not None:
+        path = Path(config.outer_perceptual)
+        outer_distance = load(LPIPS, path) if path.is_dir() else LPIPS.from_features_file(path).to(device)
+    return FrozenNetworks(
+        load(EG3DGenerator, config.generator),
+        load(LatentEncoder, config.encoder),
+        InversionLoss(LossWeights(**config.inner_loss), inner_distance, identity, discriminator),
+        InversionLoss(LossWeights(**config.outer_loss), outer_distance, identity, discriminator),
+    )
+
+
+def make_auxiliary(config: AuxiliaryConfig, generator: EG3DGenerator) -> AuxiliaryNetwork:
+    """A new network that fits the generator, or the one that the configuration starts from."""
+    if config.initial_auxiliary is None:
+        arguments = AuxiliaryNetwork.config_for(generator, tuple(config.layer_prefixes), **config.auxiliary)
+        auxiliary = AuxiliaryNetwork(**arguments)
+    else:
+        auxiliary = AuxiliaryNetwork.from_pretrained(config.initial_auxiliary)
+    if config.inner_max_gradient_norm is not None:
+        auxiliary.register_to_config(inner_max_gradient_norm=config.inner_max_gradient_norm)
+    return auxiliary
+
+
+def learning_rate_factor(images: int, config: AuxiliaryConfig) -> float:
+    """Linear warm-up, then a cosine from 1 to `final_learning_rate`."""
+    warmup = min(1.0, (images + 1) / max(config.warmup_images, 1))
+    cosine = (1 + math.cos(math.pi * min(1.0, images / config.total_images))) / 2
+    return warmup * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
+
+
+def train(config: AuxiliaryConfig, run_folder: str | os.PathLike, resume: bool = False) -> bool:
+    """Train in `run_folder`; with `resume` from its newest checkpoint. True where the run reached its end.
+
+    The networks are saved as `auxiliary` and, for use, `auxiliary_average`.
+
+    Raises:
+        FileExistsError: the folder has checkpoints already and `resume` is off.
+        ValueError: the batch cannot be divided among the processes and passes.
+    """
+    accelerator = Accelerator()
+    device = accelerator.device
+    parts = accelerator.num_processes * (config.tasks_per_pass if config.phase == "meta" else 1)
+    if config.batch % parts:
+        raise ValueError(f"a batch of {config.batch} cannot be divided into {parts} processes times tasks_per_pass")
+    own_batch = config.batch // accelerator.num_processes
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(config.seed)  # of the initialisation: the same in every process
+    networks = load_networks(config, device)
+    auxiliary = make_auxiliary(config, networks.generator).to(device)
+    broadcast_module(accelerator, auxiliary)
+    average = copy.deepcopy(auxiliary).eval().requires_grad_(False) if config.average_images else None
+
+    parameters = list(auxiliary.adaptable_parameters().values())
+    groups = [{"params": parameters, "lr": config.learning_rate}]
+    if config.phase == "meta" and config.learn_rates:
+        groups.append({"params": [auxiliary.log_inner_rates], "lr": config.rates_learning_rate})
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    initial_rates = [group["lr"] for group in groups]
+    run = TrainingRun(
+        run_folder, accelerator, config.total_images, config.interval_images,
+        models={"auxiliary": auxiliary} | ({"auxiliary_average": average} if average is not None else {}),
+        optimizers={"auxiliary": optimizer}, config=config, max_seconds=config.max_seconds,
+    )  # fmt: skip
+    if run.checkpoints and not resume:
+        raise FileExistsError(f"{run_folder} holds a run already: resume it, or choose another folder")
+    resumed = run.resume() if resume else False
+
+    # Every process sees other photos, and a resumed run does not see those of its beginning again.
+    seed = config.seed + 1009 * accelerator.process_index + run.images
+    torch.manual_seed(seed)
+    sampler = FaceSampler(
+        FaceDataset(config.data, networks.generator.config.image_size), own_batch, device, seed=seed
+    )
+
+    def calibrate(run: TrainingRun) -> None:
+        tasks = make_tasks(networks, *sampler.next()).split(config.tasks_per_pass)[0]
+        calibrate_rates(networks, average or auxiliary, tasks, config.calibrate_rates, accelerator)
+        if average is not None:
+            auxiliary.log_inner_rates.data.copy_(average.log_inner_rates)
+
+    if config.phase == "plain":
+        auxiliary.train()
+        if config.calibrate_rates > 0:
+            run.on_interval(calibrate)  # so that its checkpoints can be adapted too
+    else:
+        auxiliary.eval()  # a task is one photo, which has no batch statistics
+        run.CHECK_EVERY = 1  # a step takes seconds
+        if config.calibrate_rates > 0 and not resumed:
+            calibrate(run)
+    if config.validation is not None:
+        validation = Validation(networks, config, device)
+        run.on_interval(lambda run: _validate(run, validation, average or auxiliary))
+
+    trained = [parameter for group in groups for parameter in group["params"]]
+    while run.active():
+        factor = learning_rate_factor(run.schedule_images, config)
+        for group, rate in zip(optimizer.param_groups, initial_rates, strict=True):
+            group["lr"] = rate * factor
+        optimizer.zero_grad(set_to_none=True)
+        image, camera = sampler.next()
+        if config.phase == "plain":
+            image, camera = _mix_samples(networks.generator, sampler, image, camera, config.sample_fraction)
+            objective, figures = plain_objective(networks, auxiliary, make_tasks(networks, image, camera), config)
+            objective.backward()
+            average_statistics(accelerator, auxiliary)
+        else:
+            figures = _accumulate_meta_gradients(networks, auxiliary, make_tasks(networks, image, camera), config)
+        average_gradients(accelerator, trained)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_gradient_norm)
+        optimizer.step()
+        if average is not None:
+            # The half-life is at most a tenth of the images so far, so that the start is forgotten soon.
+            half_life = min(config.average_images, 0.1 * (run.images + config.batch))
+            update_average(average, auxiliary, 0.5 ** (config.batch / half_life))
+        run.advance(config.batch, figures | {"gradient_norm": norm, "learning_rate": factor * config.learning_rate})
+    if config.phase == "plain" and config.calibrate_rates > 0:
+        calibrate(run)
+    return run.finish()
+
+
+def _accumulate_meta_gradients(networks, auxiliary, tasks: Tasks, config: AuxiliaryConfig) -> dict[str, torch.Tensor]:
+    parts = tasks.split(config.tasks_per_pass)
+    collected = []
+    for part in parts:
+        objective, figures = meta_objective(networks, auxiliary, part, config)
+        (objective / len(parts)).backward()  # Eq. 7's gradient, as a mean instead of a sum
+        collected.append({name: value.detach() for name, value in figures.items()})
+    return {name: torch.stack([figures[name] for figures in collected]).mean() for name in collected[0]}
+
+
+@torch.no_grad()
+def _mix_samples(generator, sampler, image, camera, fraction: float) -> tuple[torch.Tensor, torch.Tensor]:
+    count = round(fraction * len(image))
+    if count:
+        z = torch.randn(count, generator.config.z_dim, device=image.device)
+        cameras = sampler.sample_cameras(count)
+        samples = generator(z, cameras).image.clamp(-1, 1)
+        image, camera = torch.cat([image[count:], samples]), torch.cat([camera[count:], cameras])
+    return image, camera
+
+
+def _validate(run: TrainingRun, validation: Validation, auxiliary: AuxiliaryNetwork) -> None:
+    if run.accelerator.is_main_process:
+        was_training = auxiliary.training
+        figures, sheet = validation.measure(auxiliary.eval())
+        auxiliary.train(was_training)
+        run.record({"images": run.images, **figures})
+        run.sheet("inversion", sheet)

@@ -1,0 +1,464 @@
+"""Latent directions of a generator: InterFaceGAN's boundaries (Shen et al. 2020) and principal components of w.
+
+Random heads are rendered from the front and measured: age and gender by a network, expressions and shape from
+landmarks. For each attribute a linear support vector machine separates the heads that have most of it from those that
+have least; the normal of its boundary, freed of the attributes named as its conditions and of the pose, is the
+direction. What each direction really does is then measured by moving heads along it, which sets its scale and range.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import multiprocessing
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from ..evaluation.attributes import AgeGenderNetwork
+from ..faces.cameras import camera_from_pose
+from ..faces.measures import MEASURES, face_measures
+from ..files import atomic_path
+from ..models.directions import Direction, LatentDirections
+from ..models.eg3d import EG3DGenerator
+from ..models.identity import IdentityNetwork
+from .sheets import grid
+
+#: Attributes that the network of `DirectionsConfig.attributes` judges; the others are `faces.measures.MEASURES`.
+NETWORK_ATTRIBUTES = ("age", "gender")
+MEANINGS = {
+    "age": "older",
+    "gender": "more masculine",
+    "smile": "smiles more",
+    "mouth_open": "opens the mouth",
+    "eyes_open": "opens the eyes",
+    "face_width": "wider face",
+}
+# Steps in standard deviations of the samples along a direction at which its effect is measured.
+_STEPS = (-3.0, -2.0, -1.0, 1.0, 2.0, 3.0)
+# Regularisation of the support vector machine, for w divided by its overall deviation; chosen by cross-validation.
+_SVM_C = (1e-5, 1e-4, 1e-3, 1e-2)
+
+
+@dataclass
+class DirectionsConfig:
+    """Settings of the search for latent directions.
+
+    Attributes:
+        generator: folder of the generator.
+        attributes: safetensors of face-api.js' age and gender network; without it these directions are left out.
+        identity: folder of an identity network, by which scales are limited; without it they are not.
+        samples: random heads.
+        truncation: of the samples, 0 to 1.
+        max_yaw, max_pitch: degrees to either side from which the pose that the mapping is conditioned on is drawn, so
+            that the pose's own direction is known. All heads are rendered from the front.
+        resolution: rays a side. Default: the generator's.
+        batch, shard: heads rendered, and heads saved, together.
+        workers: processes that look for landmarks. Default: one a core; 1 looks in this process.
+        extremes: share of the samples, at either end of an attribute, that the boundary separates.
+        held_out: share of the samples that accuracies are measured on.
+        conditions: for an attribute, those whose normals are projected out of its own; the pose always is.
+        components: number of principal components.
+        calibration: held-out heads that are moved along each direction to set its scale.
+        min_identity: mean similarity between a head and itself a step of 1 further that scales must keep.
+        min_accuracy: directions that separate worse are left out, and the report says so.
+        seed: of the samples.
+    """
+
+    generator: str
+    attributes: str | None = None
+    identity: str | None = None
+    samples: int = 20_000
+    truncation: float = 0.9
+    max_yaw: float = 20.0
+    max_pitch: float = 12.0
+    resolution: int | None = None
+    batch: int = 64
+    shard: int = 512
+    workers: int | None = None
+    extremes: float = 0.2
+    held_out: float = 0.2
+    conditions: dict[str, list[str]] = field(default_factory=dict)
+    components: int = 8
+    calibration: int = 128
+    min_identity: float = 0.75
+    min_accuracy: float = 0.7
+    seed: int = 0
+
+    #: What decides the samples: a run may only be resumed with the same.
+    SAMPLING = ("generator", "attributes", "truncation", "max_yaw", "max_pitch", "resolution", "shard", "seed")
+
+    def __post_init__(self):
+        known = (*NETWORK_ATTRIBUTES, *MEASURES)
+        named = {*self.conditions, *(name for names in self.conditions.values() for name in names)}
+        if unknown := sorted(named - set(known)):
+            raise ValueError(f"conditions names {', '.join(unknown)}; the attributes are {', '.join(known)}")
+        for name in ("extremes", "held_out"):
+            if not 0 < getattr(self, name) <= 0.5:
+                raise ValueError(f"{name} must be a share above 0 and at most 0.5, got {getattr(self, name)}")
+
+
+@functools.cache
+def _detector():
+    from ..faces.detection import FaceDetector
+
+    return FaceDetector()
+
+
+def _measure_picture(pixels: np.ndarray) -> list[float]:
+    """Measures of the largest face of an RGB picture [S, S, 3], not-a-numbers where there is none."""
+    faces = _detector().detect(Image.fromarray(pixels))
+    return list(face_measures(faces[0].landmarks).values()) if faces else [float("nan")] * len(MEASURES)
+
+
+class Attributes:
+    """Measures attributes of rendered heads; closes its worker processes with `close`.
+
+    Args:
+        network: path of the age and gender network, or `None` to leave these two out.
+        workers: as in `DirectionsConfig`.
+        device: of the network.
+
+    Landmarks need MediaPipe; without it, attributes measured by them are left out with a warning.
+    """
+
+    def __init__(self, network: str | None, workers: int | None, device: torch.device):
+        self.network = None if network is None else AgeGenderNetwork.from_file(network).to(device)
+        self.landmarks = importlib.util.find_spec("mediapipe") is not None
+        if not self.landmarks:
+            warnings.warn(f"mediapipe is not installed: no directions for {', '.join(MEASURES)}", stacklevel=2)
+        workers = workers or os.cpu_count() or 1
+        self._pool = None
+        if self.landmarks and workers > 1:
+            # Spawned: a fork of a process that runs threads may lock up.
+            self._pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Attributes in the order of the columns that `start` yields."""
+        return (*(NETWORK_ATTRIBUTES if self.network else ()), *(MEASURES if self.landmarks else ()))
+
+    @torch.no_grad()
+    def start(self, images: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begins to measure images [B, 3, S, S] in [-1, 1]; what it returns waits for the values [B, attributes],
+        float32 on the CPU, not-a-numbers where no face is found. Rendering may go on in the meantime."""
+        columns = []
+        if self.network is not None:
+            columns = [column.float().cpu()[:, None] for column in self.network(images)]
+        if not self.landmarks:
+            return lambda: torch.cat([*columns, torch.empty(len(images), 0)], dim=1)
+        pixels = (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        pictures = list(pixels.permute(0, 2, 3, 1).cpu().numpy())
+        measured = self._pool.map(_measure_picture, pictures) if self._pool else map(_measure_picture, pictures)
+        return lambda: torch.cat([*columns, torch.tensor(list(measured)).float()], dim=1)
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def train(config: DirectionsConfig, run_folder: str | os.PathLike, resume: bool = False) -> None:
+    """Samples, separates and calibrates; writes `latent_directions/` (the component), `directions.json` (all figures,
+    those of directions left out too) and `sheets/directions.png` into `run_folder`.
+
+    Samples are kept in `samples/`, `shard` heads a file; an interrupted run goes on after the last whole file.
+
+    Raises:
+        ValueError: the folder holds samples and `resume` is not set, or they were made with other settings; or no
+            attribute can be measured and no components are asked for.
+    """
+    accelerator = Accelerator()
+    folder = Path(run_folder)
+    shards = folder / "samples"
+    if accelerator.is_main_process:
+        _open(shards, config, resume)
+    accelerator.wait_for_everyone()
+    generator = EG3DGenerator.from_pretrained(config.generator).to(accelerator.device).eval().requires_grad_(False)
+    attributes = Attributes(config.attributes, config.workers, accelerator.device)
+    try:
+        _sample(generator, attributes, config, shards, accelerator)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _finish(generator, attributes, config, folder)
+        accelerator.wait_for_everyone()
+    finally:
+        attributes.close()
+
+
+def _open(shards: Path, config: DirectionsConfig, resume: bool) -> None:
+    settings = {name: getattr(config, name) for name in config.SAMPLING}
+    path = shards / "settings.json"
+    if path.exists():
+        if not resume:
+            raise ValueError(f"{shards} holds samples of an earlier run; resume it, or name another run folder")
+        earlier = json.loads(path.read_text())
+        changed = sorted(name for name in settings if earlier.get(name) != settings[name])
+        if changed:
+            raise ValueError(f"{shards} was made with another {', '.join(changed)}; name another run folder")
+        return
+    shards.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=2))
+
+
+@torch.no_grad()
+def _sample(generator, attributes, config, shards, accelerator) -> None:
+    """Renders and measures what is missing of the samples, each shard from its own seed."""
+    count = -(-config.samples // config.shard)
+    missing = [
+        index
+        for index in range(accelerator.process_index, count, accelerator.num_processes)
+        if not (shards / f"{index:05d}.safetensors").exists()
+    ]
+    bar = tqdm(total=len(missing) * config.shard, unit="head", disable=not accelerator.is_main_process)
+    for index in missing:
+        random = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+        z = torch.randn(config.shard, generator.config.z_dim, generator=random)
+        pose = (torch.rand(config.shard, 2, generator=random) * 2 - 1) * torch.tensor(
+            [config.max_yaw, config.max_pitch]
+        )
+        conditions = camera_from_pose(*pose.T).to(accelerator.device)
+        ws = generator.mapping(z.to(accelerator.device), conditions, config.truncation)[:, 0]
+        pending = []
+        for part in ws.split(config.batch):
+            pending.append(attributes.start(_frontal(generator, part, config)))
+            bar.update(len(part))
+        tensors = {"w": ws.float().cpu(), "pose": pose, "values": torch.cat([wait() for wait in pending])}
+        with atomic_path(shards / f"{index:05d}.safetensors") as temporary:
+            save_file(tensors, temporary, metadata={"attributes": json.dumps(attributes.names)})
+    bar.close()
+
+
+def _frontal(generator, ws, config) -> torch.Tensor:
+    camera = camera_from_pose(0.0, 0.0).to(ws.device).expand(len(ws), -1)
+    return generator.synthesize(ws, camera, resolution=config.resolution).image
+
+
+def separate(
+    w: np.ndarray, values: np.ndarray, extremes: float, held_out: float, seed: int = 0
+) -> tuple[np.ndarray, Callable[[np.ndarray], float]]:
+    """The boundary between samples with most and with least of an attribute.
+
+    Args:
+        w: [N, w_dim].
+        values: the attribute of each, [N]; samples that are not finite are left out.
+        extremes: share of the samples at either end that is separated.
+        held_out: share of the samples that the boundary is not fitted to.
+        seed: of the split.
+
+    Returns:
+        The unit normal [w_dim], pointing to more of the attribute, and a function of a normal: the share of held-out
+        extreme samples that a boundary with this normal, halfway between the fitted classes, puts on the right side.
+
+    Raises:
+        ValueError: too few samples have a value, or all have the same.
+    """
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.svm import LinearSVC
+
+    finite = np.isfinite(values)
+    w, values = w[finite], values[finite]
+    order = np.random.default_rng(seed).permutation(len(w))
+    test, fit = np.split(order, [int(held_out * len(w))])
+    if len(fit) * extremes < 10 or len(test) * extremes < 5:
+        raise ValueError(f"{len(w)} samples with a value are too few for a boundary between their extremes")
+    low, high = np.quantile(values[fit], [extremes, 1 - extremes])
+    if not low < high:
+        raise ValueError(f"the attribute hardly varies: a quantile of {extremes:g} and its opposite are both {low:g}")
+    fit, test = (part[(values[part] <= low) | (values[part] >= high)] for part in (fit, test))
+    labels = values >= high
+    # One number for all axes: the shape of W stays as it is.
+    unit = w[fit].std(0).mean()
+    search = GridSearchCV(LinearSVC(dual="auto", max_iter=20_000), {"C": _SVM_C}, cv=3)
+    search.fit((w[fit] - w[fit].mean(0)) / unit, labels[fit])
+    normal = search.best_estimator_.coef_[0]
+
+    def accuracy(normal: np.ndarray) -> float:
+        along = w @ normal
+        threshold = (along[fit][labels[fit]].mean() + along[fit][~labels[fit]].mean()) / 2
+        right = (along[test] > threshold) == labels[test]
+        # Both classes count alike, whatever their sizes.
+        return float((right[labels[test]].mean() + right[~labels[test]].mean()) / 2)
+
+    return normal / np.linalg.norm(normal), accuracy
+
+
+def project_out(normal: np.ndarray, conditions: Sequence[np.ndarray]) -> np.ndarray:
+    """InterFaceGAN's conditional manipulation: the unit vector nearest to `normal` [w_dim] along which no boundary of
+    `conditions` is approached.
+
+    Raises:
+        ValueError: nothing of the normal is left.
+    """
+    if len(conditions) == 0:
+        return normal
+    basis, _ = np.linalg.qr(np.stack(conditions, axis=1))
+    rest = normal - basis @ (basis.T @ normal)
+    length = np.linalg.norm(rest)
+    if length < 1e-3 * np.linalg.norm(normal):
+        raise ValueError("the direction lies within the span of its conditions")
+    return rest / length
+
+
+def principal_components(w: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` axes [count, w_dim] along which w [N, w_dim] varies most (GANSpace), and the deviations [count]."""
+    if not 0 <= count <= min(w.shape):
+        raise ValueError(f"{len(w)} samples of {w.shape[1]} numbers have no {count} principal components")
+    _, singular, axes = np.linalg.svd(w - w.mean(0), full_matrices=False)
+    # An axis has no sign of its own; this one does not depend on the linear algebra library.
+    axes = axes * np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])[:, None]
+    return axes[:count], singular[:count] / np.sqrt(len(w))
+
+
+def _pose_normals(w: np.ndarray, pose: np.ndarray) -> list[np.ndarray]:
+    """Unit normals of yaw and pitch: of their regression on w. Empty where w does not know the pose."""
+    centred, target = w - w.mean(0), pose - pose.mean(0)
+    gram = centred.T @ centred
+    solution = np.linalg.solve(gram + 1e-3 * np.trace(gram) / len(gram) * np.eye(len(gram)), centred.T @ target)
+    explained = 1 - ((target - centred @ solution) ** 2).mean(0) / (target**2).mean(0)
+    # What chance alone explains grows with the number of axes.
+    chance = 3 * w.shape[1] / len(w)
+    return [solution[:, i] / np.linalg.norm(solution[:, i]) for i in range(2) if explained[i] > max(0.05, chance)]
+
+
+@torch.no_grad()
+def _calibrate(generator, attributes, identity, config, name, normal, deviation, w, base, spread) -> dict:
+    """Effect of steps along a normal on `w` [M, w_dim], and from it scale and range.
+
+    `base` = (values [M, attributes], identity vectors or None) of the unmoved heads. A step of 1 shall change the
+    attribute by `spread`, its deviation among the samples, unless that takes more than two deviations of w or changes
+    the identity too much. The range ends where the attribute turns back or faces are lost.
+    """
+    column = attributes.names.index(name)
+    effects = []
+    for step in _STEPS:
+        moved = w + step * deviation * torch.from_numpy(normal).to(w)
+        images = torch.cat([_frontal(generator, part, config) for part in moved.split(config.batch)])
+        values = attributes.start(images)()[:, column]
+        entry = {"step": step, "change": float((values - base[0][:, column]).nanmean())}
+        entry["found"] = float((~(values.isnan() & ~base[0][:, column].isnan())).float().mean())
+        if identity is not None:
+            entry["identity"] = float((_embed(identity, images, config) * base[1]).sum(1).mean())
+        effects.append(entry)
+    near = [entry for entry in effects if abs(entry["step"]) <= 2]
+    slope = sum(entry["step"] * entry["change"] for entry in near) / sum(entry["step"] ** 2 for entry in near)
+    if not slope > 0:
+        raise ValueError(f"heads moved along it do not get more of it ({slope:.3g} a deviation)")
+    scale = float(np.clip(spread / slope, 0.5, 2.0))
+    if identity is not None:
+        kept = [abs(e["step"]) for e in effects if e["identity"] >= config.min_identity]
+        lost = [abs(e["step"]) for e in effects if e["identity"] < config.min_identity]
+        if lost:
+            scale = min(scale, max(0.25, max([s for s in kept if s < min(lost)], default=min(lost) / 2)))
+    limits = {}
+    for sign in (-1, 1):
+        reached, last = 0.0, 0.0
+        for entry in sorted((e for e in effects if e["step"] * sign > 0), key=lambda e: abs(e["step"])):
+            if entry["change"] * sign <= last or entry["found"] < 0.95:
+                break
+            reached, last = abs(entry["step"]), entry["change"] * sign
+        limits[sign] = sign * min(3.0, max(1.0, reached / scale))
+    return {"scale": scale * deviation, "low": limits[-1], "high": limits[1], "slope": slope, "effects": effects}
+
+
+@torch.no_grad()
+def _embed(identity, images, config) -> torch.Tensor:
+    return torch.cat([identity(part.clamp(-1, 1)) for part in images.split(config.batch)])
+
+
+def _load_samples(folder: Path, config: DirectionsConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    count = -(-config.samples // config.shard)
+    shards = [load_file(folder / "samples" / f"{index:05d}.safetensors") for index in range(count)]
+    return tuple(torch.cat([s[key] for s in shards])[: config.samples].numpy() for key in ("w", "pose", "values"))
+
+
+def _finish(generator, attributes, config, folder) -> None:
+    """From the samples to the component, the report and the sheet."""
+    w, pose, values = (array.astype(np.float64) for array in _load_samples(folder, config))
+    device = next(generator.parameters()).device
+    identity = None
+    if config.identity is not None:
+        identity = IdentityNetwork.from_pretrained(config.identity).to(device).eval().requires_grad_(False)
+    poses = _pose_normals(w, pose) if generator.config.pose_conditioning else []
+    report = {
+        "config": asdict(config),
+        "samples": len(w),
+        "pose_normals": len(poses),
+        "directions": {},
+        "left_out": {},
+    }
+    found = {}
+    for column, name in enumerate(attributes.names):
+        try:
+            found[name] = separate(w, values[:, column], config.extremes, config.held_out, config.seed)
+        except ValueError as error:
+            report["left_out"][name] = str(error)
+
+    # Heads with a face, to be moved.
+    complete = np.flatnonzero(np.isfinite(values).all(1))[-config.calibration :]
+    heads = torch.from_numpy(w[complete]).float().to(device)
+    images = torch.cat([_frontal(generator, part, config) for part in heads.split(config.batch)])
+    base = attributes.start(images)(), None if identity is None else _embed(identity, images, config)
+    directions = []
+    for name, (normal, accuracy) in tqdm(found.items(), unit="direction"):
+        try:
+            named = [found[other][0] for other in config.conditions.get(name, []) if other in found]
+            freed = project_out(normal, [*named, *poses])
+            share = accuracy(freed)
+            figures = {"accuracy": share, "accuracy_unconditioned": accuracy(normal)}
+            report["directions"][name] = figures
+            if share < config.min_accuracy:
+                raise ValueError(f"it separates only {share:.3f} of held-out samples")
+            spread = float(np.nanstd(values[:, attributes.names.index(name)]))
+            deviation = float((w @ freed).std())
+            figures |= {"spread": spread, "deviation": deviation}
+            figures |= _calibrate(generator, attributes, identity, config, name, freed, deviation, heads, base, spread)
+        except ValueError as error:
+            report["left_out"][name] = str(error)
+            continue
+        directions.append(
+            Direction(
+                name, "interfacegan", torch.from_numpy(freed).float(), figures["scale"], figures["low"],
+                figures["high"], share, MEANINGS[name],
+            )
+        )  # fmt: skip
+    axes, deviations = principal_components(w, config.components)
+    for number, (axis, deviation) in enumerate(zip(axes, deviations), start=1):
+        normal = torch.from_numpy(axis).float()
+        directions.append(Direction(f"pc{number}", "principal", normal, float(deviation), -3.0, 3.0, None, ""))
+    if not directions:
+        raise ValueError("no directions: no attribute could be measured and separated, and components is 0")
+    component = LatentDirections.from_directions(directions)
+    component.save_pretrained(folder / "latent_directions")
+    report["cosines"] = {d.name: [round(float(d.normal @ e.normal), 3) for e in directions] for d in directions}
+    with atomic_path(folder / "directions.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2))
+    _sheet(generator, component, heads[:2], config, folder)
+    for name, reason in report["left_out"].items():
+        warnings.warn(f"no direction {name}: {reason}", stacklevel=2)
+
+
+@torch.no_grad()
+def _sheet(generator, component, heads, config, folder) -> None:
+    """One line a direction: each head at -2, -1, 0, 1 and 2."""
+    rows = []
+    for direction in component.as_dict().values():
+        moved = [
+            head + value * direction.scale * direction.normal.to(head) for head in heads for value in (-2, -1, 0, 1, 2)
+        ]
+        rows.append(_frontal(generator, torch.stack(moved), config).clamp(-1, 1).cpu())
+    (folder / "sheets").mkdir(exist_ok=True)
+    with atomic_path(folder / "sheets" / "directions.png") as temporary:
+        grid(rows).save(temporary)

@@ -1,0 +1,386 @@
+"""Training of the latent encoder (Sec. 3.2: the initial code lies in a well-behaved region of W).
+
+Each step mixes two kinds of images. Of the generator's own samples the latent code is known, so the encoder learns it
+by regression; of photos only the picture is, so the frozen generator renders the predicted code at the photo's camera
+and the picture is compared. A penalty keeps the codes of photos as close to the average as the mapping network's own
+codes are, where edits work.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from PIL import Image
+from torch import nn
+
+from ..faces.cameras import camera_from_pose, mirror_camera
+from ..models.discriminator import DualDiscriminator
+from ..models.eg3d import EG3DGenerator
+from ..models.encoder import LatentEncoder
+from ..models.identity import IdentityNetwork
+from ..models.perceptual import LPIPS, DiscriminatorPerceptualDistance
+from .data import FaceDataset, FaceSampler, to_signed
+from .loop import TrainingRun, average_gradients, broadcast_module, update_average
+from .sheets import grid
+
+
+@dataclass
+class EncoderConfig:
+    """Hyperparameters of the encoder's training; batches and image counts are those of all processes together.
+
+    Attributes:
+        data: dataset zip or folder of the photos.
+        generator: folder of the trained generator, which stays as it is.
+        validation: dataset of held-out photos for figures and sheets; without it they show training photos.
+        discriminator: folder of the generator's discriminator, whose features are the perceptual distance unless
+            there is `perceptual_features`.
+        perceptual_features: safetensors file of SqueezeNet 1.1 features with folded normalisation.
+        identity: folder of an identity network.
+        encoder: options of `LatentEncoder` beside image_size, w_dim and num_ws, which are the generator's.
+        total_images: length of the training, photos and samples both counted.
+        latent_only_images: of them, those at the start that are all samples, learnt by regression alone.
+        coarse_images: of them, those at the start that are rendered with `coarse_resolution` rays a side, not with the
+            generator's own number.
+        batch_photos, batch_samples: photos and generator samples a step.
+        rendered_samples: of the samples, how many are also compared as pictures.
+        min_truncation: each sample's truncation is uniform from here to 1.
+        learning_rate: AdamW's peak, after a linear warm-up over `warmup_images`; then it falls to 0 by half a cosine.
+        max_gradient_norm: gradients longer than this are shortened to it.
+        average_images: half-life of the moving average of the weights, at most a tenth of the images so far.
+        weight_latent: of the squared latent error of samples, in units of each coordinate's standard deviation.
+        weight_mse, weight_perceptual, weight_identity: of the terms of Eq. 8.
+        weight_prior: of the penalty on codes of photos farther out than the mapping network's.
+        bf16: bfloat16 convolutions on CUDA.
+        interval_images: images between checkpoints, figures and sheets.
+        max_seconds: stop after so many seconds, with a checkpoint to resume from; the schedules follow total_images.
+    """
+
+    data: str
+    generator: str
+    validation: str | None = None
+    discriminator: str | None = None
+    perceptual_features: str | None = None
+    identity: str | None = None
+    encoder: dict = field(default_factory=dict)
+    total_images: int = 600_000
+    latent_only_images: int = 150_000
+    coarse_images: int = 400_000
+    coarse_resolution: int = 32
+    batch_photos: int = 256
+    batch_samples: int = 256
+    rendered_samples: int = 64
+    min_truncation: float = 0.6
+    learning_rate: float = 1e-3
+    warmup_images: int = 10_000
+    weight_decay: float = 0.01
+    average_images: int = 10_000
+    max_gradient_norm: float = 1.0
+    weight_latent: float = 0.1
+    weight_mse: float = 1.0
+    weight_perceptual: float = 0.05
+    weight_identity: float = 0.1
+    weight_prior: float = 0.02
+    bf16: bool = True
+    interval_images: int = 100_000
+    max_seconds: float | None = None
+    seed: int = 0
+
+
+def warmup_cosine(images: int, total: int, warmup: int, peak: float) -> float:
+    """Learning rate after `images` of `total`: linear from 0 to `peak` over `warmup`, then half a cosine back to 0."""
+    if images < warmup:
+        return peak * (images + 1) / (warmup + 1)
+    progress = min((images - warmup) / max(total - warmup, 1), 1.0)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def per_process(batch: int, accelerator: Accelerator) -> int:
+    """A process's share of a batch. Raises ValueError if the batch does not divide."""
+    if batch % accelerator.num_processes:
+        raise ValueError(f"A batch of {batch} images does not divide by {accelerator.num_processes} processes.")
+    return batch // accelerator.num_processes
+
+
+class LatentDistribution:
+    """Gaussian fit of the mapping network's codes: the average that truncation uses, spread, principal axes.
+
+    Attributes:
+        w_avg, w_std: mean and standard deviation of each coordinate, [w_dim].
+    """
+
+    # Axes with less than this share of the largest variance count as having that share: they hold rounding errors.
+    VARIANCE_FLOOR = 1e-3
+
+    def __init__(self, generator: EG3DGenerator, cameras: torch.Tensor, samples: int = 16384, seed: int = 0):
+        """Draws `samples` codes conditioned on random ones of cameras [N, 25]; one seed gives one fit."""
+        device = cameras.device
+        random = torch.Generator(device="cpu").manual_seed(seed)
+        z = torch.randn(samples, generator.config.z_dim, generator=random).to(device)
+        chosen = torch.randint(len(cameras), (samples,), generator=random).to(device)
+        with torch.no_grad():
+            w = generator.mapping(z, cameras[chosen])[:, 0].double()
+            self.w_avg = generator.w_avg.detach().float().clone()
+            centred = w - self.w_avg.double()
+            self.w_std = centred.square().mean(dim=0).sqrt().float()
+            variances, axes = torch.linalg.eigh(centred.mT @ centred / samples)
+            variances = variances.clamp_min(self.VARIANCE_FLOOR * variances[-1])
+            self._whiten = (axes / variances.sqrt()).float()
+
+    def mahalanobis(self, w: torch.Tensor) -> torch.Tensor:
+        """Mean squared whitened coordinate of codes [..., w_dim]; at most about 1 for the mapping network's."""
+        return ((w - self.w_avg) @ self._whiten).square().mean(dim=-1)
+
+
+class ReconstructionLoss:
+    """Terms of Eq. 8 that compare a rendering with its photo, for training the encoder. Networks are frozen."""
+
+    def __init__(self, config: EncoderConfig, device: torch.device, dtype: torch.dtype):
+        """Loads the networks that `config` names.
+
+        Raises:
+            ValueError: if a term has a weight but no network.
+        """
+        self.weights = {
+            "mse": config.weight_mse,
+            "perceptual": config.weight_perceptual,
+            "identity": config.weight_identity,
+        }
+        self.dtype = dtype
+        self.perceptual: Callable | None = None
+        self.identity: nn.Module | None = None
+        if config.perceptual_features:
+            self.perceptual = LPIPS.from_features_file(config.perceptual_features).to(device)
+        elif config.discriminator:
+            discriminator = DualDiscriminator.from_pretrained(config.discriminator, torch_dtype=torch.float32)
+            discriminator = discriminator.to(device).eval().requires_grad_(False)
+            self.perceptual = DiscriminatorPerceptualDistance(discriminator, dtype=dtype)
+        elif config.weight_perceptual:
+            raise ValueError("weight_perceptual needs a discriminator or perceptual_features; give one, or weight 0")
+        if config.identity:
+            identity = IdentityNetwork.from_pretrained(config.identity, torch_dtype=torch.float32)
+            self.identity = identity.to(device).eval().requires_grad_(False)
+
+    def __call__(self, image: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Terms [B] of images and targets [B, 3, S, S]; "total" is their weighted sum."""
+        losses = {"mse": (image - target).square().mean(dim=(1, 2, 3))}
+        with torch.autocast(image.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if self.perceptual is not None:
+                losses["perceptual"] = self.perceptual(image, target)
+            if self.identity is not None:
+                with torch.no_grad():
+                    reference = self.identity(target)
+                losses["identity"] = 1 - (self.identity(image) * reference).sum(dim=1)
+        losses["total"] = sum(self.weights[name] * value for name, value in losses.items())
+        return losses
+
+
+class SampleSource:
+    """Endless pictures of the frozen generator with their latent codes."""
+
+    def __init__(self, generator: EG3DGenerator, sampler: FaceSampler, min_truncation: float, dtype: torch.dtype):
+        """sampler: of the photos, whose cameras give the views and the mapping's conditions."""
+        self.generator, self.sampler, self.min_truncation, self.dtype = generator, sampler, min_truncation, dtype
+
+    @torch.no_grad()
+    def latents(self, batch: int) -> torch.Tensor:
+        """Codes [batch, w_dim] of random heads, truncated at random from `min_truncation` to 1."""
+        device = self.generator.device
+        z = torch.randn(batch, self.generator.config.z_dim, device=device)
+        w = self.generator.mapping(z, self.sampler.sample_cameras(batch))[:, 0]
+        truncation = torch.empty(batch, 1, device=device).uniform_(self.min_truncation, 1)
+        return self.generator.w_avg.lerp(w, truncation)
+
+    @torch.no_grad()
+    def next(self, batch: int, resolution: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """w [batch, w_dim], cameras [batch, 25] and images [batch, 3, S, S] in [-1, 1]; `resolution` rays a side.
+
+        Views are drawn apart from the mapping's conditions, so that a code does not tell its view.
+        """
+        w, cameras = self.latents(batch), self.sampler.sample_cameras(batch)
+        image = self.generator.synthesize(w, cameras, resolution=resolution, dtype=self.dtype).image
+        return w, cameras, image.clamp(-1, 1)
+
+
+def latent_error(predicted: torch.Tensor, w: torch.Tensor, w_std: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of codes [B, w_dim] or [B, num_ws, w_dim] against w [B, w_dim], in units of w_std."""
+    if predicted.ndim == 3:
+        w = w[:, None]
+    return ((predicted - w) / w_std).square().mean()
+
+
+class EncoderEvaluation:
+    """Held-out figures and the sample sheet: photos over reconstructions over turned heads."""
+
+    PHOTOS = 64
+
+    def __init__(
+        self, dataset: FaceDataset, samples: SampleSource, distribution: LatentDistribution, loss: ReconstructionLoss
+    ):
+        device = samples.generator.device
+        self.generator, self.dtype = samples.generator, samples.dtype
+        self.distribution, self.loss = distribution, loss
+        shown = range(min(self.PHOTOS, len(dataset)))
+        self.photos = to_signed(torch.stack([dataset[i][0] for i in shown])).to(device)
+        self.cameras = dataset.cameras[: len(self.photos)].to(device)
+        self.w, _, self.samples = samples.next(self.PHOTOS, None)
+
+    @torch.no_grad()
+    def figures(self, encoder: LatentEncoder) -> dict[str, float]:
+        """Losses on the photos, their codes' `mahalanobis`, and the `latent` error on samples."""
+        predicted = encoder(self.photos)
+        image = self.generator.synthesize(predicted, self.cameras, dtype=self.dtype).image
+        figures = {name: value.mean().item() for name, value in self.loss(image, self.photos).items()}
+        figures["mahalanobis"] = self.distribution.mahalanobis(predicted).mean().item()
+        figures["latent"] = latent_error(encoder(self.samples), self.w, self.distribution.w_std).item()
+        return figures
+
+    @torch.no_grad()
+    def sheet(self, encoder: LatentEncoder, columns: int = 16) -> Image.Image:
+        """`columns` photos, their reconstructions, and those with the head turned by 25 degrees."""
+        photos, cameras = self.photos[:columns], self.cameras[:columns]
+        w = encoder(photos)
+        turned = camera_from_pose(25.0, 0.0).to(cameras).expand_as(cameras)
+        return grid([photos] + [self.generator.synthesize(w, c, dtype=self.dtype).image for c in (cameras, turned)])
+
+
+class EncoderTrainer:
+    """The state of a run and one method a phase; `train` drives it."""
+
+    def __init__(self, config: EncoderConfig, accelerator: Accelerator):
+        self.config, self.accelerator, self.device = config, accelerator, accelerator.device
+        self.batch_photos = per_process(config.batch_photos, accelerator)
+        self.batch_samples = per_process(config.batch_samples, accelerator)
+        self.rendered_samples = per_process(config.rendered_samples, accelerator)
+        if self.rendered_samples > self.batch_samples:
+            raise ValueError(f"rendered_samples={config.rendered_samples} exceed batch_samples={config.batch_samples}")
+        self.dtype = torch.bfloat16 if config.bf16 and self.device.type == "cuda" else torch.float32
+
+        generator = EG3DGenerator.from_pretrained(config.generator, torch_dtype=torch.float32)
+        self.generator = generator.to(self.device).eval().requires_grad_(False)
+        self.loss = ReconstructionLoss(config, self.device, self.dtype)
+        self.dataset = FaceDataset(config.data, generator.config.image_size)
+        cameras = torch.cat([self.dataset.cameras, mirror_camera(self.dataset.cameras)]).to(self.device)
+        self.distribution = LatentDistribution(self.generator, cameras, seed=config.seed)
+
+        encoder = LatentEncoder(
+            image_size=generator.config.image_size, w_dim=generator.config.w_dim, num_ws=generator.num_ws,
+            **config.encoder,
+        ).to(self.device, memory_format=torch.channels_last)
+        encoder.set_latent_statistics(self.distribution.w_avg, self.distribution.w_std)
+        broadcast_module(accelerator, encoder)
+        self.encoder = encoder.train()
+        self.average = copy.deepcopy(encoder).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            encoder.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+
+    def load_data(self, images: int) -> None:
+        """Decodes the photos and starts this process' random streams for a run that has seen `images`."""
+        config, rank = self.config, self.accelerator.process_index
+        seed = (config.seed * 1_000_003 + images * 64 + rank) % 2**31
+        set_seed(seed)
+        self.sampler = FaceSampler(self.dataset, self.batch_photos, self.device, seed)
+        self.samples = SampleSource(self.generator, self.sampler, config.min_truncation, self.dtype)
+        held_out = self.dataset
+        if config.validation:
+            held_out = FaceDataset(config.validation, self.dataset.image_size, limit=EncoderEvaluation.PHOTOS)
+        self.evaluation = EncoderEvaluation(held_out, self.samples, self.distribution, self.loss)
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """Codes by the encoder in training, in the run's precision."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.encoder(image)
+
+    def latent_step(self, resolution: int | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and figures of a batch of samples alone."""
+        w, _, images = self.samples.next(self.batch_photos + self.batch_samples, resolution)
+        latent = latent_error(self.encode(images), w, self.distribution.w_std)
+        return self.config.weight_latent * latent, {"latent": latent}
+
+    def mixed_step(self, resolution: int | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and figures of a batch of photos and samples; the figures of pictures are the photos'."""
+        config = self.config
+        w, sample_views, samples = self.samples.next(self.batch_samples, resolution)
+        photos, photo_views = self.sampler.next()
+        images = torch.cat([photos, samples])
+        predicted = self.encode(images)
+        latent = latent_error(predicted[len(photos) :], w, self.distribution.w_std)
+        # Nearer to the average than the mapping network's codes is no fault: only what lies beyond them is penalised.
+        distance = self.distribution.mahalanobis(predicted[: len(photos)])
+        prior = (distance - 1).relu().mean()
+
+        rendered = len(photos) + self.rendered_samples
+        views = torch.cat([photo_views, sample_views[: self.rendered_samples]])
+        image = self.generator.synthesize(predicted[:rendered], views, resolution=resolution, dtype=self.dtype).image
+        terms = self.loss(image, images[:rendered])
+        loss = terms["total"].mean() + config.weight_latent * latent + config.weight_prior * prior
+        figures = {name: value[: len(photos)] for name, value in terms.items() if name != "total"}
+        return loss, figures | {"latent": latent, "mahalanobis": distance, "prior": prior}
+
+    def step(self, images: int) -> dict[str, torch.Tensor]:
+        """One update at this point of the run; returns figures."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = warmup_cosine(images, config.total_images, config.warmup_images, config.learning_rate)
+        resolution = config.coarse_resolution if images < config.coarse_images else None
+        phase = self.latent_step if images < config.latent_only_images else self.mixed_step
+        loss, figures = phase(resolution)
+        loss.backward()
+        average_gradients(self.accelerator, self.encoder.parameters())
+        norm = nn.utils.clip_grad_norm_(self.encoder.parameters(), config.max_gradient_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        batch = config.batch_photos + config.batch_samples
+        half_life = min(config.average_images, (images + batch) / 10)
+        update_average(self.average, self.encoder, 0.5 ** (batch / half_life))
+        return {"loss": loss, "gradient_norm": norm, **figures}
+
+
+def train(config: EncoderConfig, run_folder: str | os.PathLike, resume: bool = False) -> Path:
+    """Runs (or goes on with) an encoder's training in `run_folder`; returns the newest checkpoint.
+
+    The checkpoint's `encoder` is the averaged one, which is published. figures.jsonl has, at each interval, a line of
+    training means and one of held-out figures ("val/...": `EncoderEvaluation.figures`).
+
+    Raises:
+        FileNotFoundError, ValueError: data, checkpoints or settings do not fit.
+    """
+    accelerator = Accelerator()
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    set_seed(config.seed)
+    trainer = EncoderTrainer(config, accelerator)
+    run = TrainingRun(
+        run_folder, accelerator, config.total_images, config.interval_images,
+        models={"encoder": trainer.average, "encoder_raw": trainer.encoder}, optimizers={"encoder": trainer.optimizer},
+        config=config, max_seconds=config.max_seconds,
+    )
+    if resume:
+        run.resume()
+    trainer.load_data(run.images)
+    evaluated = run.images
+
+    def evaluate(run: TrainingRun) -> None:
+        nonlocal evaluated
+        evaluated = run.images
+        if accelerator.is_main_process:
+            figures = trainer.evaluation.figures(trainer.average)
+            run.record({"images": run.images} | {f"val/{name}": round(value, 6) for name, value in figures.items()})
+            run.sheet("encoder", trainer.evaluation.sheet(trainer.average))
+
+    run.on_interval(evaluate)
+    while run.active():
+        run.advance(config.batch_photos + config.batch_samples, trainer.step(run.schedule_images))
+    if evaluated != run.images:
+        evaluate(run)
+    run.finish()
+    return run.checkpoints[-1]

@@ -1,0 +1,298 @@
+"""Training of an identity network without identity labels, for the identity loss (Eq. 11).
+
+The 3D generator shows one head from two cameras, which are two pictures of one person; a photo and its (mirrored) self
+under different augmentations are another such pair. A contrastive loss brings pairs together and everybody else in the
+batch apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from ..faces.cameras import camera_from_pose
+from ..models.eg3d import EG3DGenerator
+from ..models.identity import IdentityNetwork
+from .data import FaceDataset, FaceSampler, to_signed
+from .encoder import SampleSource, per_process, warmup_cosine
+from .loop import TrainingRun, average_gradients, broadcast_module, update_average
+from .sheets import grid
+
+
+@dataclass
+class IdentityConfig:
+    """Hyperparameters of the identity network's training; batches and counts are those of all processes together.
+
+    Attributes:
+        data: dataset zip or folder of the photos.
+        generator: folder of the trained generator, which stays as it is.
+        validation: dataset of held-out photos for the figures; without it they are of training photos.
+        identity: options of `IdentityNetwork`.
+        total_images: length of the training; a pair is two images.
+        batch_samples, batch_photos: generated persons and photos a step, a pair of pictures each.
+        resolution: rays a side of the generated pictures.
+        max_yaw, max_pitch: degrees to either side from which each generated picture's pose is drawn.
+        min_truncation: each generated person's truncation is uniform from here to 1; near the average people look
+            alike.
+        temperature: of the contrastive loss.
+        learning_rate: AdamW's peak, after a linear warm-up over `warmup_images`; then it falls to 0 by half a cosine.
+        average_images: half-life of the moving average of the weights, at most a tenth of the images so far.
+        max_gradient_norm: gradients longer than this are shortened to it.
+        bf16: bfloat16 convolutions on CUDA.
+        interval_images: images between checkpoints, figures and sheets.
+        max_seconds: stop after so many seconds, with a checkpoint to resume from; the schedule follows total_images.
+    """
+
+    data: str
+    generator: str
+    validation: str | None = None
+    identity: dict = field(default_factory=dict)
+    total_images: int = 600_000
+    batch_samples: int = 512
+    batch_photos: int = 512
+    resolution: int = 32
+    max_yaw: float = 30.0
+    max_pitch: float = 15.0
+    min_truncation: float = 0.6
+    temperature: float = 0.1
+    learning_rate: float = 2e-3
+    warmup_images: int = 20_000
+    weight_decay: float = 0.05
+    average_images: int = 20_000
+    max_gradient_norm: float = 1.0
+    bf16: bool = True
+    interval_images: int = 100_000
+    max_seconds: float | None = None
+    seed: int = 0
+
+
+def _uniform(batch: int, low: float, high: float, device: torch.device) -> torch.Tensor:
+    return torch.empty(batch, 1, 1, 1, device=device).uniform_(low, high)
+
+
+def _normal_exponent(batch: int, deviation: float, device: torch.device, channels: int = 1) -> torch.Tensor:
+    return torch.exp2(torch.randn(batch, channels, 1, 1, device=device) * deviation)
+
+
+def augment(image: torch.Tensor) -> torch.Tensor:
+    """What changes between two photos of a person, for images [B, 3, S, S] in [-1, 1], at random for each image.
+
+    A small similarity transform (as of another alignment), blur, white balance, saturation (a fifth become grey),
+    contrast, brightness and noise.
+    """
+    batch, _, size, _ = image.shape
+    device = image.device
+    angle = _uniform(batch, -1, 1, device)[:, 0, 0, 0] * math.radians(8)
+    scale = _normal_exponent(batch, 0.08, device)[:, 0, 0, 0]
+    shift = torch.empty(batch, 2, 1, device=device).uniform_(-0.06, 0.06)
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
+    rotation = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], 1)
+    sampling = F.affine_grid(torch.cat([rotation, shift], dim=2), list(image.shape), align_corners=False)
+    image = F.grid_sample(image, sampling, padding_mode="reflection", align_corners=False)
+
+    coarse = F.interpolate(image, size=(size // 3, size // 3), mode="bilinear", antialias=True)
+    coarse = F.interpolate(coarse, size=(size, size), mode="bilinear")
+    image = image.lerp(coarse, _uniform(batch, -1, 1, device).clamp_min(0))
+
+    image = (image + 1) * _normal_exponent(batch, 0.12, device, channels=3) - 1
+    grey = image.mean(dim=1, keepdim=True)
+    saturation = _normal_exponent(batch, 0.4, device) * (_uniform(batch, 0, 1, device) > 0.2)
+    image = grey + (image - grey) * saturation
+    mean = image.mean(dim=(1, 2, 3), keepdim=True)
+    image = mean + (image - mean) * _normal_exponent(batch, 0.3, device) + _uniform(batch, -0.25, 0.25, device)
+    return (image + torch.randn_like(image) * _uniform(batch, 0, 0.08, device)).clamp(-1, 1)
+
+
+def contrastive_loss(first: torch.Tensor, second: torch.Tensor, temperature: float, accelerator: Accelerator):
+    """Normalised-temperature cross entropy (NT-Xent, Chen et al. 2020) over the batches of all processes: a scalar.
+
+    Args:
+        first, second: unit vectors [N, D]; row i of both is one person, all else others. N is the same on every
+            process.
+        temperature: divides the cosines.
+        accelerator: other processes' vectors serve as further negatives, without a gradient to them.
+    """
+    own = torch.cat([first, second])
+    rank, count = accelerator.process_index, len(own)
+    # gather() concatenates in order of rank; this process' part is put back with its gradient.
+    everyone = accelerator.gather(own.detach())
+    everyone = torch.cat([everyone[: rank * count], own, everyone[(rank + 1) * count :]])
+    cosines = own @ everyone.T
+    rows = torch.arange(count, device=own.device)
+    itself = F.one_hot(rows + rank * count, len(everyone)).bool()
+    logits = (cosines / temperature).masked_fill(itself, -torch.inf)
+    return F.cross_entropy(logits, rank * count + (rows + len(first)) % count)
+
+
+def verification_figures(first: torch.Tensor, second: torch.Tensor) -> dict[str, float]:
+    """How well the cosine tells one person's pairs from pairs of two persons.
+
+    Args:
+        first, second: unit vectors [N, D], N at least 2; row i of both is one person, all else others.
+
+    Returns:
+        "auc": area under the receiver operating characteristic; "accuracy": mean of the true positive and true
+            negative rate at
+        the best threshold; "same" and "different": mean cosines.
+    """
+    cosines = first @ second.T
+    same = cosines.diagonal().contiguous()
+    different = cosines[~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)].sort().values
+    below = torch.searchsorted(different, same) / len(different)
+    not_above = torch.searchsorted(different, same, right=True) / len(different)
+    # With a threshold at each same-person cosine: how many of the others are below, and how many of the same are not.
+    true_positive = (same[None] >= same[:, None]).float().mean(dim=1)
+    return {
+        "auc": ((below + not_above) / 2).mean().item(),
+        "accuracy": ((below + true_positive) / 2).max().item(),
+        "same": same.mean().item(),
+        "different": different.mean().item(),
+    }
+
+
+class IdentityTrainer:
+    """The state of a run and one method a phase; `train` drives it."""
+
+    EVALUATED = 400
+
+    def __init__(self, config: IdentityConfig, accelerator: Accelerator):
+        self.config, self.accelerator, self.device = config, accelerator, accelerator.device
+        self.batch_samples = per_process(config.batch_samples, accelerator)
+        self.batch_photos = per_process(config.batch_photos, accelerator)
+        self.dtype = torch.bfloat16 if config.bf16 and self.device.type == "cuda" else torch.float32
+        generator = EG3DGenerator.from_pretrained(config.generator, torch_dtype=torch.float32)
+        self.generator = generator.to(self.device).eval().requires_grad_(False)
+        self.dataset = FaceDataset(config.data, generator.config.image_size)
+
+        identity = IdentityNetwork(**config.identity).to(self.device, memory_format=torch.channels_last)
+        broadcast_module(accelerator, identity)
+        self.identity = identity.train()
+        self.average = copy.deepcopy(identity).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            identity.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+
+    def load_data(self, images: int) -> None:
+        """Decodes the photos and starts this process' random streams for a run that has seen `images`."""
+        config, rank = self.config, self.accelerator.process_index
+        seed = (config.seed * 1_000_003 + images * 64 + rank) % 2**31
+        set_seed(seed)
+        self.sampler = FaceSampler(self.dataset, self.batch_photos, self.device, seed)
+        self.samples = SampleSource(self.generator, self.sampler, config.min_truncation, self.dtype)
+        held_out = self.dataset
+        if config.validation:
+            held_out = FaceDataset(config.validation, self.dataset.image_size, limit=self.EVALUATED)
+        shown = range(min(self.EVALUATED, len(held_out)))
+        self.held_out_photos = to_signed(torch.stack([held_out[i][0] for i in shown])).to(self.device)
+        chunks = [self.generated_pairs(50, None) for _ in range(self.EVALUATED // 50)]
+        self.held_out_pairs = tuple(torch.cat(pictures) for pictures in zip(*chunks))
+
+    @torch.no_grad()
+    def generated_pairs(self, batch: int, resolution: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two pictures [batch, 3, S, S] of each of `batch` random heads, each from a camera of its own."""
+        w = self.samples.latents(batch)
+        planes = self.generator.planes(w, dtype=self.dtype)
+        limits = torch.tensor([self.config.max_yaw, self.config.max_pitch])
+
+        def picture() -> torch.Tensor:
+            yaw, pitch = ((torch.rand(batch, 2) * 2 - 1) * limits).unbind(dim=1)
+            cameras = camera_from_pose(yaw, pitch).to(self.device, non_blocking=True)
+            output = self.generator.synthesize(w, cameras, planes=planes, resolution=resolution, dtype=self.dtype)
+            return output.image.clamp(-1, 1)
+
+        return picture(), picture()
+
+    def photo_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch of photos, twice; half of the second ones mirrored."""
+        photos, _ = self.sampler.next()
+        mirrored = torch.rand(len(photos), 1, 1, 1, device=self.device) < 0.5
+        return photos, torch.where(mirrored, photos.flip(-1), photos)
+
+    def step(self, images: int) -> dict[str, torch.Tensor]:
+        """One update at this point of the run; returns figures."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = warmup_cosine(images, config.total_images, config.warmup_images, config.learning_rate)
+        generated, photos = self.generated_pairs(self.batch_samples, config.resolution), self.photo_pairs()
+        pictures = augment(torch.cat([generated[0], photos[0], generated[1], photos[1]]))
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            embeddings = self.identity(pictures)
+        first, second = embeddings.chunk(2)
+        loss = contrastive_loss(first, second, config.temperature, self.accelerator)
+        loss.backward()
+        average_gradients(self.accelerator, self.identity.parameters())
+        norm = nn.utils.clip_grad_norm_(self.identity.parameters(), config.max_gradient_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        batch = 2 * (config.batch_samples + config.batch_photos)
+        half_life = min(config.average_images, (images + batch) / 10)
+        update_average(self.average, self.identity, 0.5 ** (batch / half_life))
+        cosine = (first * second).sum(dim=1).detach()
+        return {
+            "loss": loss,
+            "gradient_norm": norm,
+            "cosine_generated": cosine[: self.batch_samples],
+            "cosine_photos": cosine[self.batch_samples :],
+        }
+
+    @torch.no_grad()
+    def figures(self) -> dict[str, float]:
+        """`verification_figures` of the averaged network: "generated/..." on two views of held-out heads, "photos/..."
+        on photos against their mirror images."""
+        pairs = {"generated": self.held_out_pairs, "photos": (self.held_out_photos, self.held_out_photos.flip(-1))}
+        figures = {}
+        for kind, (first, second) in pairs.items():
+            for name, value in verification_figures(self.average(first), self.average(second)).items():
+                figures[f"{kind}/{name}"] = value
+        return figures
+
+
+def train(config: IdentityConfig, run_folder: str | os.PathLike, resume: bool = False) -> Path:
+    """Runs (or goes on with) an identity network's training in `run_folder`; returns the newest checkpoint.
+
+    The checkpoint's `identity` is the averaged network, which is published. figures.jsonl has, at each interval, a
+    line of training means and one of held-out figures ("val/...": `IdentityTrainer.figures`).
+
+    Raises:
+        FileNotFoundError, ValueError: data, checkpoints or settings do not fit.
+    """
+    accelerator = Accelerator()
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    set_seed(config.seed)
+    trainer = IdentityTrainer(config, accelerator)
+    run = TrainingRun(
+        run_folder, accelerator, config.total_images, config.interval_images,
+        models={"identity": trainer.average, "identity_raw": trainer.identity},
+        optimizers={"identity": trainer.optimizer}, config=config, max_seconds=config.max_seconds,
+    )
+    if resume:
+        run.resume()
+    trainer.load_data(run.images)
+    run.sheet("pairs", grid([augment(pictures[:16]) for pictures in trainer.held_out_pairs]))
+    evaluated = run.images
+
+    def evaluate(run: TrainingRun) -> None:
+        nonlocal evaluated
+        evaluated = run.images
+        if accelerator.is_main_process:
+            figures = trainer.figures()
+            run.record({"images": run.images} | {f"val/{name}": round(value, 6) for name, value in figures.items()})
+
+    run.on_interval(evaluate)
+    while run.active():
+        run.advance(2 * (config.batch_samples + config.batch_photos), trainer.step(run.schedule_images))
+    if evaluated != run.images:
+        evaluate(run)
+    run.finish()
+    return run.checkpoints[-1]

@@ -1,0 +1,326 @@
+"""Training of the auxiliary network: meta-gradients, task batching, both phases, resumption."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from metaaux.adaptation import InversionLoss, LossWeights, adapt
+from metaaux.models.auxiliary import AuxiliaryNetwork
+from metaaux.models.discriminator import DualDiscriminator
+from metaaux.models.eg3d import EG3DGenerator
+from metaaux.models.perceptual import DiscriminatorPerceptualDistance
+from metaaux.training.auxiliary import (
+    AuxiliaryConfig,
+    calibrate_rates,
+    learning_rate_factor,
+    meta_objective,
+    plain_objective,
+    train,
+)
+from metaaux.training.loop import load_config
+from metaaux.training.tasks import FrozenNetworks, InnerLoop, Tasks, adapt_tasks, make_tasks, predict_tasks
+
+CONFIGS = Path(__file__).resolve().parent.parent / "metaaux" / "training" / "configs"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small lose more by handing work over than a second thread wins."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def networks(tiny_components):
+    parts = tiny_components
+    distance = DiscriminatorPerceptualDistance(parts["discriminator"])
+    losses = [
+        InversionLoss(weights, distance, parts["identity"], parts["discriminator"])
+        for weights in (LossWeights(), LossWeights(perceptual=0.1))
+    ]
+    return FrozenNetworks(parts["generator"], parts["encoder"], *losses)
+
+
+@pytest.fixture(scope="module")
+def tasks(networks, cameras):
+    size = networks.generator.config.image_size
+    coarse = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(7)) * 2 - 1
+    image = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").clamp(-1, 1)
+    return make_tasks(networks, image, cameras[:2])
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_components, tmp_path_factory):
+    """The networks' folders and a data set of four pictures, as settings of a configuration."""
+    root = tmp_path_factory.mktemp("auxiliary")
+    settings = {}
+    for name in ("generator", "encoder", "discriminator", "identity"):
+        tiny_components[name].save_pretrained(root / name)
+        settings[name] = str(root / name)
+    data = root / "data"
+    data.mkdir()
+    size = tiny_components["generator"].config.image_size
+    from metaaux.faces.cameras import camera_from_pose
+
+    labels = []
+    for index, yaw in enumerate((0, 8, -14, 22)):
+        Image.linear_gradient("L").rotate(90 * index).resize((size, size)).convert("RGB").save(data / f"{index}.png")
+        labels.append([f"{index}.png", camera_from_pose(yaw, 0).tolist()])
+    (data / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return {**settings, "data": str(data), "validation": str(data)}
+
+
+def tiny_config(folders, tiny_components, **changes) -> AuxiliaryConfig:
+    network = {k: v for k, v in tiny_components["auxiliary"].config.items() if not k.startswith("_")}
+    for key in ("layer_shapes", "image_size", "plane_features", "plane_resolution", "box_size"):
+        del network[key]  # the generator's
+    settings = {
+        **folders, "auxiliary": network, "batch": 2, "total_images": 4, "interval_images": 4, "warmup_images": 1,
+        "average_images": 10, "tasks_per_pass": 2, "inner_steps": 1, "validation_photos": 2,
+    }  # fmt: skip
+    return AuxiliaryConfig(**{**settings, **changes})
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "figures.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------- meta-gradients
+
+
+@pytest.fixture
+def smooth_problem(tiny_components, monkeypatch):
+    """Real networks in float64, so small that the outer gradient can be compared with finite differences.
+
+    What the networks convert to float32 by `Tensor.float` stays in float64 here. The backbone's ReLUs make the
+    objective only piecewise smooth; the differences are small enough to stay in one piece.
+    """
+    from metaaux.faces.cameras import camera_from_pose
+
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        generator = EG3DGenerator(
+            z_dim=4, w_dim=4, image_size=32, plane_resolution=8, plane_features=4, channel_base=64, channel_max=8,
+            decoder_hidden=4, neural_resolution=4, depth_samples=4, importance_samples=0, super_resolution_kind="2X",
+        )  # fmt: skip
+        auxiliary = AuxiliaryNetwork(
+            **AuxiliaryNetwork.config_for(
+                generator, prefixes=("backbone.b8.",), backbone_layer_type="basic", backbone_depths=(1, 1, 1, 1),
+                backbone_embedding_size=4, backbone_hidden_sizes=(4, 4, 4, 4), neck_channels=4, hyper_channels=4,
+                hyper_rank=2, hyper_convs=1, offset_resolution=4, offset_channels=4, offset_image_features=2,
+                camera_channels=4, inner_learning_rate=0.05,
+            )
+        )  # fmt: skip
+        with torch.no_grad():
+            auxiliary.offset_network.to_offsets.weight.normal_(std=0.3)
+            for hypernetwork in auxiliary.hypernetworks.values():
+                hypernetwork.to_a.weight.normal_(std=0.3)
+        discriminator = DualDiscriminator(image_size=32, channel_base=64, channel_max=4, raw_size=4)
+        w = torch.randn(2, 4)
+        image = torch.rand(2, 3, 32, 32) * 2 - 1
+    for network in (generator, discriminator):
+        network.double().eval().requires_grad_(False)
+    auxiliary.double().eval()
+    loss = InversionLoss(LossWeights(perceptual=0, identity=0, adversarial=0.1), None, None, discriminator)
+    networks = FrozenNetworks(generator, tiny_components["encoder"], loss, loss)
+    camera = torch.stack([camera_from_pose(5, 0), camera_from_pose(-12, 3)]).double()
+    yield networks, auxiliary, Tasks(image, camera, w, generator.planes(w))
+    torch.set_default_dtype(torch.float32)
+
+
+def outer_gradient(problem, config, name):
+    networks, auxiliary, tasks = problem
+    auxiliary.zero_grad(set_to_none=True)
+    meta_objective(networks, auxiliary, tasks, config)[0].backward()
+    return auxiliary.get_parameter(name).grad.clone()
+
+
+@pytest.mark.parametrize("multi_step_weight", [0.0, 0.3])
+def test_second_order_gradient_equals_finite_differences_and_first_order_does_not(
+    smooth_problem, folders, tiny_components, multi_step_weight
+):
+    networks, auxiliary, tasks = smooth_problem
+    assert meta_objective(networks, auxiliary, tasks, tiny_config(folders, tiny_components))[0].dtype == torch.float64
+    config = tiny_config(folders, tiny_components, inner_steps=2, multi_step_weight=multi_step_weight)
+    names = ["hypernetworks.backbone-b8-conv1.bias", "offset_network.bias", "neck.bias", "log_inner_rates"]
+    deviations = {"second": 0.0, "first": 0.0}
+    for name in names:
+        parameter = auxiliary.get_parameter(name)
+        gradients = {
+            order: outer_gradient(smooth_problem, replace(config, order=order), name) for order in deviations
+        }
+        direction = gradients["second"] / gradients["second"].norm()
+        values = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                parameter.add_(step * direction)
+            values.append(meta_objective(networks, auxiliary, tasks, config)[0].item())
+            with torch.no_grad():
+                parameter.sub_(step * direction)
+        numeric = (values[0] - values[1]) / 2e-5
+        for order, gradient in gradients.items():
+            error = abs((gradient * direction).sum().item() - numeric) / abs(numeric)
+            deviations[order] = max(deviations[order], error)
+    assert deviations["second"] < 1e-3
+    assert deviations["first"] > 10 * deviations["second"] and deviations["first"] > 1e-3
+
+
+def test_tasks_side_by_side_come_out_as_alone(networks, tasks, tiny_components):
+    """The batched inner loop of training and `adapt` of inference are the same algorithm."""
+    auxiliary = tiny_components["auxiliary"]
+    rates = {name: torch.tensor(1e-3) for name in auxiliary.adaptable_parameters()}
+    leaves = {n: p.detach().clone().requires_grad_() for n, p in auxiliary.adaptable_parameters().items()}
+    inner = InnerLoop(2, rates, 0.5, None, differentiable=False, keep_graph=False)
+    adapted, outputs = adapt_tasks(networks, auxiliary, tasks, leaves, inner)
+    offsets = predict_tasks(auxiliary, adapted, tasks)
+    for i in range(2):
+        part = slice(i, i + 1)
+        images = {}
+        result = adapt(
+            networks.generator, auxiliary, networks.inner_loss, tasks.image[part], tasks.w[part], tasks.camera[part],
+            steps=2, learning_rates=rates, max_gradient_norm=0.5,
+            on_step=lambda step, image, _, images=images: images.update({step: image}),
+        )  # fmt: skip
+        for name, parameter in result.parameters.items():
+            torch.testing.assert_close(adapted[name][i], parameter, atol=1e-5, rtol=1e-4)
+        for step in range(2):
+            torch.testing.assert_close(outputs[step].image[part], images[step], atol=1e-4, rtol=1e-3)
+        for name, offset in result.weight_offsets.items():
+            torch.testing.assert_close(offsets.weight_offsets[name][i], offset, atol=1e-5, rtol=1e-3)
+
+
+def test_plain_objective_is_the_loss_of_the_prediction(networks, tasks, tiny_components, folders):
+    auxiliary = tiny_components["auxiliary"]
+    config = tiny_config(folders, tiny_components, precision="fp32")
+    objective, figures = plain_objective(networks, auxiliary, tasks, config)
+    output = auxiliary(tasks.image, tasks.camera, tasks.planes)
+    view = networks.generator.synthesize(tasks.w, tasks.camera, output.weight_offsets, output.offset_planes)
+    expected = networks.outer_loss(view.image, view.image_raw, tasks.image, tasks.camera)
+    torch.testing.assert_close(objective, expected["total"].mean())
+    torch.testing.assert_close(figures["mse"], (view.image - tasks.image).square().mean())
+
+
+def test_calibrated_rates_move_each_tensor_by_the_same_fraction(networks, tasks, tiny_components):
+    from accelerate import Accelerator
+
+    config = {k: v for k, v in tiny_components["auxiliary"].config.items() if not k.startswith("_")}
+    auxiliary = AuxiliaryNetwork(**config).eval()
+    auxiliary.load_state_dict(tiny_components["auxiliary"].state_dict())
+    part = tasks.split(1)[0]
+    calibrate_rates(networks, auxiliary, part, 1e-3, Accelerator())
+    result = adapt(
+        networks.generator, auxiliary, networks.inner_loss, part.image, part.w, part.camera, steps=1
+    )
+    moved = 0
+    for name, parameter in auxiliary.adaptable_parameters().items():
+        change = (result.parameters[name] - parameter).square().mean().sqrt()
+        size = parameter.square().mean().sqrt().clamp(min=0.01)
+        if change > 0:
+            moved += 1
+            torch.testing.assert_close(change / size, torch.tensor(1e-3), rtol=0.05, atol=0)
+    assert moved > 0.9 * len(auxiliary.adaptable_parameters())
+
+
+# -------------------------------------------------------------------------------------------------------- runs
+
+
+def test_plain_phase_trains_saves_and_resumes(folders, tiny_components, tmp_path):
+    config = tiny_config(folders, tiny_components, sample_fraction=0.5)
+    assert train(config, tmp_path) is True
+    first = tmp_path / "checkpoint-4"
+    network = AuxiliaryNetwork.from_pretrained(first / "auxiliary")
+    statistics = network.backbone.embedder.embedder.normalization
+    assert statistics.running_mean.abs().max() > 0  # learnt in training mode
+    assert network.log_inner_rates.unique().numel() > 1  # calibrated
+    figures = {name: value for line in lines_of(tmp_path) for name, value in line.items()}
+    assert {"mse", "total", "validation_mse_step_-1", "validation_mse_step_0", "validation_mse_step_1"} <= set(figures)
+    assert all(math.isfinite(value) for value in figures.values())
+    assert any((tmp_path / "sheets").glob("inversion-*.png"))
+
+    with pytest.raises(FileExistsError, match="resume"):
+        train(config, tmp_path)
+    assert train(replace(config, total_images=8), tmp_path, resume=True) is True
+    second = AuxiliaryNetwork.from_pretrained(tmp_path / "checkpoint-8" / "auxiliary")
+    assert any(
+        not torch.equal(a, b) for a, b in zip(network.parameters(), second.parameters(), strict=True)
+    )
+    assert [line["images"] for line in lines_of(tmp_path) if "mse" in line] == [4, 8]
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_meta_phase_starts_from_a_network_and_learns_rates(folders, tiny_components, tmp_path, order):
+    tiny_components["auxiliary"].save_pretrained(tmp_path / "initial")
+    config = tiny_config(
+        folders, tiny_components, phase="meta", order=order, initial_auxiliary=str(tmp_path / "initial"),
+        inner_max_gradient_norm=2.0, inner_resolution=4, tasks_per_pass=1, learning_rate=1e-3,
+    )  # fmt: skip
+    assert train(config, tmp_path / "run") is True
+    saved = AuxiliaryNetwork.from_pretrained(tmp_path / "run" / "checkpoint-4" / "auxiliary")
+    averaged = AuxiliaryNetwork.from_pretrained(tmp_path / "run" / "checkpoint-4" / "auxiliary_average")
+    initial = tiny_components["auxiliary"]
+    assert saved.config.inner_max_gradient_norm == averaged.config.inner_max_gradient_norm == 2.0
+    for name, parameter in saved.adaptable_parameters().items():
+        before = initial.get_parameter(name)
+        assert torch.isfinite(parameter).all()
+        if name.endswith("to_a.weight"):
+            assert not torch.equal(parameter, before), name
+    buffers = dict(initial.named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in saved.named_buffers())  # eval statistics
+    figures = lines_of(tmp_path / "run")
+    assert any("validation_mse_step_1" in line for line in figures)
+    assert any("mse_before" in line and line["images"] == 4 for line in figures)
+
+
+def test_rates_can_stay_fixed(networks, tasks, folders, tiny_components):
+    auxiliary = tiny_components["auxiliary"]
+    auxiliary.requires_grad_(True)
+    try:
+        for learn in (True, False):
+            auxiliary.zero_grad(set_to_none=True)
+            config = tiny_config(folders, tiny_components, learn_rates=learn, order="first", multi_step_weight=0.0)
+            meta_objective(networks, auxiliary, tasks, config)[0].backward()
+            assert (auxiliary.log_inner_rates.grad is not None) == learn
+    finally:
+        auxiliary.zero_grad(set_to_none=True)
+        auxiliary.requires_grad_(False)
+
+
+def test_learning_rate_rises_then_falls(folders, tiny_components):
+    config = tiny_config(folders, tiny_components, total_images=1000, warmup_images=100, final_learning_rate=0.1)
+    assert learning_rate_factor(0, config) < 0.02
+    assert learning_rate_factor(100, config) > 0.95
+    assert learning_rate_factor(1000, config) == pytest.approx(0.1)
+
+
+def test_configuration_errors(folders, tiny_components, tmp_path):
+    for wrong in ({"phase": "both"}, {"order": "third"}, {"precision": "fp16"}, {"inner_steps": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            tiny_config(folders, tiny_components, **wrong)
+    with pytest.raises(ValueError, match="tasks_per_pass"):
+        train(tiny_config(folders, tiny_components, phase="meta", batch=3), tmp_path / "run")
+
+
+@pytest.mark.parametrize("phase", ["plain", "meta"])
+def test_shipped_configurations_are_valid(phase):
+    config = load_config(AuxiliaryConfig, CONFIGS / f"auxiliary-{phase}-mini.yaml")
+    assert config.phase == phase
+    assert config.batch % config.tasks_per_pass == 0
+    LossWeights(**config.inner_loss), LossWeights(**config.outer_loss)
+    if phase == "plain":
+        generator = EG3DGenerator(
+            image_size=128, plane_resolution=128, channel_base=8192, channel_max=256, neural_resolution=64,
+            super_resolution_kind="2X",
+        )  # fmt: skip
+        network = AuxiliaryNetwork(**AuxiliaryNetwork.config_for(generator, **config.auxiliary))
+        assert sum(p.numel() for p in network.parameters()) <= 4_000_000

@@ -1,0 +1,173 @@
+"""Data set, augmentation and gradients of the trainers."""
+
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from metaaux.faces.cameras import camera_from_pose, mirror_camera, pose_of_camera
+from metaaux.training.augment import AdaptiveAugmentation
+from metaaux.training.data import FaceDataset, FaceSampler
+from metaaux.training.graphs import CapturedFunction, FlatGradients
+
+
+def write_dataset(path, count=6, size=16, yaws=None):
+    """A zip of `count` pictures, each of one grey level with a bright left column, at cameras of `yaws`."""
+    yaws = yaws or [0.0] * count
+    labels = []
+    with zipfile.ZipFile(path, "w") as file:
+        for i in range(count):
+            array = np.full((size, size, 3), 10 * i, np.uint8)
+            array[:, 0] = 255
+            buffer = io.BytesIO()
+            Image.fromarray(array).save(buffer, "PNG")
+            name = f"00/{i:05d}.png"
+            file.writestr(name, buffer.getvalue())
+            labels.append([name, camera_from_pose(float(yaws[i]), 0.0).tolist()])
+        file.writestr("dataset.json", json.dumps({"labels": labels}))
+    return path
+
+
+class TestFaceDataset:
+    def test_reads_pictures_and_cameras(self, tmp_path):
+        dataset = FaceDataset(write_dataset(tmp_path / "a.zip"), 16)
+        image, camera = dataset[3]
+        assert len(dataset) == 6 and image.shape == (3, 16, 16) and image.dtype == torch.uint8
+        assert image[0, 5, 5] == 30 and image[0, 5, 0] == 255
+        assert torch.allclose(camera, camera_from_pose(0.0, 0.0))
+        assert torch.equal(dataset.load()[3], image)
+
+    def test_folder_equals_zip(self, tmp_path):
+        with zipfile.ZipFile(write_dataset(tmp_path / "a.zip")) as file:
+            file.extractall(tmp_path / "folder")
+        zipped, folder = FaceDataset(tmp_path / "a.zip", 16), FaceDataset(tmp_path / "folder", 16)
+        assert torch.equal(zipped.load(), folder.load()) and torch.equal(zipped.cameras, folder.cameras)
+
+    def test_resizes(self, tmp_path):
+        assert FaceDataset(write_dataset(tmp_path / "a.zip"), 8).load().shape == (6, 3, 8, 8)
+
+    def test_limit(self, tmp_path):
+        assert len(FaceDataset(write_dataset(tmp_path / "a.zip"), 16, limit=2)) == 2
+
+    def test_missing(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="metaaux prepare"):
+            FaceDataset(tmp_path / "none.zip", 16)
+
+    def test_no_labels(self, tmp_path):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+            file.writestr("x.txt", "")
+        with pytest.raises(FileNotFoundError, match="dataset.json"):
+            FaceDataset(tmp_path / "a.zip", 16)
+
+    def test_broken_picture(self, tmp_path):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+            file.writestr("a.png", b"no picture")
+            file.writestr("dataset.json", json.dumps({"labels": [["a.png", [0.0] * 25]]}))
+        with pytest.raises(ValueError, match="a.png"):
+            FaceDataset(tmp_path / "a.zip", 16).load()
+
+    def test_short_label(self, tmp_path):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+            file.writestr("dataset.json", json.dumps({"labels": [["a.png", [0.0] * 16]]}))
+        with pytest.raises(ValueError, match="25 numbers"):
+            FaceDataset(tmp_path / "a.zip", 16)
+
+
+class TestFaceSampler:
+    @pytest.mark.parametrize("in_memory", [True, False])
+    def test_mirrors_picture_and_camera_together(self, tmp_path, in_memory):
+        dataset = FaceDataset(write_dataset(tmp_path / "a.zip", yaws=[10.0] * 6), 16)
+        sampler = FaceSampler(dataset, 64, "cpu", seed=1, in_memory=in_memory, workers=0)
+        images, cameras = sampler.next()
+        mirrored = images[:, 0, 0, -1] == 1
+        assert 10 < mirrored.sum() < 54
+        assert torch.equal(pose_of_camera(cameras)[0] < 0, mirrored)
+        assert images.min() >= -1 and images.max() == 1
+        assert torch.allclose(cameras[mirrored], mirror_camera(dataset.cameras[:1]), atol=1e-6)
+
+    def test_turned_faces_come_more_often(self, tmp_path):
+        dataset = FaceDataset(write_dataset(tmp_path / "a.zip", count=2, yaws=[0.0, 25.0]), 16)
+        yaw = pose_of_camera(FaceSampler(dataset, 1, "cpu", mirror=False).sample_cameras(4000))[0]
+        assert 0.75 < (yaw > 20).float().mean() < 0.85  # four to one
+        plain = FaceSampler(dataset, 1, "cpu", mirror=False, balance_turned=False).sample_cameras(4000)
+        assert 0.45 < (pose_of_camera(plain)[0] > 20).float().mean() < 0.55
+
+    def test_seed_decides(self, tmp_path):
+        dataset = FaceDataset(write_dataset(tmp_path / "a.zip"), 16)
+        first, again, other = (FaceSampler(dataset, 32, "cpu", seed=s).next()[0] for s in (1, 1, 2))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+class TestAugmentation:
+    def pair(self):
+        generator = torch.Generator().manual_seed(0)
+        return torch.rand(16, 3, 32, 32, generator=generator) * 2 - 1, torch.rand(16, 3, 16, 16, generator=generator)
+
+    def test_strength_zero_leaves_the_image(self):
+        image, raw = self.pair()
+        out, out_raw = AdaptiveAugmentation()(image, raw)
+        assert torch.allclose(out, image, atol=1e-5)
+        enlarged = torch.nn.functional.interpolate(raw, size=32, mode="bilinear")
+        assert torch.allclose(out_raw, enlarged, atol=1e-5)
+
+    def test_transforms_both_alike(self):
+        augment = AdaptiveAugmentation()
+        augment.p = 0.8
+        torch.manual_seed(0)
+        image = self.pair()[0]
+        out, out_raw = augment(image, image)
+        assert torch.allclose(out, out_raw, atol=1e-5)
+        changed = (out - image).abs().amax(dim=(1, 2, 3)) > 0.05
+        assert changed.float().mean() > 0.8
+
+    def test_follows_the_discriminator(self):
+        augment = AdaptiveAugmentation(target=0.6, ramp_images=1000)
+        augment.adapt(0.9, 100)
+        assert augment.p == pytest.approx(0.1)
+        augment.adapt(0.3, 50)
+        assert augment.p == pytest.approx(0.05)
+        augment.adapt(0.3, 500)
+        assert augment.p == 0
+        augment.adapt(0.9, 5000)
+        assert augment.p == pytest.approx(0.8)
+
+
+class TestGradients:
+    def test_flat_gradients_are_the_parameters(self):
+        torch.manual_seed(0)
+        layer, unused = torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)
+        gradients = FlatGradients([*layer.parameters(), *unused.parameters()])
+        x = torch.randn(5, 3)
+        gradients.set(gradients.flatten(layer(x).square().sum()), processes=1)
+        expected = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+        assert all(torch.allclose(p.grad, g) for p, g in zip(layer.parameters(), expected, strict=True))
+        assert all(p.grad.abs().sum() == 0 for p in unused.parameters())
+
+    def test_not_a_number_becomes_zero(self):
+        layer = torch.nn.Linear(1, 1)
+        gradients = FlatGradients(layer.parameters())
+        gradients.set(torch.tensor([float("nan"), float("inf")]), processes=1)
+        assert layer.weight.grad.item() == 0 and layer.bias.grad.item() == 1e5
+
+    def test_captured_function_is_the_function_on_cpu(self):
+        captured = CapturedFunction(lambda x: (x * 2, {"sum": x.sum()}))
+        for value in (1.0, 3.0):
+            doubled, figures = captured(torch.full((2,), value))
+            assert doubled.tolist() == [2 * value] * 2 and figures["sum"] == 2 * value
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+    def test_captured_function_replays(self):
+        weight = torch.ones(4, device="cuda", requires_grad=True)
+
+        def function(x):
+            return torch.autograd.grad((weight * x).square().sum(), weight)[0]
+
+        captured = CapturedFunction(function)
+        for value in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0):
+            assert captured(torch.full((4,), value, device="cuda")).tolist() == [2 * value**2] * 4
+        assert captured.graph is not None

@@ -1,0 +1,186 @@
+"""The generator's trainer and the loop that all trainers share, on a tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from metaaux.faces.cameras import camera_from_pose
+from metaaux.models.discriminator import DualDiscriminator
+from metaaux.models.eg3d import EG3DGenerator
+from metaaux.training.generator import GeneratorConfig, GeneratorTrainer, faded, train
+from metaaux.training.loop import TrainingRun, load_config, update_average
+from tests.test_training_data import write_dataset
+
+GENERATOR = dict(
+    z_dim=8, w_dim=16, image_size=32, plane_resolution=16, channel_base=128, channel_max=8, neural_resolution=16,
+    depth_samples=4, importance_samples=4, super_resolution_kind="2X", super_resolution_conv_clamp=None,
+)  # fmt: skip
+DISCRIMINATOR = dict(
+    image_size=32, channel_base=128, channel_max=8, conv_clamp=None, mapping_layers=2, raw_size=16
+)  # fmt: skip
+
+
+def tiny_config(tmp_path, **settings):
+    data = tmp_path / "data.zip"
+    if not data.exists():
+        write_dataset(data, count=8, size=32, yaws=[-20, -10, 0, 0, 5, 10, 15, 30])
+    settings = dict(batch=4, total_images=16, interval_images=8, rays=[[0, 8]], r1_interval=2) | settings
+    return GeneratorConfig(data=str(data), generator=GENERATOR, discriminator=DISCRIMINATOR, **settings)
+
+
+def weights(folder):
+    return EG3DGenerator.from_pretrained(folder / "generator").state_dict()
+
+
+class TestRun:
+    def test_writes_checkpoint_figures_and_sheet(self, tmp_path):
+        checkpoint = train(tiny_config(tmp_path), tmp_path / "run")
+        assert checkpoint.name == "checkpoint-16"
+        lines = [json.loads(line) for line in (tmp_path / "run/figures.jsonl").read_text().splitlines()]
+        assert [line["images"] for line in lines] == [8, 16]
+        names = {"loss_generator", "loss_discriminator", "r1_penalty", "depth_error", "images_per_second"}
+        assert names <= set(lines[0])
+        assert all(torch.isfinite(torch.tensor(float(v))) for line in lines for v in line.values())
+        assert len(list((tmp_path / "run/sheets").glob("heads-*.png"))) == 2
+        DualDiscriminator.from_pretrained(checkpoint / "discriminator")
+
+    def test_moves_both_networks(self, tmp_path):
+        config = tiny_config(tmp_path)
+        trainer = GeneratorTrainer(config, Accelerator())
+        trainer.load_data(0, 0)
+        before = [p.clone() for m in (trainer.generator, trainer.discriminator) for p in m.parameters()]
+        trainer.step(0, 1000)
+        after = [p for m in (trainer.generator, trainer.discriminator) for p in m.parameters()]
+        moved = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+        assert sum(moved) > 0.9 * len(moved)
+
+    def test_resumes_where_it_stopped(self, tmp_path):
+        config = tiny_config(tmp_path)
+        train(config, tmp_path / "run")
+        first = weights(tmp_path / "run/checkpoint-16")
+        config.total_images = 24
+        checkpoint = train(config, tmp_path / "run", resume=True)
+        assert checkpoint.name == "checkpoint-24"
+        state = json.loads((checkpoint / "state.json").read_text())
+        assert state["images"] == 24 and state["state"]["step"] == 6
+        assert any(not torch.equal(first[k], v) for k, v in weights(checkpoint).items())
+
+    def test_optimizer_state_survives(self, tmp_path):
+        config = tiny_config(tmp_path)
+        train(config, tmp_path / "run")
+        trainer = GeneratorTrainer(config, Accelerator())
+        run = TrainingRun(
+            tmp_path / "run", Accelerator(), 16, 8, {"generator_raw": trainer.generator},
+            {"generator": trainer.generator_optimizer},
+        )
+        assert run.resume() and run.images == 16
+        run.finish()
+        states = trainer.generator_optimizer.state_dict()["state"]
+        assert len(states) == len(list(trainer.generator.parameters()))
+        assert {float(state["step"]) for state in states.values()} == {4.0}
+        for index, parameter in enumerate(trainer.generator.parameters()):
+            assert states[index]["exp_avg_sq"].shape == parameter.shape
+
+    def test_starts_from_a_published_checkpoint(self, tmp_path):
+        checkpoint = train(tiny_config(tmp_path), tmp_path / "run")
+        config = tiny_config(tmp_path, init=str(checkpoint))
+        config.generator = config.discriminator = {}
+        trainer = GeneratorTrainer(config, Accelerator())
+        published = weights(checkpoint)
+        assert all(torch.equal(published[k], v) for k, v in trainer.generator.state_dict().items())
+
+    def test_odd_batch(self, tmp_path):
+        class TwoProcesses:
+            num_processes, device = 2, torch.device("cpu")
+
+        with pytest.raises(ValueError, match="not divisible by 2"):
+            GeneratorTrainer(tiny_config(tmp_path, batch=5), TwoProcesses())
+
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+    def test_killed_run_resumes(self, tmp_path, number):
+        """Killed at any moment, no more than the last interval is lost; interrupted, nothing is."""
+        tiny_config(tmp_path)
+        script = tmp_path / "script.py"
+        script.write_text(
+            "import sys\nfrom pathlib import Path\nimport torch\ntorch.set_num_threads(1)\n"
+            "from tests.test_training_generator import tiny_config\nfrom metaaux.training.generator import train\n"
+            "if __name__ == '__main__':\n    here = Path(sys.argv[1])\n"
+            "    train(tiny_config(here, total_images=1_000_000), here / 'run', resume=True)\n"
+        )
+        run = tmp_path / "run"
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        process = subprocess.Popen(
+            [sys.executable, script, tmp_path], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        deadline = time.monotonic() + 120
+        while not list(run.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0), errors.decode()[-2000:]
+        saved = max(int(p.name.split("-")[1]) for p in run.glob("checkpoint-*"))
+        shown = [json.loads(line)["images"] for line in (run / "figures.jsonl").read_text().splitlines()]
+        assert saved >= shown[-1] - 8
+        config = tiny_config(tmp_path, total_images=saved + 8)
+        assert train(config, run, resume=True).name == f"checkpoint-{saved + 8}"
+
+
+class TestLosses:
+    def trainer(self, tmp_path):
+        trainer = GeneratorTrainer(tiny_config(tmp_path), Accelerator())
+        trainer.load_data(0, 0)
+        trainer._prepare(0)
+        return trainer
+
+    def test_depth_error_measures_the_distance_to_the_mean_face(self, tmp_path):
+        trainer = self.trainer(tmp_path)
+        camera = camera_from_pose(0.0, 0.0)[None]
+        # A wall at 2.5: each vertex is off by the difference between 2.5 and its distance from (0, 0, 2.7).
+        distance = (trainer.vertices - torch.tensor([0, 0, 2.7])).norm(dim=-1)
+        error = trainer.depth_error(torch.full((1, 1, 16, 16), 2.5), camera)
+        assert error.item() == pytest.approx((distance - 2.5).abs().mean().item(), abs=1e-5)
+        assert trainer.depth_error(torch.full((1, 1, 16, 16), 2.5), camera, margin=1.0).item() == 0
+
+    def test_r1_gradient_is_that_of_the_penalty(self, tmp_path):
+        trainer = self.trainer(tmp_path)
+        image, camera = trainer.sampler.next()
+        flat, figures = trainer.r1_pass(image, camera)
+        assert figures["r1_penalty"] > 0 and flat.abs().sum() > 0
+        # A small step against the gradient lowers the penalty.
+        offset = 0
+        with torch.no_grad():
+            for p in trainer.discriminator.parameters():
+                p -= 1e-4 / flat.norm() * flat[offset : offset + p.numel()].view_as(p)
+                offset += p.numel()
+        assert trainer.r1_pass(image, camera)[1]["r1_penalty"] < figures["r1_penalty"]
+
+    def test_faded(self):
+        assert [faded(i, 20.0, 2.0, 100, delay=50) for i in (0, 50, 100, 150, 900)] == [20, 20, 11, 2, 2]
+
+    def test_average_follows(self):
+        model, average = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        start, target = average.weight.clone(), model.weight.clone()
+        update_average(average, model, 0.75)
+        assert torch.allclose(average.weight, 0.75 * start + 0.25 * target)
+
+
+def test_unknown_setting_is_an_error(tmp_path):
+    (tmp_path / "config.yaml").write_text("data: x\nlerning_rate: 1\n")
+    with pytest.raises(ValueError, match="lerning_rate.*generator_rate"):
+        load_config(GeneratorConfig, tmp_path / "config.yaml")
+
+
+def test_shipped_configurations_load():
+    folder = Path(__file__).parents[1] / "metaaux/training/configs"
+    names = sorted(path.name for path in folder.glob("generator-*.yaml"))
+    assert names == ["generator-mini-continue.yaml", "generator-mini.yaml"]
+    for name in names:
+        assert load_config(GeneratorConfig, folder / name).batch == 256
