@@ -375,7 +375,9 @@ class _Session:
             self.on_step(step, image.detach(), dict(self.reports[-1]))
         self.started = self._now()  # the caller's drawing is not counted
 
-    def _for_each_photo(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _for_each_photo(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:  # the planes of a 2D generator
+            return None
         return tensor.expand(len(self.target), *tensor.shape[1:])
 
     def _now(self) -> float:

@@ -10,6 +10,7 @@ from metaaux.faces import (
     orbit_poses,
     pose_of_camera,
     project_points,
+    view_path,
 )
 
 # Camera-to-world rows of cameras as labels of data sets state them (rounded to five digits), with yaw and pitch.
@@ -119,6 +120,20 @@ def test_orbit_is_a_closed_even_loop():
     assert sum(yaws) / 8 == pytest.approx(5)
     with pytest.raises(ValueError, match="at least 1"):
         orbit_poses(0)
+
+
+def test_named_paths_of_a_video():
+    assert view_path("ellipse", 8, 20, 5) == orbit_poses(8, 20, 5)
+    swing, nod = torch.tensor(view_path("swing", 8, 20, 5)), torch.tensor(view_path("nod", 8, 20, 5))
+    torch.testing.assert_close(swing.abs().amax(0), torch.tensor([20.0, 0.0]))
+    torch.testing.assert_close(nod.abs().amax(0), torch.tensor([0.0, 5.0]))
+    assert view_path([(10, 0), (-5, 3)], frames=7) == [(10.0, 0.0), (-5.0, 3.0)]
+
+
+@pytest.mark.parametrize(("path", "match"), [("spiral", "one of"), ([], "at least one"), ([(1, 2, 3)], "pairs")])
+def test_refuses_other_paths(path, match):
+    with pytest.raises(ValueError, match=match):
+        view_path(path)
 
 
 def test_canonical_face_is_symmetric_and_fresh():

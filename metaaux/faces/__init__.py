@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .alignment import AlignedFace, FaceAligner
-from .cameras import camera_from_pose, mirror_camera, orbit_poses, pose_of_camera, project_points
+from .cameras import camera_from_pose, mirror_camera, orbit_poses, pose_of_camera, project_points, view_path
 from .canonical import canonical_face
 from .detection import FaceTooSmallError, NoFaceError
 from .photos import UnreadableImageError, load_photo
@@ -21,4 +21,5 @@ __all__ = [
     "orbit_poses",
     "pose_of_camera",
     "project_points",
+    "view_path",
 ]

@@ -182,6 +182,16 @@ def view_path(
     return poses
 
 
+def frontal_shares(cameras: torch.Tensor) -> torch.Tensor:
+    """Shares [P] of several photos in the person's latent code; they sum to 1.
+
+    Turned photos count less: a factor of e for each 10 degrees. The encoder is best at frontal faces, so with one of
+    them its code is better than the mean; but the mean is better than the code of either of two turned ones.
+    """
+    yaw, pitch = pose_of_camera(cameras)
+    return torch.softmax(-torch.hypot(yaw, pitch) / 10, dim=0)
+
+
 def _check_cameras(camera: torch.Tensor) -> None:
     if camera.shape[-1] != 25:
         raise ValueError(

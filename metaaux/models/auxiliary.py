@@ -19,7 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from transformers import ResNetBackbone, ResNetConfig
 
-from .stylegan2 import LRELU_SLOPE, MappingNetwork, SynthesisBlock
+from .stylegan2 import LRELU_SLOPE, MappingNetwork, StyleGAN2Generator, SynthesisBlock
 
 BACKBONE_STRIDE = 32
 
@@ -247,13 +247,13 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
 
     @staticmethod
     def config_for(
-        generator: nn.Module, prefixes: Sequence[str] = ("backbone.", "super_resolution."), **overrides: Any
+        generator: nn.Module, prefixes: Sequence[str] = ("",), **overrides: Any
     ) -> dict[str, Any]:
-        """Constructor arguments that fit an `EG3DGenerator`.
+        """Constructor arguments that fit an `EG3DGenerator`, or a `StyleGAN2Generator` (2D module alone).
 
         Args:
             generator: its `modulated_layers` and `config` are read.
-            prefixes: layers whose name starts with one of these get offsets.
+            prefixes: layers whose name starts with one of these get offsets. Default: all.
             overrides: further constructor arguments.
 
         Raises:
@@ -263,9 +263,14 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         idle = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in layers)]
         if idle:
             raise ValueError(f"no modulated layer of the generator starts with {idle}; it has {sorted(layers)}")
-        return {
+        config = {
             "layer_shapes": {n: list(shape) for n, shape in layers.items() if n.startswith(tuple(prefixes))},
             "image_size": generator.config.image_size,
+        }
+        if isinstance(generator, StyleGAN2Generator):
+            return {**config, "use_offset_planes": False, **overrides}
+        return {
+            **config,
             "plane_features": generator.config.plane_features,
             "plane_resolution": generator.config.plane_resolution,
             "box_size": generator.config.box_size,

@@ -1,0 +1,31 @@
+"""metaaux: Meta-Auxiliary Network for 3D GAN Inversion."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .inversion import Inversion, InversionFileError
+    from .pipeline import Head, MetaAuxInverter
+
+__version__ = "0.1.0"
+__all__ = ["Head", "Inversion", "InversionFileError", "MetaAuxInverter"]
+
+_MODULE_OF = {
+    "Head": ".pipeline",
+    "Inversion": ".inversion",
+    "InversionFileError": ".inversion",
+    "MetaAuxInverter": ".pipeline",
+}
+
+
+def __getattr__(name: str):
+    # Loaded at first use: PyTorch and diffusers take seconds, which neither `--help` nor a light import should cost.
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE_OF[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

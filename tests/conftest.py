@@ -1,0 +1,173 @@
+"""Fixtures: a complete pipeline of the real classes at tiny sizes, with random weights, and inputs for it."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGE_SIZE = 32
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny networks are slower on several threads, much so where other programs compute too."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_components():
+    """Constructor arguments of a `MetaAuxInverter`: its five networks, 32² images, random weights, eval mode.
+
+    The auxiliary network's last layers, which start at zero, are filled, so that its offsets do something.
+    """
+    from metaaux.models.auxiliary import AuxiliaryNetwork
+    from metaaux.models.discriminator import DualDiscriminator
+    from metaaux.models.eg3d import EG3DGenerator
+    from metaaux.models.encoder import LatentEncoder
+    from metaaux.models.identity import IdentityNetwork
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        generator = EG3DGenerator(
+            z_dim=16,
+            w_dim=16,
+            image_size=IMAGE_SIZE,
+            plane_resolution=16,
+            plane_features=8,
+            channel_base=512,
+            channel_max=16,
+            decoder_hidden=16,
+            neural_resolution=8,
+            depth_samples=4,
+            importance_samples=4,
+            super_resolution_kind="2X",
+        )
+        encoder = LatentEncoder(
+            image_size=IMAGE_SIZE,
+            input_size=IMAGE_SIZE,
+            w_dim=16,
+            num_ws=generator.num_ws,
+            num_queries=2,
+            widths=(16, 16, 16, 16),
+            depths=(1, 1, 1, 1),
+            width=16,
+            num_blocks=1,
+            num_heads=2,
+        )
+        auxiliary = AuxiliaryNetwork(
+            **AuxiliaryNetwork.config_for(
+                generator,
+                backbone_layer_type="basic",
+                backbone_depths=(1, 1, 1, 1),
+                backbone_embedding_size=8,
+                backbone_hidden_sizes=(8, 8, 8, 16),
+                neck_channels=16,
+                hyper_channels=8,
+                hyper_rank=2,
+                hyper_convs=1,
+                offset_resolution=8,
+                offset_channels=8,
+                offset_image_features=4,
+                camera_channels=8,
+                inner_learning_rate=1e-3,
+            )
+        )
+        discriminator = DualDiscriminator(image_size=IMAGE_SIZE, channel_base=512, channel_max=16, raw_size=8)
+        identity = IdentityNetwork(
+            input_size=16, stem_width=16, widths=(16, 16, 16, 16), depths=(1, 1, 1, 1), embedding_dim=16
+        )
+        with torch.no_grad():
+            for module in (encoder.to_offset, auxiliary.offset_network.to_offsets):
+                module.weight.normal_(std=0.1)
+            for network in auxiliary.hypernetworks.values():
+                network.to_a.weight.normal_(std=0.05)
+    components = {
+        "generator": generator,
+        "encoder": encoder,
+        "auxiliary": auxiliary,
+        "discriminator": discriminator,
+        "identity": identity,
+    }
+    return {name: network.eval().requires_grad_(False) for name, network in components.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_components, tmp_path_factory):
+    """Folder of a saved tiny pipeline."""
+    from metaaux import MetaAuxInverter
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    MetaAuxInverter(**tiny_components, crop_scale=1.0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_inverter(tiny_folder):
+    """The tiny pipeline, loaded from its folder."""
+    from metaaux import MetaAuxInverter
+
+    inverter = MetaAuxInverter.from_pretrained(tiny_folder)
+    inverter.set_progress_bar_config(disable=True)
+    return inverter
+
+
+@pytest.fixture(scope="session")
+def crops():
+    """Three smooth pictures that stand in for aligned crops."""
+    rng = np.random.default_rng(0)
+    coarse = [Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)) for _ in range(3)]
+    return [image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC) for image in coarse]
+
+
+@pytest.fixture(scope="session")
+def cameras():
+    """One camera [25] for each of `crops`."""
+    from metaaux.faces.cameras import camera_from_pose
+
+    return torch.stack([camera_from_pose(yaw, pitch) for yaw, pitch in ((0, 0), (12, -4), (-8, 6))])
+
+
+@pytest.fixture(scope="session")
+def tiny_inversion(tiny_inverter, crops, cameras):
+    """What the tiny pipeline makes of the second crop in two steps."""
+    return tiny_inverter.invert(crops[1], steps=2, camera=cameras[1])
+
+
+@pytest.fixture(scope="session")
+def attribute_file(tmp_path_factory):
+    """Weights file of an age and gender network with random weights."""
+    from safetensors.torch import save_file
+
+    from metaaux.evaluation.attributes import AgeGenderNetwork
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        network = AgeGenderNetwork()
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    path = tmp_path_factory.mktemp("attributes") / "age_gender.safetensors"
+    save_file(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def face_zip(crops, cameras, tmp_path_factory):
+    """EG3D data set of `crops` and `cameras`."""
+    path = tmp_path_factory.mktemp("data") / "faces.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        labels = []
+        for index, (crop, camera) in enumerate(zip(crops, cameras)):
+            data = io.BytesIO()
+            crop.save(data, format="PNG")
+            labels.append([f"00/{index:05d}.png", camera.tolist()])
+            archive.writestr(labels[-1][0], data.getvalue())
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    return path
