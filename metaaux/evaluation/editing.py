@@ -1,0 +1,214 @@
+"""Editing: how much age and gender change by the same edit after different inversions (Table 2)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..editing import apply_edits
+from ..faces.detection import FaceDetector
+from ..faces.measures import MEASURES, face_measures
+from ..rendering import tensor_to_image
+from .attributes import AgeGenderNetwork
+from .methods import InversionMethod, Reconstruction
+from .photos import PhotoSet
+from .reconstruction import device_name, mean_of, weights_digest
+from .records import Records
+from .report import markdown_table, write_json, write_text
+
+if TYPE_CHECKING:
+    from ..pipeline import MetaAuxInverter
+
+#: Magnitudes α of the paper's Table 2.
+ALPHAS = (-3, -2, -1, 1, 2, 3)
+ATTRIBUTES = ("age", "gender")
+
+
+class EditingEvaluation:
+    """Runs and resumes Table 2 in a folder: `settings.json`, `records/`, then `results.json` and `table.md`.
+
+    Each photo is inverted by each method; its code is moved by α along the checkpoint's directions "age" and "gender"
+    and rendered at the photo's camera with the weights that the inversion found. The change is that of the attribute
+    network's judgement against the unedited reconstruction: years of age, and P(male).
+
+    Args:
+        inverter: the pipeline; its `directions` must hold "age" and "gender".
+        methods: what is compared.
+        photos: the photos.
+        attributes: the attribute network.
+        folder: of the evaluation; made if missing.
+        measures: further directions, of those that [`~metaaux.faces.measures.face_measures`] can measure by
+            landmarks, such as "smile"; their changes go into the details. Needs MediaPipe.
+        shard: (number from 1, count): photos whose index modulo the count is number - 1.
+        progress: whether a bar on stderr shows how far it is.
+
+    Raises:
+        ValueError: a direction is missing, an unknown measure, or the folder holds another evaluation.
+    """
+
+    def __init__(
+        self,
+        inverter: MetaAuxInverter,
+        methods: Sequence[InversionMethod],
+        photos: PhotoSet,
+        attributes: AgeGenderNetwork,
+        folder: Path,
+        measures: Sequence[str] = (),
+        shard: tuple[int, int] = (1, 1),
+        progress: bool = True,
+    ):
+        unknown = sorted(set(measures) - set(MEASURES))
+        if unknown:
+            raise ValueError(f"landmarks do not measure {unknown}; they measure {', '.join(MEASURES)}")
+        self.inverter, self.methods, self.photos, self.folder = inverter, methods, photos, Path(folder)
+        self.attributes = attributes.to(inverter.device)
+        self.shard, self.progress = shard, progress
+        self.directions = inverter.directions
+        self.measures = tuple(measures)
+        self.detector = FaceDetector() if self.measures else None
+        missing = [name for name in (*ATTRIBUTES, *self.measures) if name not in self.directions]
+        if missing:
+            raise ValueError(
+                f"this checkpoint has no direction for {missing} (it has: {', '.join(self.directions) or 'none'}); "
+                "train directions first"
+            )
+        settings = {
+            "evaluation": "editing",
+            "model": str(inverter.name_or_path or "pipeline"),
+            "weights": weights_digest(inverter),
+            "photos": photos.digest,
+            "measures": sorted(self.measures),
+            "methods": {method.name: method.settings() for method in methods},
+        }
+        self.records = Records(folder, settings, shard)
+
+    def run(self) -> None:
+        """Edits what has not been edited yet. An interruption loses the photo in work, no others."""
+        done = {method.name: self.records.read(method.name) for method in self.methods}
+        own = range(self.shard[0] - 1, len(self.photos), self.shard[1])
+        total = len(own) * len(self.methods)
+        finished = sum(index in done[method.name] for method in self.methods for index in own)
+        with tqdm(total=total, initial=finished, unit="photo", disable=not self.progress) as bar:
+            for index in own:
+                for method in self.methods:
+                    if index not in done[method.name]:
+                        bar.set_postfix_str(method.name)
+                        self._record(method, index)
+                        bar.update()
+
+    def _record(self, method: InversionMethod, index: int) -> None:
+        record: dict[str, Any] = {"index": index, "photo": self.photos.names[index], "failed": None}
+        try:
+            photo = self.photos[index]
+            device = self.inverter.device
+            reconstruction = method.invert(photo.image[None].to(device), photo.camera[None].to(device))[0]
+            record |= self._edit(reconstruction)
+        except (ValueError, FloatingPointError) as error:
+            # A photo that cannot be used, or an inversion that diverged.
+            print(f"{method.name} failed on {record['photo']}: {error}", file=sys.stderr)
+            record["failed"] = str(error) or "failed"
+        self.records.append(method.name, record)
+
+    @torch.no_grad()
+    def _edit(self, reconstruction: Reconstruction) -> dict[str, Any]:
+        """For each attribute its value at each α, 0 included, and the identity that is left."""
+        base = reconstruction.image[None]
+        embedding = self.inverter.identity(base)
+        values: dict[str, dict[str, float | None]] = {}
+        identity: dict[str, dict[str, float]] = {}
+        for name in (*ATTRIBUTES, *self.measures):
+            values[name], identity[name] = {"0": self._value(name, base)}, {}
+            for alpha in ALPHAS:
+                w = apply_edits(reconstruction.w, self.directions, {name: alpha})
+                image = reconstruction.views(reconstruction.camera, w=w)
+                values[name][str(alpha)] = self._value(name, image)
+                identity[name][str(alpha)] = F.cosine_similarity(embedding, self.inverter.identity(image)).item()
+        return {"values": values, "identity": identity}
+
+    def _value(self, name: str, image: torch.Tensor) -> float | None:
+        """Of an attribute in an image [1, 3, S, S]; `None` where landmarks are needed and no face is found."""
+        if name in ATTRIBUTES:
+            return self.attributes(image)[ATTRIBUTES.index(name)].item()
+        faces = self.detector.detect(tensor_to_image(image[0]))
+        return float(face_measures(faces[0].landmarks)[name]) if faces else None
+
+    def summarize(self) -> dict[str, Any]:
+        """Writes `results.json` and `table.md` from all records so far; returns the results.
+
+        "methods" holds the mean change for each α; "details" the means of identity with the unedited reconstruction,
+        the share of photos on which the attribute rises with every step of α, the changes of what landmarks measure
+        (over the `n` photos on which they were found at every α), and `n` and `failed`.
+        """
+        results: dict[str, Any] = {"methods": {}, "details": {}}
+        for method in self.methods:
+            records = {i: r for i, r in self.records.read(method.name).items() if i < len(self.photos)}
+            good = [record for record in records.values() if record["failed"] is None]
+            curves = {name: _curves(good, name) for name in (*ATTRIBUTES, *self.measures)}
+            results["methods"][method.name] = {name: _changes(curves[name]) for name in ATTRIBUTES}
+            results["details"][method.name] = {
+                "identity": {
+                    name: {str(a): mean_of([r["identity"][name] for r in good], str(a)) for a in ALPHAS}
+                    for name in curves
+                },
+                "monotone": {
+                    name: (curve.diff(dim=1) > 0).all(dim=1).double().mean().item() if len(curve) else None
+                    for name, curve in curves.items()
+                },
+                "measures": {
+                    name: {"change": _changes(curves[name]), "n": len(curves[name])} for name in self.measures
+                },
+                "n": len(records),
+                "failed": len(records) - len(good),
+                "settings": method.settings(),
+            }
+        results |= {
+            "complete": sum(d["n"] for d in results["details"].values()) == len(self.photos) * len(self.methods),
+            "photos": len(self.photos),
+            "device": device_name(self.inverter.device),
+            "model": str(self.inverter.name_or_path or "pipeline"),
+            "fingerprint": self.inverter.fingerprint,
+            "directions": {
+                name: {"scale": self.directions[name].scale} for name in (*ATTRIBUTES, *self.measures)
+            },
+            "versions": {"metaaux": __version__, "torch": torch.__version__},
+        }
+        write_json(results, self.folder / "results.json")
+        write_text(editing_table(results, {method.name: method.label for method in self.methods}),
+                   self.folder / "table.md")
+        return results
+
+
+def _curves(records: Sequence[dict[str, Any]], name: str) -> torch.Tensor:
+    """An attribute's values at rising α with 0 in the middle, of the photos that have all: float64 [N, 7]."""
+    rows = [[record["values"][name][str(alpha)] for alpha in (*ALPHAS[:3], 0, *ALPHAS[3:])] for record in records]
+    return torch.tensor([row for row in rows if None not in row], dtype=torch.float64).reshape(-1, len(ALPHAS) + 1)
+
+
+def _changes(curves: torch.Tensor) -> dict[str, float | None]:
+    """Mean change against α = 0 by α; `None` without photos."""
+    if not len(curves):
+        return dict.fromkeys(map(str, ALPHAS))
+    mean = (curves - curves[:, 3:4]).mean(0)
+    return {str(alpha): mean[alpha + 3].item() for alpha in ALPHAS}
+
+
+def editing_table(results: dict[str, Any], labels: dict[str, str]) -> str:
+    """The changes in Markdown, in the layout of the paper's Table 2: a row for each attribute and α."""
+    rows = []
+    for attribute, form in (("age", "{:+.3f}"), ("gender", "{:+.3f}")):
+        for alpha in map(str, ALPHAS):
+            changes = [figures[attribute][alpha] for figures in results["methods"].values()]
+            cells = ["–" if change is None else form.format(change) for change in changes]
+            rows.append([f"{attribute} {alpha}", *cells])
+    note = (
+        f"Model {results['model']}, photos: {results['photos']}, {results['device']}. Change of the predicted age in "
+        "years and of the predicted probability of being male, against the unedited reconstruction."
+    )
+    return markdown_table(["Edit", *(labels[name] for name in results["methods"])], rows) + "\n" + note + "\n"

@@ -1,0 +1,86 @@
+"""How far a reconstruction is from its photo."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from ..models.perceptual import LPIPS, DiscriminatorPerceptualDistance
+
+if TYPE_CHECKING:
+    from ..pipeline import MetaAuxInverter
+
+
+class ReconstructionMetrics:
+    """MSE of images in [-1, 1], perceptual distance, and cosine of identity embeddings.
+
+    Args:
+        inverter: its identity network is used and, unless `perceptual` names another one, its perceptual distance.
+        perceptual: file of SqueezeNet 1.1 features (uncalibrated LPIPS), or folder or Hub id of an
+            [`~metaaux.models.perceptual.LPIPS`].
+
+    Attributes:
+        names: which network each metric uses, for the results.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: `perceptual` cannot be loaded.
+    """
+
+    def __init__(self, inverter: MetaAuxInverter, perceptual: str | os.PathLike | None = None):
+        self.identity = inverter.identity
+        model = inverter.name_or_path or "pipeline"
+        if perceptual is None and inverter.perceptual is None:
+            self.perceptual = DiscriminatorPerceptualDistance(inverter.discriminator)
+            perceptual_name = f"features of the discriminator of {model}"
+        elif perceptual is None:
+            self.perceptual = inverter.perceptual
+            perceptual_name = f"{_describe(inverter.perceptual)} of {model}"
+        elif Path(perceptual).is_file():
+            network = LPIPS.from_features_file(perceptual)
+            perceptual_name = f"{_describe(network)} ({Path(perceptual).name})"
+            self.perceptual = network.to(inverter.device)
+        else:
+            network = LPIPS.from_pretrained(perceptual).eval().requires_grad_(False)
+            perceptual_name = f"{_describe(network)} ({os.fspath(perceptual)})"
+            self.perceptual = network.to(inverter.device)
+        self.names = {
+            "mse": "images in [-1, 1]",
+            "perceptual": perceptual_name,
+            "identity": f"cosine of embeddings by the identity network of {model}",
+        }
+
+    @torch.no_grad()
+    def measure(self, image: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
+        """Figures of a reconstruction [3, S, S] and its photo [3, S, S], both in [-1, 1]."""
+        return {
+            "mse": (image - target).square().mean().item(),
+            "perceptual": self.perceptual(image[None], target[None]).item(),
+            "identity": self.similarity(image[None], target).item(),
+        }
+
+    @torch.no_grad()
+    def similarity(self, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Mean cosine between the embeddings of images [V, 3, S, S] and that of one photo [3, S, S]: a scalar."""
+        return F.cosine_similarity(self.identity(images), self.identity(target[None]), dim=1).mean()
+
+
+def _describe(network: LPIPS) -> str:
+    kind = "LPIPS" if network.config.calibrated else "uncalibrated LPIPS"
+    return f"{kind} on {network.config.backbone}"
+
+
+def timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """What `function` returns, and the seconds it took with the device's queue empty before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    result = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - started

@@ -1,0 +1,85 @@
+"""Figures of an evaluation, photo by photo, in files that survive an interruption at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..files import atomic_path
+
+
+class Records:
+    """One JSON line a photo and method, in `FOLDER/records/METHOD.I-of-N.jsonl`.
+
+    Shards of one evaluation write files of their own and read those of all. A line that an interruption left
+    unfinished is dropped when the file is opened again.
+
+    Args:
+        folder: of the evaluation; made if missing.
+        settings: what the figures depend on. Kept in `settings.json`; another run in the same folder must agree.
+        shard: (number from 1, count).
+
+    Raises:
+        ValueError: the folder holds an evaluation with other settings, or `shard` is not within its count.
+    """
+
+    def __init__(self, folder: str | os.PathLike, settings: dict[str, Any], shard: tuple[int, int] = (1, 1)):
+        self.folder = Path(folder)
+        self.shard = shard
+        if not 1 <= shard[0] <= shard[1]:
+            raise ValueError(f"a shard is a number from 1 to the count of shards, got {shard[0]}/{shard[1]}")
+        (self.folder / "records").mkdir(parents=True, exist_ok=True)
+        self._check_settings(settings)
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        path = self.folder / "settings.json"
+        settings = json.loads(json.dumps(settings))
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for name, value in settings.items():
+            if name != "methods" and known.get(name, value) != value:
+                raise ValueError(
+                    f"{self.folder} holds an evaluation with another {name} ({known[name]}, now {value}): choose "
+                    "another folder, or delete this one"
+                )
+        methods = known.get("methods", {})
+        for name, value in settings["methods"].items():
+            if methods.get(name, value) != value:
+                raise ValueError(
+                    f"{self.folder} holds figures of {name} with other settings ({methods[name]}, now {value}): "
+                    "choose another folder, or delete this one"
+                )
+        merged = known | settings | {"methods": methods | settings["methods"]}
+        if merged != known:
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
+
+    def _path(self, method: str) -> Path:
+        number, count = self.shard
+        return self.folder / "records" / f"{method}.{number}-of-{count}.jsonl"
+
+    def read(self, method: str) -> dict[int, dict[str, Any]]:
+        """All records of a method, of every shard, by the photo's index."""
+        records = {}
+        for path in sorted((self.folder / "records").glob(f"{method}.*-of-*.jsonl")):
+            for line in path.read_bytes().splitlines(keepends=True):
+                # Lines are written with their end in one go: without it, the writer was interrupted or is at work.
+                if line.endswith(b"\n"):
+                    record = json.loads(line)
+                    records[record["index"]] = record
+        return records
+
+    def append(self, method: str, record: dict[str, Any]) -> None:
+        """Adds a record, which must have the photo's `index`; on disk when this returns."""
+        path = self._path(method)
+        line = json.dumps(record).encode() + b"\n"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                os.ftruncate(descriptor, path.read_bytes().rfind(b"\n") + 1)
+            os.write(descriptor, line)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,183 @@
+"""Inversion methods by name, built on the networks of a pipeline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..adaptation import InversionLoss, LossWeights
+from ..models.auxiliary import AuxiliaryNetwork
+from ..models.encoder import LatentEncoder
+from ..models.perceptual import DiscriminatorPerceptualDistance
+from ..training.tasks import FrozenNetworks
+from .methods import (
+    AuxiliaryAdaptation,
+    EncoderMethod,
+    GeneratorAdaptation,
+    InversionMethod,
+    LatentOptimization,
+    PivotalTuning,
+)
+from .optimization import LatentSettings, TuningSettings
+
+if TYPE_CHECKING:
+    from ..pipeline import MetaAuxInverter
+
+#: λ_lpips of the paper. A checkpoint whose perceptual distance has another scale has another weight; their ratio turns
+#: distances into units of LPIPS.
+PAPER_PERCEPTUAL_WEIGHT = 0.8
+#: PTI ends tuning once LPIPS is at or below this.
+PTI_STOP_DISTANCE = 0.06
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What methods need beside the pipeline.
+
+    Attributes:
+        steps: gradient steps of the adapted methods; `None`: the checkpoint's.
+        psp, styletransformer: folders of W+ encoders.
+        hyperinverter: folder of an auxiliary network that was trained to be used without adaptation.
+        without_meta, without_2d, without_3d: folders of auxiliary networks trained without that part.
+        latent: of "w", "w+" and PTI's pivot.
+        tuning_steps: PTI's.
+        pti_stop_share: where the perceptual distance is not LPIPS, PTI ends tuning at this share of the distance
+            between photo and average face; `None`: never. The default asks for half of what PTI's own threshold of
+            LPIPS amounts to, so that a distance that falls faster than LPIPS does not cut PTI short.
+        generator_rate: Adam's rate in "without_auxiliary"; of 3e-4, 6e-4, 1e-3, 3e-3, 6e-3, 1e-2 and 2e-2 the default
+            made most of five steps with metaaux-mini, on training photos.
+    """
+
+    steps: int | None = None
+    psp: str | os.PathLike | None = None
+    styletransformer: str | os.PathLike | None = None
+    hyperinverter: str | os.PathLike | None = None
+    without_meta: str | os.PathLike | None = None
+    without_2d: str | os.PathLike | None = None
+    without_3d: str | os.PathLike | None = None
+    latent: LatentSettings = LatentSettings()
+    tuning_steps: int = 350
+    pti_stop_share: float | None = 0.05
+    generator_rate: float = 1e-3
+
+
+#: Methods by name, with the label of each. Those after "pti" need a folder, which an option of their name gives.
+METHODS = {
+    "metaaux": "Ours",
+    "full": "Ours (full)",
+    "metaaux-0": "Ours, no adaptation",
+    "encoder": "encoder (W)",
+    "w": "optimisation (W)",
+    "w+": "optimisation (W+)",
+    "without_auxiliary": "without auxiliary network",
+    "pti": "PTI",
+    "psp": "pSp",
+    "styletransformer": "StyleTransformer",
+    "hyperinverter": "HyperInverter",
+    "without_meta": "without meta-learning",
+    "without_2d": "without 2D module",
+    "without_3d": "without 3D module",
+}
+_FOLDER_METHODS = ("psp", "styletransformer", "hyperinverter", "without_meta", "without_2d", "without_3d")
+
+
+def make_methods(
+    names: list[str], inverter: MetaAuxInverter, options: MethodOptions = MethodOptions()  # noqa: B008
+) -> list[InversionMethod]:
+    """The methods of these names on a pipeline's generator.
+
+    "metaaux" and "full" are the same, the latter for tables of ablations.
+
+    Raises:
+        ValueError: an unknown or repeated name, a method whose folder is not given, or a network that does not fit.
+        OSError: a folder without a network.
+    """
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise ValueError(f"unknown methods {unknown}; there are {', '.join(METHODS)}")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"methods must be named once each, got {names}")
+    lacking = [name for name in names if name in _FOLDER_METHODS and getattr(options, name) is None]
+    if lacking:
+        flags = ", ".join("--" + name.replace("_", "-") for name in lacking)
+        raise ValueError(f"the methods {lacking} need the folder of their network: give {flags}")
+    return [_make_method(name, inverter, options) for name in names]
+
+
+def _make_method(name: str, inverter: MetaAuxInverter, options: MethodOptions) -> InversionMethod:
+    label, generator, encoder = METHODS[name], inverter.generator, inverter.encoder
+    steps = inverter.config.inner_steps if options.steps is None else options.steps
+    if name == "encoder":
+        return EncoderMethod(name, label, generator, encoder, "pipeline")
+    if name in ("psp", "styletransformer"):
+        network = LatentEncoder.from_pretrained(getattr(options, name))
+        expected = {"image_size": generator.config.image_size, "w_dim": generator.config.w_dim}
+        _check_config(getattr(options, name), network, expected | {"num_ws": generator.num_ws})
+        return EncoderMethod(name, label, generator, _frozen(network, inverter), str(getattr(options, name)))
+    if name in ("w", "w+"):
+        return LatentOptimization(name, label, generator, reconstruction_loss(inverter), options.latent, name)
+    if name == "pti":
+        is_lpips = inverter.perceptual is not None and inverter.perceptual.config.calibrated
+        tuning = TuningSettings(steps=options.tuning_steps, stop_distance=PTI_STOP_DISTANCE if is_lpips else None)
+        share = None if is_lpips else options.pti_stop_share
+        return PivotalTuning(generator, reconstruction_loss(inverter), options.latent, tuning, share)
+    loss = inversion_loss(inverter)
+    if name == "without_auxiliary":
+        tuning = TuningSettings(steps=steps, learning_rate=options.generator_rate)
+        return GeneratorAdaptation(generator, encoder, loss, tuning)
+    networks = FrozenNetworks(generator, encoder, loss, loss)
+    if name in ("metaaux", "full", "metaaux-0"):
+        return AuxiliaryAdaptation(
+            name, label, networks, inverter.auxiliary, 0 if name == "metaaux-0" else steps,
+            inverter.config.inner_learning_rate, "pipeline",
+        )  # fmt: skip
+    folder = getattr(options, name)
+    network = AuxiliaryNetwork.from_pretrained(folder)
+    _check_config(folder, network, {"image_size": generator.config.image_size})
+    if name == "without_2d" and network.config.use_weight_offsets:
+        raise ValueError(f"{folder} holds an auxiliary network with a 2D module, not one without")
+    if name == "without_3d" and network.config.use_offset_planes:
+        raise ValueError(f"{folder} holds an auxiliary network with a 3D module, not one without")
+    adapted_steps = 0 if name == "hyperinverter" else steps
+    return AuxiliaryAdaptation(
+        name, label, networks, _frozen(network, inverter), adapted_steps, None, str(folder)
+    )
+
+
+def inversion_loss(inverter: MetaAuxInverter) -> InversionLoss:
+    """Eq. 8 with the checkpoint's weights and networks."""
+    config = inverter.config
+    weights = LossWeights(
+        perceptual=config.weight_perceptual, identity=config.weight_identity, adversarial=config.weight_adversarial
+    )
+    return InversionLoss(weights, _perceptual(inverter), inverter.identity, inverter.discriminator)
+
+
+def reconstruction_loss(inverter: MetaAuxInverter) -> InversionLoss:
+    """PTI's loss, L2 + λ·LPIPS with λ = 1, on the checkpoint's perceptual distance brought to the scale of LPIPS.
+
+    PTI finds its pivot by LPIPS alone; here both terms guide it, since the distance need not be LPIPS.
+    """
+    unit = inverter.config.weight_perceptual / PAPER_PERCEPTUAL_WEIGHT
+    weights = LossWeights(perceptual=unit, identity=0.0, adversarial=0.0)
+    return InversionLoss(weights, _perceptual(inverter), None, None)
+
+
+def _perceptual(inverter: MetaAuxInverter):
+    if inverter.perceptual is not None:
+        return inverter.perceptual
+    return DiscriminatorPerceptualDistance(inverter.discriminator)
+
+
+def _frozen(network: torch.nn.Module, inverter: MetaAuxInverter) -> torch.nn.Module:
+    return network.to(inverter.device, torch.float32).eval().requires_grad_(False)
+
+
+def _check_config(folder: str | os.PathLike, network: torch.nn.Module, expected: Mapping[str, Any]) -> None:
+    for key, value in expected.items():
+        if network.config[key] != value:
+            raise ValueError(f"{folder}: its {key} is {network.config[key]}, the pipeline's generator needs {value}")

@@ -1,0 +1,102 @@
+"""Results as files: JSON, Markdown tables, comparison pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ..files import atomic_path
+
+_COLUMNS = (
+    ("mse", "MSE ↓", "{:.4f}"),
+    ("perceptual", "Perceptual ↓", "{:.4f}"),
+    ("frechet", "Fréchet ↓", "{:.2f}"),
+    ("identity", "Identity ↑", "{:.3f}"),
+    ("seconds", "Seconds ↓", "{:.3f}"),
+    ("failed", "Failed", "{}"),
+    ("n", "n", "{}"),
+)
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Writes JSON, whole or not at all. Raises ValueError for values that are not finite."""
+    write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes a text file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Writes a PNG, whole or not at all; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, first column to the left, the others to the right."""
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _cell(value: Any, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def table(results: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    """The figures of `results` in Markdown, in the columns of the paper's Tables 1 and 3, and what they mean."""
+    rows = [
+        [labels[name], *(_cell(figures[key], form) for key, _, form in _COLUMNS)]
+        for name, figures in results["methods"].items()
+    ]
+    metrics = results["metrics"]
+    notes = [
+        f"Model {results['model']}, photos: {results['photos']}, {results['device']}. "
+        "Means over the photos that a method did not fail on; n counts all of them. "
+        "Seconds: median of one photo inverted alone, after a warm-up.",
+        f"MSE: {metrics['mse']}. Perceptual: {metrics['perceptual']}. Identity: {metrics['identity']}. "
+        f"Fréchet: {metrics['frechet'] or 'not measured'}.",
+    ]
+    if not results["complete"]:
+        notes.append("**Not all photos have been inverted yet.**")
+    return markdown_table(["Method", *(title for _, title, _ in _COLUMNS)], rows) + "\n" + "\n\n".join(notes) + "\n"
+
+
+def comparison_picture(rows: Sequence[Sequence[Path | Image.Image]], labels: Sequence[str]) -> Image.Image:
+    """Pictures in rows under the labels of their columns, as the paper's Fig. 4.
+
+    Args:
+        rows: pictures or their files; each row as long as `labels`. All are shown in the size of the first, or
+            enlarged where that is below 128 pixels.
+        labels: of the columns.
+
+    Raises:
+        ValueError: no row, or rows of another length than `labels`.
+    """
+    if not rows or any(len(row) != len(labels) for row in rows):
+        raise ValueError(f"a comparison needs rows of {len(labels)} pictures, got {[len(row) for row in rows]}")
+    cells = [[cell if isinstance(cell, Image.Image) else Image.open(cell) for cell in row] for row in rows]
+    side = max(cells[0][0].width, 128)
+    gap = max(2, side // 64)
+    font = ImageFont.load_default(size=side // 10)
+    height = sum(font.getmetrics()) + 2 * gap
+    columns = [
+        max(side, round(font.getlength(label)) + 2 * gap) for label in labels
+    ]
+    picture = Image.new("RGB", (sum(columns) + gap * (len(columns) - 1), height + len(rows) * (side + gap)), "white")
+    draw = ImageDraw.Draw(picture)
+    left = 0
+    for column, (label, width) in enumerate(zip(labels, columns)):
+        draw.text((left + width / 2, gap), label, fill="black", font=font, anchor="ma")
+        for number, row in enumerate(cells):
+            cell = row[column].convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+            picture.paste(cell, (left + (width - side) // 2, height + number * (side + gap)))
+        left += width + gap
+    return picture

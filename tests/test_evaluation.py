@@ -1,0 +1,511 @@
+"""Reconstruction evaluation: methods, resumption, failures, shards, results."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import replace
+
+import pytest
+import skimage.data
+import torch
+from conftest import IMAGE_SIZE
+from PIL import Image
+from test_stylegan2_2d import inverter as flat_inverter  # noqa: F401 (a fixture)
+
+from metaaux.cli import main
+from metaaux.evaluation.methods import EncoderMethod
+from metaaux.evaluation.metrics import ReconstructionMetrics
+from metaaux.evaluation.optimization import LatentSettings, TuningSettings, optimize_latent, tune_generator
+from metaaux.evaluation.photos import open_photos
+from metaaux.evaluation.reconstruction import ReconstructionEvaluation
+from metaaux.evaluation.records import Records
+from metaaux.evaluation.registry import MethodOptions, inversion_loss, make_methods, reconstruction_loss
+from metaaux.evaluation.report import comparison_picture
+from metaaux.models.auxiliary import AuxiliaryNetwork
+from metaaux.rendering import image_to_tensor, tensor_to_image
+
+FAST = MethodOptions(latent=LatentSettings(steps=2), tuning_steps=2)
+METHOD_KEYS = {"mse", "perceptual", "identity", "frechet", "seconds", "failed", "n"}
+
+
+@pytest.fixture(scope="module")
+def batch(crops, cameras):
+    """Images [3, 3, S, S] and cameras [3, 25]."""
+    return torch.stack([image_to_tensor(crop) for crop in crops]), cameras
+
+
+@pytest.fixture(scope="module")
+def fingerprint_of():
+    def digest(module):
+        return [tensor.clone() for tensor in module.state_dict().values()]
+
+    return digest
+
+
+def make_evaluation(inverter, data, folder, methods=("encoder",), **options):
+    methods = make_methods(list(methods), inverter, FAST) if isinstance(methods[0], str) else list(methods)
+    photos = open_photos(data, IMAGE_SIZE)
+    return ReconstructionEvaluation(
+        inverter, methods, photos, ReconstructionMetrics(inverter), folder, progress=False, **options
+    )
+
+
+class TestOptimization:
+    def test_rate_rises_and_falls(self):
+        settings = LatentSettings(steps=100, learning_rate=0.5)
+        rates = [settings.rate(step) for step in range(100)]
+        assert rates[0] == 0 and rates[5] == rates[75] == pytest.approx(0.5)
+        assert rates[2] == pytest.approx(0.5 * 2 / 5) and rates[99] < 0.01
+        assert rates[87] > rates[88] > rates[99]
+
+    @pytest.mark.parametrize("space", ["w", "w+"])
+    def test_latent_code_comes_nearer_and_batch_changes_nothing(self, tiny_inverter, batch, space):
+        image, camera = batch
+        generator, loss = tiny_inverter.generator, reconstruction_loss(tiny_inverter)
+        settings = LatentSettings(steps=12, learning_rate=0.2)
+        w = optimize_latent(generator, loss, image[:2], camera[:2], settings, space)
+        assert w.shape == ((2, 16) if space == "w" else (2, generator.num_ws, 16)) and not w.requires_grad
+        alone = optimize_latent(generator, loss, image[1:2], camera[1:2], settings, space)
+        torch.testing.assert_close(w[1:], alone, atol=1e-3, rtol=1e-3)
+
+        def total(code):
+            output = generator.synthesize(code, camera[:2])
+            return loss(output.image, output.image_raw, image[:2], camera[:2])["total"]
+
+        assert (total(w) < total(generator.w_avg.expand(2, -1))).all()
+
+    def test_unknown_space(self, tiny_inverter, batch):
+        with pytest.raises(ValueError, match="'w' or 'w"):
+            optimize_latent(tiny_inverter.generator, None, *batch, LatentSettings(), "z")
+
+    def test_tuning_improves_a_copy_only(self, tiny_inverter, batch, fingerprint_of):
+        image, camera = batch[0][:1], batch[1][:1]
+        generator, loss = tiny_inverter.generator, reconstruction_loss(tiny_inverter)
+        before, w = fingerprint_of(generator), tiny_inverter.encoder(image)
+        tuned, steps = tune_generator(generator, loss, image, camera, w, TuningSettings(steps=8, learning_rate=1e-3))
+        assert steps == 8
+        assert all(torch.equal(a, b) for a, b in zip(before, fingerprint_of(generator)))
+        assert not any(parameter.requires_grad for parameter in tuned.parameters())
+        errors = [(g.synthesize(w, camera).image - image).square().mean() for g in (generator, tuned)]
+        assert errors[1] < errors[0]
+
+    def test_tuning_stops_at_the_distance(self, tiny_inverter, batch):
+        image, camera = batch[0][:1], batch[1][:1]
+        loss, w = reconstruction_loss(tiny_inverter), tiny_inverter.encoder(image)
+        settings = TuningSettings(steps=3, stop_distance=1e9)
+        assert tune_generator(tiny_inverter.generator, loss, image, camera, w, settings)[1] == 0
+        settings = TuningSettings(steps=3, stop_distance=-1.0)
+        assert tune_generator(tiny_inverter.generator, loss, image, camera, w, settings)[1] == 3
+
+    def test_divergence_is_an_error(self, tiny_inverter, batch):
+        image, camera = batch[0][:1], batch[1][:1]
+        settings = TuningSettings(steps=3, learning_rate=1e30)
+        with pytest.raises(FloatingPointError, match="lower the learning rate"):
+            tune_generator(
+                tiny_inverter.generator, reconstruction_loss(tiny_inverter), image, camera,
+                tiny_inverter.encoder(image), settings,
+            )  # fmt: skip
+
+    def test_perceptual_weight_is_in_units_of_lpips(self, tiny_inverter):
+        # The tiny pipeline has the paper's weight of 0.8, so its distance counts as LPIPS itself.
+        weights = reconstruction_loss(tiny_inverter).weights
+        assert (weights.mse, weights.perceptual, weights.adversarial) == (1, pytest.approx(1), 0)
+        assert inversion_loss(tiny_inverter).weights.perceptual == pytest.approx(0.8)
+
+
+class TestMethods:
+    def test_ours_is_what_the_pipeline_does(self, tiny_inverter, crops, batch):
+        method = make_methods(["metaaux"], tiny_inverter, MethodOptions(steps=2))[0]
+        found = method.invert(batch[0][1:2], batch[1][1:2])[0]
+        inversion = tiny_inverter.invert(crops[1], steps=2, camera=batch[1][1])
+        torch.testing.assert_close(found.w[0], inversion.w)
+        torch.testing.assert_close(found.offset_planes[0], inversion.offset_planes)
+        for layer, offset in inversion.weight_offsets.items():
+            torch.testing.assert_close(found.weight_offsets[layer], offset)
+
+    @pytest.mark.parametrize("name", ["metaaux", "metaaux-0", "encoder", "without_auxiliary"])
+    def test_batch_equals_photos_alone_and_own_view_is_the_image(self, tiny_inverter, batch, name):
+        method = make_methods([name], tiny_inverter, MethodOptions(steps=2, generator_rate=1e-4))[0]
+        together = method.invert(*batch)
+        for index, found in enumerate(together):
+            alone = method.invert(batch[0][index : index + 1], batch[1][index : index + 1])[0]
+            torch.testing.assert_close(found.image, alone.image, atol=2e-4, rtol=1e-3)
+            torch.testing.assert_close(found.views(batch[1][index : index + 1])[0], found.image, atol=1e-5, rtol=0)
+
+    def test_pti_keeps_its_pivot(self, tiny_inverter, batch):
+        pti, w = make_methods(["pti", "w"], tiny_inverter, FAST)
+        tuned, pivot = pti.invert(batch[0][:1], batch[1][:1])[0], w.invert(batch[0][:1], batch[1][:1])[0]
+        torch.testing.assert_close(tuned.w, pivot.w)
+        assert tuned.generator is not tiny_inverter.generator and pivot.generator is tiny_inverter.generator
+        assert not torch.equal(tuned.image, pivot.image)
+
+    def test_pti_stops_at_a_share_of_the_average_faces_distance(self, tiny_inverter, batch):
+        image, camera = batch[0][:1], batch[1][:1]
+        steps = [
+            make_methods(["pti"], tiny_inverter, replace(FAST, pti_stop_share=share))[0].invert(image, camera)[0]
+            for share in (100.0, None)
+        ]
+        assert [found.tuning_steps for found in steps] == [0, FAST.tuning_steps]
+
+    def test_networks_from_folders(self, tiny_inverter, tiny_components, batch, tmp_path):
+        tiny_components["auxiliary"].save_pretrained(tmp_path / "auxiliary")
+        tiny_components["encoder"].save_pretrained(tmp_path / "encoder")
+        folder = tmp_path / "auxiliary"
+        options = MethodOptions(steps=1, psp=tmp_path / "encoder", hyperinverter=folder, without_meta=folder)
+        names = ["psp", "hyperinverter", "without_meta", "encoder", "metaaux-0", "metaaux"]
+        images = [method.invert(batch[0][:1], batch[1][:1])[0].image
+                  for method in make_methods(names, tiny_inverter, options)]
+        for own, embedded in zip(images[:3], images[3:]):
+            torch.testing.assert_close(own, embedded)
+        assert not torch.equal(images[1], images[2])
+
+    def test_ablations_must_lack_their_module(self, tiny_inverter, tiny_components, batch, tmp_path):
+        config = AuxiliaryNetwork.config_for(tiny_components["generator"], **{
+            key: tiny_components["auxiliary"].config[key] for key in (
+                "backbone_layer_type", "backbone_depths", "backbone_embedding_size", "backbone_hidden_sizes",
+                "neck_channels", "hyper_channels", "offset_resolution", "offset_channels", "camera_channels",
+            )
+        })  # fmt: skip
+        flat, rigid = tmp_path / "without_2d", tmp_path / "without_3d"
+        AuxiliaryNetwork(**config | {"use_weight_offsets": False}).save_pretrained(flat)
+        AuxiliaryNetwork(**config | {"use_offset_planes": False}).save_pretrained(rigid)
+        options = MethodOptions(steps=1, without_2d=flat, without_3d=rigid)
+        first, second = make_methods(["without_2d", "without_3d"], tiny_inverter, options)
+        assert not first.invert(batch[0][:1], batch[1][:1])[0].weight_offsets
+        assert all(found.offset_planes is None for found in second.invert(*batch))
+        with pytest.raises(ValueError, match="3D module, not one without"):
+            make_methods(["without_3d"], tiny_inverter, MethodOptions(without_3d=flat))
+        with pytest.raises(ValueError, match="2D module, not one without"):
+            make_methods(["without_2d"], tiny_inverter, MethodOptions(without_2d=rigid))
+
+    @pytest.mark.parametrize(
+        ("names", "match"),
+        [(["nonsense"], "unknown methods"), ([], "once each"), (["w", "w"], "once each"), (["psp"], "--psp")],
+    )
+    def test_names(self, tiny_inverter, names, match):
+        with pytest.raises(ValueError, match=match):
+            make_methods(names, tiny_inverter)
+
+
+class TestPhotos:
+    def test_crops_and_cameras_of_a_data_set_are_taken_as_they_are(self, face_zip, crops, cameras):
+        photos = open_photos(face_zip, IMAGE_SIZE)
+        assert len(photos) == 3 and not photos.aligned
+        for index, crop in enumerate(crops):
+            torch.testing.assert_close(photos[index].image, image_to_tensor(crop))
+            torch.testing.assert_close(photos[index].camera, cameras[index])
+        assert len(open_photos(face_zip, IMAGE_SIZE, limit=2)) == 2
+
+    def test_folder_is_aligned(self, tiny_inverter, tmp_path):
+        Image.fromarray(skimage.data.astronaut()).save(tmp_path / "b.png")
+        Image.new("RGB", (300, 300)).save(tmp_path / "a.png")
+        (tmp_path / "notes.txt").write_text("no photo")
+        photos = open_photos(tmp_path, IMAGE_SIZE, lambda: tiny_inverter.aligner)
+        assert photos.names == ["a.png", "b.png"]
+        with pytest.raises(ValueError, match="no face"):
+            photos[0]
+        expected = tiny_inverter.aligner.align(skimage.data.astronaut())
+        torch.testing.assert_close(photos[1].image, image_to_tensor(expected.image))
+        torch.testing.assert_close(photos[1].camera, expected.camera)
+
+    def test_paths_that_hold_none(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no photos at"):
+            open_photos(tmp_path / "absent", IMAGE_SIZE)
+        with pytest.raises(FileNotFoundError, match="nor any picture"):
+            open_photos(tmp_path, IMAGE_SIZE)
+        Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+        with pytest.raises(ValueError, match="neither a folder nor a zip"):
+            open_photos(tmp_path / "one.png", IMAGE_SIZE)
+
+
+class TestRecords:
+    def test_unfinished_line_is_dropped(self, tmp_path):
+        records = Records(tmp_path, {"methods": {}})
+        records.append("w", {"index": 0, "mse": 1.0})
+        path = next((tmp_path / "records").iterdir())
+        with path.open("ab") as file:
+            file.write(b'{"index": 1, "ms')
+        records = Records(tmp_path, {"methods": {}})
+        assert records.read("w") == {0: {"index": 0, "mse": 1.0}}
+        records.append("w", {"index": 1, "mse": 2.0})
+        assert [record["mse"] for record in records.read("w").values()] == [1.0, 2.0]
+        assert path.read_bytes().count(b"\n") == 2
+
+    def test_methods_whose_names_begin_alike(self, tmp_path):
+        records = Records(tmp_path, {"methods": {}})
+        for name in ("w", "w+", "metaaux", "metaaux-0"):
+            records.append(name, {"index": 0, "name": name})
+        assert all(records.read(name)[0]["name"] == name for name in ("w", "w+", "metaaux", "metaaux-0"))
+
+    def test_other_settings_are_refused_and_further_methods_are_not(self, tmp_path):
+        Records(tmp_path, {"weights": "a", "methods": {"w": {"steps": 1}}})
+        Records(tmp_path, {"weights": "a", "methods": {"pti": {"steps": 2}}})
+        assert json.loads((tmp_path / "settings.json").read_text())["methods"].keys() == {"w", "pti"}
+        with pytest.raises(ValueError, match="another weights"):
+            Records(tmp_path, {"weights": "b", "methods": {}})
+        with pytest.raises(ValueError, match="figures of w with other settings"):
+            Records(tmp_path, {"weights": "a", "methods": {"w": {"steps": 5}}})
+        with pytest.raises(ValueError, match="shard"):
+            Records(tmp_path, {"methods": {}}, shard=(3, 2))
+
+
+class BreakingEncoder(EncoderMethod):
+    """Encodes, but raises `error` on the calls numbered in `breaks`."""
+
+    def __init__(self, inverter, breaks, error):
+        super().__init__("encoder", "encoder (W)", inverter.generator, inverter.encoder, "pipeline")
+        self.calls, self.breaks, self.error = 0, breaks, error
+
+    def warm_up(self, image, camera):
+        pass
+
+    def invert(self, image, camera):
+        self.calls += 1
+        if self.calls in self.breaks:
+            raise self.error
+        return super().invert(image, camera)
+
+
+class TestEvaluation:
+    def test_results(self, tiny_inverter, face_zip, batch, tmp_path):
+        evaluation = make_evaluation(tiny_inverter, face_zip, tmp_path, ("encoder", "metaaux-0"))
+        evaluation.run()
+        results = evaluation.summarize()
+        assert results == json.loads((tmp_path / "results.json").read_text())
+        assert results["methods"].keys() == {"encoder", "metaaux-0"} and results["complete"]
+        assert results["device"] == "cpu" and results["photos"] == 3
+        figures = results["methods"]["encoder"]
+        assert figures.keys() == METHOD_KEYS
+        images = tiny_inverter.generator.synthesize(tiny_inverter.encoder(batch[0]), batch[1]).image.clamp(-1, 1)
+        assert figures["mse"] == pytest.approx((images - batch[0]).square().mean().item(), rel=1e-4)
+        assert (figures["failed"], figures["n"], figures["frechet"]) == (0, 3, None) and figures["seconds"] > 0
+        assert -1 <= results["details"]["encoder"]["identity_turned"] <= 1
+        assert "| encoder (W) | " in (tmp_path / "table.md").read_text(encoding="utf-8")
+        with Image.open(tmp_path / "comparison.png") as picture:
+            assert picture.width > 3 * 128 and picture.height > 3 * 128
+
+    def test_frechet_of_the_reconstructions(self, tiny_inverter, face_zip, tmp_path):
+        class Means:
+            name = "mean colours"
+
+            def __call__(self, images):
+                return images.float().mean((2, 3))
+
+        evaluation = make_evaluation(tiny_inverter, face_zip, tmp_path, features=Means())
+        evaluation.run()
+        frechet = evaluation.summarize()["methods"]["encoder"]["frechet"]
+        means = []
+        for kind in ("input", "encoder"):
+            files = sorted((tmp_path / "reconstructions" / kind).iterdir())
+            means.append(torch.stack([image_to_tensor(Image.open(file)) for file in files]).mean((2, 3)) * 127.5)
+        # At least the squared distance of the means; the rest is that of the covariances.
+        assert frechet >= (means[0].mean(0) - means[1].mean(0)).square().sum().item() - 1e-3
+
+    def test_goes_on_after_an_interruption(self, tiny_inverter, face_zip, tmp_path):
+        breaking = BreakingEncoder(tiny_inverter, {3}, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            make_evaluation(tiny_inverter, face_zip, tmp_path / "a", [breaking]).run()
+        interrupted = make_evaluation(tiny_inverter, face_zip, tmp_path / "a", [breaking])
+        assert not interrupted.summarize()["complete"]
+        # Killed in the middle of a write, besides.
+        with next((tmp_path / "a" / "records").iterdir()).open("ab") as file:
+            file.write(b'{"index": 2, "mse": 0.')
+        again = BreakingEncoder(tiny_inverter, set(), None)
+        evaluation = make_evaluation(tiny_inverter, face_zip, tmp_path / "a", [again])
+        evaluation.run()
+        assert again.calls == 1
+        resumed = evaluation.summarize()["methods"]["encoder"]
+        whole = make_evaluation(tiny_inverter, face_zip, tmp_path / "b")
+        whole.run()
+        expected = whole.summarize()["methods"]["encoder"]
+        assert {**resumed, "seconds": 0} == {**expected, "seconds": 0}
+
+    def test_failures_are_counted(self, tiny_inverter, face_zip, tmp_path, capsys):
+        broken = tmp_path / "broken.zip"
+        with zipfile.ZipFile(face_zip) as source, zipfile.ZipFile(broken, "w") as archive:
+            for name in source.namelist():
+                archive.writestr(name, b"no picture" if name == "00/00001.png" else source.read(name))
+        diverging = BreakingEncoder(tiny_inverter, {1}, FloatingPointError("it diverged"))
+        ours = make_methods(["metaaux-0"], tiny_inverter)[0]
+        evaluation = make_evaluation(tiny_inverter, broken, tmp_path / "out", [diverging, ours])
+        evaluation.run()
+        figures = evaluation.summarize()["methods"]
+        assert (figures["encoder"]["n"], figures["encoder"]["failed"]) == (3, 2)
+        assert (figures["metaaux-0"]["n"], figures["metaaux-0"]["failed"]) == (3, 1)
+        errors = capsys.readouterr().err
+        assert "it diverged" in errors and "00/00001.png" in errors
+        # They are not tried again.
+        calls = diverging.calls
+        make_evaluation(tiny_inverter, broken, tmp_path / "out", [diverging, ours]).run()
+        assert diverging.calls == calls
+
+    def test_no_photo_succeeded(self, tiny_inverter, face_zip, tmp_path):
+        method = BreakingEncoder(tiny_inverter, {1, 2, 3}, FloatingPointError("it diverged"))
+        evaluation = make_evaluation(tiny_inverter, face_zip, tmp_path, [method])
+        evaluation.run()
+        figures = evaluation.summarize()["methods"]["encoder"]
+        assert figures["mse"] is None and figures["seconds"] is None and figures["failed"] == figures["n"] == 3
+
+    def test_a_batch_with_a_failure_is_done_one_by_one(self, tiny_inverter, face_zip, tmp_path):
+        # Photo 1 alone, then photos 2 and 3 as a batch that fails, then 2 (which fails) and 3.
+        method = BreakingEncoder(tiny_inverter, {2, 3}, FloatingPointError("it diverged"))
+        evaluation = make_evaluation(tiny_inverter, face_zip, tmp_path, [method], batch=2, timed_photos=1)
+        evaluation.run()
+        figures = evaluation.summarize()["methods"]["encoder"]
+        assert (figures["n"], figures["failed"], method.calls) == (3, 1, 4)
+
+    def test_batches_give_the_same_figures_and_time_only_single_photos(self, tiny_inverter, face_zip, tmp_path):
+        results = []
+        for size in (1, 2):
+            evaluation = make_evaluation(
+                tiny_inverter, face_zip, tmp_path / str(size), ("metaaux-0",), batch=size, timed_photos=1
+            )
+            evaluation.run()
+            results.append(evaluation.summarize())
+        single, batched = (result["methods"]["metaaux-0"] for result in results)
+        for key in ("mse", "perceptual", "identity"):
+            assert batched[key] == pytest.approx(single[key], rel=1e-3, abs=1e-5)
+        assert [result["details"]["metaaux-0"]["timed"] for result in results] == [1, 1]
+
+    def test_shards_beside_each_other_are_not_timed(self, tiny_inverter, face_zip, tmp_path):
+        # As recommended: the first photo alone for its time, then all of them in shards.
+        for options in ({"timed_photos": 1, "batch": 1}, {"timed_photos": 0, "shard": (1, 2)},
+                        {"timed_photos": 0, "shard": (2, 2), "batch": 2}):
+            evaluation = make_evaluation(tiny_inverter, face_zip, tmp_path, **options)
+            evaluation.run()
+        results = evaluation.summarize()
+        assert results["complete"] and results["details"]["encoder"]["timed"] == 1
+
+    def test_shards_make_up_the_whole(self, tiny_inverter, face_zip, tmp_path):
+        whole = make_evaluation(tiny_inverter, face_zip, tmp_path / "whole")
+        whole.run()
+        for shard in ((1, 2), (2, 2)):
+            part = make_evaluation(tiny_inverter, face_zip, tmp_path / "parts", shard=shard)
+            part.run()
+            results = part.summarize()
+            assert results["complete"] == (shard == (2, 2))
+        expected = whole.summarize()["methods"]["encoder"]
+        assert {**results["methods"]["encoder"], "seconds": 0} == {**expected, "seconds": 0}
+
+    def test_another_checkpoint_needs_another_folder(self, tiny_inverter, tiny_components, face_zip, tmp_path):
+        from metaaux import MetaAuxInverter
+
+        make_evaluation(tiny_inverter, face_zip, tmp_path)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            network = type(tiny_components["identity"])(**tiny_components["identity"].config)
+        other = MetaAuxInverter(**tiny_components | {"identity": network.eval()})
+        with pytest.raises(ValueError, match="holds an evaluation with another"):
+            make_evaluation(other, face_zip, tmp_path)
+
+    def test_poses_of_turned_heads(self, tiny_inverter, face_zip, tmp_path):
+        evaluation = make_evaluation(tiny_inverter, face_zip, tmp_path, pose=True)
+        evaluation.run()
+        details = evaluation.summarize()["details"]["encoder"]
+        # A tiny generator with random weights shows no face.
+        assert details["pose_detected"] == 0 and details["pose_error"] is None
+
+
+    def test_2d_generator(self, flat_inverter, face_zip, tmp_path):  # noqa: F811
+        names = ("metaaux", "w+", "pti", "without_auxiliary")
+        evaluation = make_evaluation(flat_inverter, face_zip, tmp_path, names, batch=2, timed_photos=1, pose=True)
+        evaluation.run()
+        results = evaluation.summarize()
+        assert all(figures["failed"] == 0 and figures["mse"] > 0 for figures in results["methods"].values())
+        # There are no other sides.
+        assert all(details["identity_turned"] is None for details in results["details"].values())
+
+
+class TestReport:
+    def test_comparison_picture_holds_every_picture(self):
+        rows = [[Image.new("RGB", (32, 32), colour) for colour in row]
+                for row in (("red", "lime"), ("blue", "black"))]
+        picture = comparison_picture(rows, ["a", "b"])
+        colours = {colour for _, colour in picture.getcolors(2**20)}
+        assert {(255, 0, 0), (0, 255, 0), (0, 0, 255)} <= colours
+        assert picture.width >= 2 * 128 and picture.height > 2 * 128
+        with pytest.raises(ValueError, match="rows of 1 pictures"):
+            comparison_picture(rows, ["a"])
+
+
+class TestCommand:
+    def test_photos_of_a_folder(self, tiny_folder, tmp_path, monkeypatch, capsys):
+        photos = tmp_path / "photos"
+        photos.mkdir()
+        Image.fromarray(skimage.data.astronaut()).save(photos / "astronaut.jpg")
+        tensor_to_image(torch.zeros(3, 64, 64)).save(photos / "grey.png")
+        out = tmp_path / "out"
+        arguments = ["--data", photos, "--methods", "metaaux,encoder,pti", "--steps", 1, "--latent-steps", 1,
+                     "--tuning-steps", 1, "--model", tiny_folder, "--device", "cpu", "--out", out]
+        monkeypatch.setattr(sys, "argv", ["metaaux", "evaluate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code
+        results = json.loads((out / "results.json").read_text())
+        assert list(results["methods"]) == ["metaaux", "encoder", "pti"]
+        for figures in results["methods"].values():
+            assert figures.keys() == METHOD_KEYS and (figures["n"], figures["failed"]) == (2, 1)
+        assert "| PTI |" in capsys.readouterr().out
+        assert {"results.json", "table.md", "comparison.png"} <= {path.name for path in out.iterdir()}
+
+    def test_goes_on_after_being_killed(self, tiny_folder, face_zip, tmp_path, monkeypatch):
+        command = ["metaaux", "evaluate", "--data", face_zip, "--methods", "pti",
+                   "--latent-steps", "10", "--tuning-steps", "5", "--model", tiny_folder, "--device", "cpu",
+                   "--out", tmp_path]
+        file = tmp_path / "records" / "pti.1-of-1.jsonl"
+        command = list(map(str, command))
+        first = subprocess.Popen(
+            [sys.executable, "-m", *command], stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        deadline = time.monotonic() + 120
+        while not (file.exists() and file.read_bytes().count(b"\n")):
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        first.kill()
+        first.wait()
+        kept = file.read_bytes()
+        kept = kept[: kept.rfind(b"\n") + 1]
+        assert not (tmp_path / "results.json").exists()
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit):
+            main()
+        assert file.read_bytes().startswith(kept) and file.read_bytes().count(b"\n") == 3
+        assert json.loads((tmp_path / "results.json").read_text())["methods"]["pti"]["n"] == 3
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--out", "x"], "--data"),
+            (["--data", "x"], "--out"),
+            (["--data", "x", "--out", "y", "--shard", "3/2"], "--shard"),
+            (["editing", "--data", "x", "--out", "y"], "--attributes"),
+        ],
+    )
+    def test_usage_errors(self, arguments, message, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["metaaux", "evaluate", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_figures_on_a_gpu_are_those_of_the_cpu(tiny_folder, face_zip, tmp_path):
+    from metaaux import MetaAuxInverter
+
+    names = ("metaaux", "metaaux-0", "encoder", "w", "w+", "pti", "without_auxiliary")
+    figures = []
+    for device in ("cpu", "cuda"):
+        inverter = MetaAuxInverter.from_pretrained(tiny_folder).to(device)
+        evaluation = make_evaluation(inverter, face_zip, tmp_path / device, names, batch=2, timed_photos=1)
+        evaluation.run()
+        figures.append(evaluation.summarize()["methods"])
+    for name in names:
+        assert figures[1][name]["failed"] == 0
+        for key in ("mse", "perceptual", "identity"):
+            assert figures[1][name][key] == pytest.approx(figures[0][name][key], rel=0.02, abs=0.01)
