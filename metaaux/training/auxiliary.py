@@ -242,7 +242,7 @@ def load_networks(config: AuxiliaryConfig, device: torch.device) -> FrozenNetwor
     """The frozen networks and both losses on `device`."""
 
     def load(cls, folder):
-        return cls.from_pretrained(folder).to(device).eval().requires_grad_(False)
+        return cls.from_pretrained(folder, torch_dtype=torch.float32).to(device).eval().requires_grad_(False)
 
     discriminator = load(DualDiscriminator, config.discriminator)
     identity = load(IdentityNetwork, config.identity)

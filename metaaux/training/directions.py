@@ -30,6 +30,7 @@ from ..evaluation.attributes import AgeGenderNetwork
 from ..faces.cameras import camera_from_pose
 from ..faces.measures import MEASURES, face_measures
 from ..files import atomic_path
+from ..inversion import generator_fingerprint
 from ..models.directions import Direction, LatentDirections
 from ..models.eg3d import EG3DGenerator
 from ..models.identity import IdentityNetwork
@@ -47,6 +48,8 @@ MEANINGS = {
 }
 # Steps in standard deviations of the samples along a direction at which its effect is measured.
 _STEPS = (-3.0, -2.0, -1.0, 1.0, 2.0, 3.0)
+# Of w, so that three steps stay among the heads that the generator was trained for.
+_LARGEST_SCALE = 1.25
 # Regularisation of the support vector machine, for w divided by its overall deviation; chosen by cross-validation.
 _SVM_C = (1e-5, 1e-4, 1e-3, 1e-2)
 
@@ -70,7 +73,7 @@ class DirectionsConfig:
         held_out: share of the samples that accuracies are measured on.
         conditions: for an attribute, those whose normals are projected out of its own; the pose always is.
         components: number of principal components.
-        calibration: held-out heads that are moved along each direction to set its scale.
+        calibration: heads that are moved along each direction to set its scale.
         min_identity: mean similarity between a head and itself a step of 1 further that scales must keep.
         min_accuracy: directions that separate worse are left out, and the report says so.
         seed: of the samples.
@@ -182,12 +185,12 @@ def train(config: DirectionsConfig, run_folder: str | os.PathLike, resume: bool 
     accelerator = Accelerator()
     folder = Path(run_folder)
     shards = folder / "samples"
-    if accelerator.is_main_process:
-        _open(shards, config, resume)
-    accelerator.wait_for_everyone()
     generator = EG3DGenerator.from_pretrained(config.generator).to(accelerator.device).eval().requires_grad_(False)
     attributes = Attributes(config.attributes, config.workers, accelerator.device)
     try:
+        if accelerator.is_main_process:
+            _open(shards, config, attributes, resume)
+        accelerator.wait_for_everyone()
         _sample(generator, attributes, config, shards, accelerator)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -197,8 +200,8 @@ def train(config: DirectionsConfig, run_folder: str | os.PathLike, resume: bool 
         attributes.close()
 
 
-def _open(shards: Path, config: DirectionsConfig, resume: bool) -> None:
-    settings = {name: getattr(config, name) for name in config.SAMPLING}
+def _open(shards: Path, config: DirectionsConfig, attributes: Attributes, resume: bool) -> None:
+    settings = {name: getattr(config, name) for name in config.SAMPLING} | {"measured": list(attributes.names)}
     path = shards / "settings.json"
     if path.exists():
         if not resume:
@@ -235,9 +238,10 @@ def _sample(generator, attributes, config, shards, accelerator) -> None:
         for part in ws.split(config.batch):
             pending.append(attributes.start(_frontal(generator, part, config)))
             bar.update(len(part))
-        tensors = {"w": ws.float().cpu(), "pose": pose, "values": torch.cat([wait() for wait in pending])}
+        values = torch.cat([wait() for wait in pending])
+        tensors = {"w": ws.float().cpu().contiguous(), "pose": pose, "values": values}
         with atomic_path(shards / f"{index:05d}.safetensors") as temporary:
-            save_file(tensors, temporary, metadata={"attributes": json.dumps(attributes.names)})
+            save_file(tensors, temporary)
     bar.close()
 
 
@@ -338,8 +342,11 @@ def _calibrate(generator, attributes, identity, config, name, normal, deviation,
     """Effect of steps along a normal on `w` [M, w_dim], and from it scale and range.
 
     `base` = (values [M, attributes], identity vectors or None) of the unmoved heads. A step of 1 shall change the
-    attribute by `spread`, its deviation among the samples, unless that takes more than two deviations of w or changes
-    the identity too much. The range ends where the attribute turns back or faces are lost.
+    attribute by `spread`, its deviation among the samples, unless that takes more than `_LARGEST_SCALE` deviations of
+    w or changes the identity too much. The range ends where the attribute turns back or faces are lost.
+
+    Raises:
+        ValueError: the heads do not change as the attribute says.
     """
     column = attributes.names.index(name)
     effects = []
@@ -356,12 +363,16 @@ def _calibrate(generator, attributes, identity, config, name, normal, deviation,
     slope = sum(entry["step"] * entry["change"] for entry in near) / sum(entry["step"] ** 2 for entry in near)
     if not slope > 0:
         raise ValueError(f"heads moved along it do not get more of it ({slope:.3g} a deviation)")
-    scale = float(np.clip(spread / slope, 0.5, 2.0))
-    if identity is not None:
-        kept = [abs(e["step"]) for e in effects if e["identity"] >= config.min_identity]
-        lost = [abs(e["step"]) for e in effects if e["identity"] < config.min_identity]
-        if lost:
-            scale = min(scale, max(0.25, max([s for s in kept if s < min(lost)], default=min(lost) / 2)))
+    for step, sign in ((1.0, "more"), (-1.0, "less")):
+        (change,) = (entry["change"] for entry in effects if entry["step"] == step)
+        if not change * step > 0:
+            raise ValueError(f"heads moved by a deviation toward {sign} of it change by {change:.3g} instead")
+    scale = min(spread / slope, _LARGEST_SCALE)
+    for sign in (1, -1) if identity is not None else ():
+        side = sorted((abs(e["step"]), e["identity"]) for e in effects if e["step"] * sign > 0)
+        steps, kept = zip((0.0, 1.0), *side)
+        # Identities fall along the way; np.interp wants them to rise.
+        scale = min(scale, float(np.interp(config.min_identity, kept[::-1], steps[::-1])))
     limits = {}
     for sign in (-1, 1):
         reached, last = 0.0, 0.0
@@ -406,11 +417,14 @@ def _finish(generator, attributes, config, folder) -> None:
         except ValueError as error:
             report["left_out"][name] = str(error)
 
-    # Heads with a face, to be moved.
-    complete = np.flatnonzero(np.isfinite(values).all(1))[-config.calibration :]
+    # Heads to be moved: the last, which have all attributes that are left.
+    columns = [attributes.names.index(name) for name in found]
+    complete = np.flatnonzero(np.isfinite(values[:, columns]).all(1))[-config.calibration :]
     heads = torch.from_numpy(w[complete]).float().to(device)
-    images = torch.cat([_frontal(generator, part, config) for part in heads.split(config.batch)])
-    base = attributes.start(images)(), None if identity is None else _embed(identity, images, config)
+    base = None
+    if found:
+        images = torch.cat([_frontal(generator, part, config) for part in heads.split(config.batch)])
+        base = attributes.start(images)(), None if identity is None else _embed(identity, images, config)
     directions = []
     for name, (normal, accuracy) in tqdm(found.items(), unit="direction"):
         try:
@@ -440,7 +454,7 @@ def _finish(generator, attributes, config, folder) -> None:
         directions.append(Direction(f"pc{number}", "principal", normal, float(deviation), -3.0, 3.0, None, ""))
     if not directions:
         raise ValueError("no directions: no attribute could be measured and separated, and components is 0")
-    component = LatentDirections.from_directions(directions)
+    component = LatentDirections.from_directions(directions, generator_fingerprint(generator))
     component.save_pretrained(folder / "latent_directions")
     report["cosines"] = {d.name: [round(float(d.normal @ e.normal), 3) for e in directions] for d in directions}
     with atomic_path(folder / "directions.json") as temporary:

@@ -1,0 +1,223 @@
+"""Finding latent directions: boundaries, conditions, principal components, and a whole tiny run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from metaaux import MetaAuxInverter
+from metaaux.evaluation.attributes import AgeGenderNetwork
+from metaaux.faces.canonical import canonical_face
+from metaaux.faces.measures import MEASURES, face_measures
+from metaaux.models.directions import LatentDirections
+from metaaux.training.directions import (
+    DirectionsConfig,
+    principal_components,
+    project_out,
+    separate,
+    train,
+)
+
+
+@pytest.fixture
+def samples():
+    """w [2000, 12], and an attribute that follows a known unit vector, with some noise."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((2000, 12)) * np.linspace(0.5, 2, 12)
+    truth = rng.standard_normal(12)
+    truth /= np.linalg.norm(truth)
+    along = w @ truth
+    return w, truth, along + 0.3 * along.std() * rng.standard_normal(2000)
+
+
+class TestSeparate:
+    def test_finds_the_planted_direction(self, samples):
+        w, truth, values = samples
+        normal, accuracy = separate(w, values, 0.2, 0.2)
+        assert np.linalg.norm(normal) == pytest.approx(1)
+        assert normal @ truth > 0.95
+        assert accuracy(normal) > 0.97 and accuracy(-normal) < 0.03
+
+    def test_noise_is_not_separated(self, samples):
+        w, _, _ = samples
+        normal, accuracy = separate(w, np.random.default_rng(1).standard_normal(len(w)), 0.2, 0.25)
+        assert 0.35 < accuracy(normal) < 0.65
+
+    def test_samples_without_a_value_are_left_out(self, samples):
+        w, truth, values = samples
+        values = np.where(np.arange(len(w)) % 3 == 0, np.nan, values)
+        normal, accuracy = separate(w, values, 0.2, 0.2)
+        assert normal @ truth > 0.93 and accuracy(normal) > 0.95
+
+    @pytest.mark.parametrize(
+        ("values", "match"),
+        [(np.full(2000, np.nan), "too few"), (np.ones(2000), "hardly varies"), (np.arange(2000) % 2.0, None)],
+    )
+    def test_values_that_separate_nothing(self, samples, values, match):
+        if match is None:  # two values alone do make two classes
+            separate(samples[0], values, 0.2, 0.2)
+        else:
+            with pytest.raises(ValueError, match=match):
+                separate(samples[0], values, 0.2, 0.2)
+
+
+class TestProjectOut:
+    def test_conditions_stay_as_they_are(self):
+        rng = np.random.default_rng(2)
+        normal, *conditions = rng.standard_normal((4, 10))
+        freed = project_out(normal / np.linalg.norm(normal), conditions)
+        assert np.linalg.norm(freed) == pytest.approx(1)
+        assert all(abs(freed @ condition) < 1e-9 for condition in conditions)
+        # With one condition it is InterFaceGAN's n - (n·c)c.
+        unit = conditions[0] / np.linalg.norm(conditions[0])
+        expected = normal - (normal @ unit) * unit
+        np.testing.assert_allclose(project_out(normal, conditions[:1]), expected / np.linalg.norm(expected), atol=1e-9)
+
+    def test_nothing_left(self):
+        normal = np.array([1.0, 0, 0])
+        assert project_out(normal, []) is normal
+        with pytest.raises(ValueError, match="within the span"):
+            project_out(normal, [np.array([1.0, 1, 0]), np.array([0, 1.0, 0])])
+
+
+class TestPrincipalComponents:
+    def test_axes_and_deviations(self, samples):
+        w, _, _ = samples
+        axes, deviations = principal_components(w, 3)
+        np.testing.assert_allclose(axes @ axes.T, np.eye(3), atol=1e-9)
+        np.testing.assert_allclose(((w - w.mean(0)) @ axes.T).std(0), deviations, rtol=1e-6)
+        assert deviations[0] > deviations[1] > deviations[2]
+        assert np.abs(axes[0]).argmax() == 11  # which varies most
+        assert axes[0][11] > 0
+        np.testing.assert_allclose(principal_components(w[::-1], 3)[0], axes, atol=1e-6)
+
+    def test_too_many(self):
+        with pytest.raises(ValueError, match="no 4 principal components"):
+            principal_components(np.zeros((100, 3)), 4)
+
+
+class TestFaceMeasures:
+    @pytest.fixture
+    def face(self):
+        """The canonical face in a picture's axes: y down, z away."""
+        return canonical_face().astype(np.float64) * [1, -1, -1]
+
+    def test_each_follows_its_landmarks(self, face):
+        plain = face_measures(face)
+        assert tuple(plain) == MEASURES
+        changes = {
+            "smile": ([61, 291], [0, -0.03, 0]),
+            "mouth_open": ([14], [0, 0.03, 0]),
+            "eyes_open": ([159, 386], [0, -0.01, 0]),
+            "face_width": ([454], [0.04, 0, 0]),
+        }
+        for name, (vertices, shift) in changes.items():
+            moved = face.copy()
+            moved[vertices] += shift
+            measures = face_measures(moved)
+            assert measures[name] > plain[name] * 1.02, name
+            others = set(MEASURES) - {name} - ({"smile"} if name == "mouth_open" else set())
+            assert all(measures[other] == pytest.approx(plain[other], rel=1e-6) for other in others), name
+
+    def test_size_and_place_play_no_part(self, face):
+        for name, value in face_measures(face * 250 + [40, 90, 5]).items():
+            assert value == pytest.approx(face_measures(face)[name])
+
+    def test_wrong_shape(self):
+        with pytest.raises(ValueError, match=r"\[478, 3\]"):
+            face_measures(np.zeros((478, 3)))
+
+
+class TestTrain:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def config(cls, tiny_folder, tmp_path_factory):
+        """Of a run on the tiny generator; the attribute network has random weights."""
+        torch.manual_seed(0)
+        network = AgeGenderNetwork()
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        weights = tmp_path_factory.mktemp("networks") / "age_gender.safetensors"
+        save_file(network.state_dict(), weights)
+        return DirectionsConfig(
+            generator=str(tiny_folder / "generator"), attributes=str(weights), samples=150, shard=50, batch=50,
+            workers=1, components=2, calibration=2, min_accuracy=0.0, conditions={"age": ["gender"]},
+        )  # fmt: skip
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def run(cls, config, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("runs") / "directions"
+        with pytest.warns(UserWarning, match="no direction"):
+            train(config, folder)
+        return folder
+
+    def test_component_fits_the_pipeline(self, run, tiny_folder, tiny_inversion):
+        component = LatentDirections.from_pretrained(run / "latent_directions")
+        inverter = MetaAuxInverter.from_pretrained(tiny_folder, latent_directions=component)
+        inverter.set_progress_bar_config(disable=True)
+        assert {"pc1", "pc2"} <= set(inverter.directions)
+        assert inverter.directions["pc1"].kind == "principal" and inverter.directions["pc1"].accuracy is None
+        view = inverter.render(tiny_inversion)
+        assert inverter.render(tiny_inversion, edits={"pc1": 2}) != view
+
+    def test_report_accounts_for_every_attribute(self, run):
+        report = json.loads((run / "directions.json").read_text())
+        found = LatentDirections.from_pretrained(run / "latent_directions").as_dict()
+        assert report["samples"] == 150
+        named = {name for name in found if not name.startswith("pc")}
+        assert named.isdisjoint(report["left_out"])
+        # Random heads have no faces: what needs landmarks is left out, with the reason.
+        assert named | set(report["left_out"]) == {"age", "gender", *MEASURES}
+        assert all("too few" in report["left_out"][name] for name in MEASURES)
+        for name in named:
+            figures = report["directions"][name]
+            assert figures["accuracy"] == found[name].accuracy and figures["slope"] > 0
+            assert len(figures["effects"]) == 6 and found[name].low <= -1 and found[name].high >= 1
+        assert Image.open(run / "sheets" / "directions.png").width == 10 * 32
+
+    def test_conditions_hold(self, run):
+        report = json.loads((run / "directions.json").read_text())
+        tensors = [load_file(run / "samples" / f"{index:05d}.safetensors") for index in range(3)]
+        w = torch.cat([tensor["w"] for tensor in tensors]).double().numpy()
+        gender, _ = separate(w, torch.cat([tensor["values"][:, 1] for tensor in tensors]).double().numpy(), 0.2, 0.2)
+        if "age" not in report["left_out"]:
+            age = LatentDirections.from_pretrained(run / "latent_directions").as_dict()["age"].normal
+            assert abs(float(age.double().numpy() @ gender)) < 1e-4
+
+    def test_an_interrupted_run_goes_on(self, run, config, tmp_path):
+        samples = tmp_path / "again" / "samples"
+        samples.mkdir(parents=True)
+        for name in ("settings.json", "00000.safetensors", "00002.safetensors"):
+            (samples / name).write_bytes((run / "samples" / name).read_bytes())
+        kept = (samples / "00000.safetensors").stat().st_mtime_ns
+        with pytest.warns(UserWarning, match="no direction"):
+            train(config, tmp_path / "again", resume=True)
+        assert (samples / "00000.safetensors").stat().st_mtime_ns == kept
+        first, second = (load_file(folder / "samples" / "00001.safetensors") for folder in (run, tmp_path / "again"))
+        torch.testing.assert_close(first, second, equal_nan=True)
+        assert not list(samples.glob(".*"))
+
+    def test_samples_are_not_mixed_or_lost(self, run, config):
+        with pytest.raises(ValueError, match="holds samples of an earlier run"):
+            train(config, run)
+        with pytest.raises(ValueError, match="made with another truncation"):
+            train(dataclasses.replace(config, truncation=0.5), run, resume=True)
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            ({"conditions": {"age": ["hair"]}}, "conditions names hair"),
+            ({"extremes": 0.6}, "extremes must be"),
+            ({"held_out": 0.0}, "held_out must be"),
+        ],
+    )
+    def test_settings_that_cannot_be(self, config, change, match):
+        with pytest.raises(ValueError, match=match):
+            dataclasses.replace(config, **change)
