@@ -1,0 +1,308 @@
+"""The models behind the demo: loading them beside the server, and computing with them, on ZeroGPU as elsewhere.
+
+On a ZeroGPU Space the methods that compute run in a forked process which has the GPU: they take and give plain
+values, pictures and paths, never tensors of the GPU, and what they change stays there. MediaPipe aborts in such a
+process once the parent has used it, so faces are aligned outside of them.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import spaces
+from PIL import Image
+from spaces.config import Config as spaces_config
+
+from .settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..faces import AlignedFace
+    from ..pipeline import Head, MetaAuxInverter
+
+logger = logging.getLogger(__name__)
+
+#: How long a request waits for the models that are still being loaded, seconds.
+LOADING_TIMEOUT = 300.0
+
+
+class _Cancelled(BaseException):
+    """Ends a computation whose visitor has gone or has cancelled; not an error."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of an inversion, as its visitor sees it.
+
+    Attributes:
+        step: -1 for the encoder alone, 0 for the auxiliary network's prediction, then the gradient steps.
+        image: reconstruction of the first photo.
+        losses: the entry of `Inversion.steps`.
+        path: the inversion's file, with the last step only.
+    """
+
+    step: int
+    image: Image.Image
+    losses: dict[str, float]
+    path: str | None = None
+
+
+class Engine:
+    """The demo's models and all computation on them. Shared by the server's threads.
+
+    Args:
+        settings: which models, and where.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.zero_gpu = bool(spaces_config.zero_gpu)
+        self._inverters: dict[str, MetaAuxInverter] = {}
+        self._loaded = threading.Event()
+        self._failure: Exception | None = None
+        self._workers = threading.BoundedSemaphore(settings.workers)
+        # Off ZeroGPU `spaces.GPU` returns the function as it is.
+        self.invert = spaces.GPU(duration=_seconds_of_inversion)(self._invert)
+        self.render = spaces.GPU(duration=_seconds_of_view)(self._render)
+        self.orbit = spaces.GPU(duration=_seconds_of_orbit)(self._orbit)
+        self.mesh = spaces.GPU(duration=_seconds_of_mesh)(self._mesh)
+
+    def start(self) -> None:
+        """Loads the models: on ZeroGPU before it returns, as models are to be placed at start there; elsewhere in a
+        thread, so that the page need not wait."""
+        if self.zero_gpu:
+            self._load()
+        else:
+            threading.Thread(target=self._load, name="load-models", daemon=True).start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the models are loaded, or have failed to."""
+        return self._loaded.is_set()
+
+    @property
+    def keeps_heads(self) -> bool:
+        """Whether prepared heads outlive a call: on ZeroGPU the process that holds them does not."""
+        return not self.zero_gpu
+
+    def inverter(self, model: str | None = None) -> MetaAuxInverter:
+        """The pipeline of a model, once it is loaded.
+
+        Args:
+            model: one of the settings' models. Default: the first.
+
+        Raises:
+            ValueError: a model that this demo does not offer, or one that could not be loaded.
+        """
+        model = model or self.settings.models[0]
+        if model not in self.settings.models:
+            raise ValueError(f"there is no model {model!r:.80} here, only {', '.join(self.settings.models)}")
+        if not self._loaded.wait(LOADING_TIMEOUT):
+            raise ValueError("the model is still being loaded; try again in a minute")
+        if self._failure is not None:
+            raise ValueError("the model could not be loaded; whoever runs this demo finds the reason in its log")
+        return self._inverters[model]
+
+    def describe_device(self) -> str:
+        """Where the models run, in a word or two for the page."""
+        if self.zero_gpu:
+            return "ZeroGPU"
+        return "GPU" if self.inverter().device.type == "cuda" else "CPU"
+
+    def prepare(self, model: str, path: str, edits: dict[str, float]) -> Head:
+        """What all views of an inversion file share. Only where `keeps_heads`."""
+        inverter = self.inverter(model)
+        return inverter.prepare(inverter.load_inversion(path), edits)
+
+    def align(self, model: str, photos: list[Image.Image]) -> list[AlignedFace]:
+        """Crops and cameras of photos, always in this process.
+
+        Raises:
+            ValueError: a photo without a usable face; of several photos the message says which.
+        """
+        aligner = self.inverter(model).aligner
+        faces = []
+        for number, photo in enumerate(photos, start=1):
+            try:
+                faces.append(aligner.align(photo))
+            except ValueError as error:
+                if len(photos) == 1:
+                    raise
+                raise type(error)(f"photo {number}: {error}") from None
+        return faces
+
+    def _invert(
+        self,
+        model: str,
+        crops: list[Image.Image],
+        cameras: list[torch.Tensor],
+        steps: int,
+        flip: bool | None,
+        path: str,
+    ) -> Iterator[Step]:
+        """Yields every step; with the last one the inversion's file is complete.
+
+        Args:
+            model: as `inverter`.
+            crops: aligned photos of one person.
+            cameras: theirs, each [25] on the CPU.
+            steps: gradient steps.
+            flip: as `MetaAuxInverter.invert`.
+            path: where the inversion's file goes.
+        """
+        import torch
+
+        inverter = self.inverter(model)
+
+        def run(report: Callable[[Any], None]) -> None:
+            def on_step(step: int, image: Image.Image, losses: dict[str, float]) -> None:
+                report((step, image, losses))
+
+            inversion = inverter.invert(crops, steps=steps, on_step=on_step, camera=torch.stack(cameras), flip=flip)
+            inversion.save(path)
+
+        last: Step | None = None
+        for step, image, losses in self._stream(run):
+            last = Step(step, image, losses)
+            # The last step waits for the file, so that every step is exactly one result.
+            if step < steps:
+                yield last
+        if last is not None:
+            yield Step(last.step, last.image, last.losses, path)
+
+    def _render(
+        self, model: str, source: str | Head, yaw: float | None, pitch: float | None, edits: dict[str, float]
+    ) -> Image.Image:
+        """One view of an inversion file, or of a head that `prepare` made with the same edits."""
+        inverter = self.inverter(model)
+        if isinstance(source, str):
+            return inverter.render(inverter.load_inversion(source), yaw=yaw, pitch=pitch, edits=edits)
+        return inverter.render(source, yaw=yaw, pitch=pitch)
+
+    def _orbit(
+        self, model: str, source: str, frames: int, ranges: tuple[float, float], edits: dict[str, float], path: str
+    ) -> Iterator[float]:
+        """Writes a video of the turning head; yields the share that is done."""
+        from ..rendering import write_video
+
+        inverter = self.inverter(model)
+
+        def run(report: Callable[[Any], None]) -> None:
+            head = inverter.prepare(inverter.load_inversion(source), edits)
+            views = inverter.orbit(head, frames=frames, yaw_range=ranges[0], pitch_range=ranges[1], progress=report)
+            write_video(views, path)
+
+        yield from self._stream(run)
+
+    def _mesh(self, model: str, source: str, resolution: int, edits: dict[str, float], path: str) -> Iterator[float]:
+        """Writes a mesh of the head; yields the share that is done."""
+        inverter = self.inverter(model)
+
+        def run(report: Callable[[Any], None]) -> None:
+            head = inverter.prepare(inverter.load_inversion(source), edits)
+            inverter.export_mesh(head, path, resolution=resolution, progress=report)
+
+        yield from self._stream(run)
+
+    def _stream(self, run: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
+        """Runs `run(report)` in a thread and yields what it reports, as it does. Once the iterator is closed the next
+        report ends the computation; until then it keeps its worker, so no more than `workers` ever compute."""
+        events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        closed = threading.Event()
+
+        def report(value: Any) -> None:
+            if closed.is_set():
+                raise _Cancelled
+            events.put(("report", value))
+
+        def work() -> None:
+            try:
+                with self._workers:
+                    if not closed.is_set():
+                        run(report)
+                events.put(("end", None))
+            except _Cancelled:
+                pass
+            # Whatever happens belongs to the one who waits for it.
+            except BaseException as error:
+                events.put(("error", error))
+
+        context = contextvars.copy_context()
+        threading.Thread(target=context.run, args=(work,), name="compute", daemon=True).start()
+        try:
+            while True:
+                kind, value = events.get()
+                if kind == "end":
+                    return
+                if kind == "error":
+                    raise value
+                yield value
+        finally:
+            closed.set()
+
+    def _load(self) -> None:
+        try:
+            import torch
+
+            from ..pipeline import MetaAuxInverter
+
+            device = self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            for model in self.settings.models:
+                inverter = MetaAuxInverter.from_pretrained(model)
+                inverter.set_progress_bar_config(disable=True)
+                # Known before the move: on ZeroGPU weights cannot be read back outside of GPU functions.
+                _ = inverter.fingerprint, inverter.aligner
+                self._inverters[model] = inverter.to(device)
+        except Exception as error:
+            logger.exception("loading the models failed")
+            self._failure = error
+        finally:
+            self._loaded.set()
+        if self._failure is None:
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        """What the first visitor would wait for otherwise: lazy imports, MediaPipe's graphs, the GPU's kernels."""
+        import numpy as np
+
+        from ..faces import camera_from_pose
+
+        try:
+            for inverter in self._inverters.values():
+                size = inverter.generator.config.image_size
+                grey = Image.fromarray(np.full((size, size, 3), 128, dtype=np.uint8))
+                inverter.aligner.estimate_pose(grey)
+                if not self.zero_gpu:
+                    inverter.invert(grey, steps=1, camera=camera_from_pose(0.0, 0.0))
+        except Exception:
+            logger.exception("the warm-up failed; the demo goes on without")
+
+
+def _seconds_of_inversion(model, crops, cameras, steps, flip, path) -> int:
+    passes = (steps + 2) * len(crops) * (1 if flip is False else 2)
+    return min(120, 8 + passes // 4)
+
+
+def _seconds_of_view(model, source, yaw, pitch, edits) -> int:
+    return 6
+
+
+def _seconds_of_orbit(model, source, frames, ranges, edits, path) -> int:
+    return min(60, 8 + frames // 15)
+
+
+def _seconds_of_mesh(model, source, resolution, edits, path) -> int:
+    return min(60, 10 + (resolution // 64) ** 2)
+
+
+def is_absent(path: str) -> bool:
+    """Whether a file of a session has been deleted from the cache meanwhile."""
+    return not os.path.isfile(path)

@@ -1,0 +1,289 @@
+"""What happens on the page: each method serves one event, and returns the values of that event's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from .engine import Engine
+from .pictures import crop_card, loss_charts, note_card, progress_bar
+from .session import AlignedPhotos, Session, SessionExpiredError, show
+from .settings import Settings
+from .uploads import new_file
+from .validation import (
+    MAX_PITCH,
+    MAX_YAW,
+    check_edits,
+    check_flip,
+    check_integer,
+    check_inversion_file,
+    explained,
+    read_photos,
+)
+
+#: Sliders laid out for editing directions; those that a model has no direction for stay hidden.
+EDIT_SLIDERS = 16
+
+
+@dataclass
+class RunView:
+    """What the page shows of an inversion; `values` are in the order of the run's outputs in the layout."""
+
+    running: bool
+    status: str
+    compare: Any = None
+    strip: Any = None
+    losses: Any = None
+    session: Any = None
+    view: Any = None
+    pose: tuple[float, float] | None = None
+    head_file: str | None = None
+    picture_file: str | None = None
+
+    @property
+    def values(self) -> tuple:
+        skip = gr.skip()
+        ready = self.session is not None
+        yaw, pitch = self.pose if self.pose is not None else (skip, skip)
+        return (
+            gr.update(visible=not self.running),
+            gr.update(visible=self.running),
+            self.status,
+            gr.update(visible=False) if self.compare is not None else skip,
+            gr.update(value=self.compare, visible=True) if self.compare is not None else skip,
+            gr.update(value=self.strip, visible=True) if self.strip is not None else skip,
+            gr.update(value=self.losses, visible=True) if self.losses is not None else skip,
+            self.session,
+            gr.update(visible=not ready),
+            gr.update(visible=ready),
+            gr.update(visible=ready),
+            self.view if self.view is not None else skip,
+            yaw,
+            pitch,
+            self.head_file if self.head_file is not None else skip,
+            self.picture_file if self.picture_file is not None else skip,
+        )
+
+
+class Handlers:
+    """The page's events.
+
+    Args:
+        engine: computes.
+        settings: limits.
+    """
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self.engine = engine
+        self.settings = settings
+
+    def opened(self, model: str) -> tuple:
+        """The page was opened, or another model chosen: waits for the model, shows its directions.
+
+        Returns:
+            the line about the model, the steps slider, the note on directions, then each edit slider.
+        """
+        with explained():
+            inverter = self.engine.inverter(model)
+        line = f'<span class="chip ready">{self._name(model)} · {self.engine.describe_device()}</span>'
+        directions = list(inverter.directions.values())[:EDIT_SLIDERS]
+        sliders = [
+            gr.update(
+                label=direction.name.replace("_", " ").capitalize(),
+                info=direction.meaning or None,
+                minimum=direction.low,
+                maximum=direction.high,
+                value=0,
+                visible=True,
+            )
+            for direction in directions
+        ]
+        hidden = [gr.update(visible=False, value=0)] * (EDIT_SLIDERS - len(sliders))
+        return (
+            line,
+            gr.update(value=min(inverter.config.inner_steps, self.settings.max_steps)),
+            gr.update(visible=not directions),
+            *sliders,
+            *hidden,
+        )
+
+    def align(self, photo: str | None, more: list[str] | None, model: str) -> tuple:
+        """A photo was chosen or taken away.
+
+        Returns:
+            the aligned photos, the card about them, the *Invert* button.
+        """
+        if not photo and not more:
+            return None, gr.update(visible=False), gr.update(interactive=False)
+        try:
+            with explained():
+                photos = read_photos([photo, *(more or [])], self.settings)
+                faces = self.engine.align(model, photos)
+        except gr.Error as error:
+            return None, gr.update(value=note_card(error.message), visible=True), gr.update(interactive=False)
+        card = gr.update(value=crop_card(faces, photos), visible=True)
+        return AlignedPhotos(model, tuple(faces)), card, gr.update(interactive=True)
+
+    def invert(self, aligned: AlignedPhotos | None, steps: Any, flip: Any, model: str) -> Iterator[tuple]:
+        """*Invert* was pressed: a result a step, the last one with the head."""
+        with explained():
+            steps = check_integer("steps", steps, 0, self.settings.max_steps)
+            flip = check_flip(flip)
+            if aligned is None or aligned.model != model:
+                raise ValueError("there is no aligned photo yet; add a photo and wait until its face is shown")
+        yield RunView(True, progress_bar("Starting", 0.02)).values
+
+        crops = [face.image for face in aligned.faces]
+        cameras = [face.camera for face in aligned.faces]
+        images: list[tuple[Image.Image, str]] = []
+        losses: list[dict[str, float]] = []
+        with (
+            explained(),
+            closing(self.engine.invert(model, crops, cameras, steps, flip, new_file("head.safetensors"))) as results,
+        ):
+            for result in results:
+                images.append((result.image, _step_name(result.step)))
+                losses.append(result.losses)
+                compare = (crops[0], result.image)
+                charts = loss_charts(losses, steps + 2)
+                if result.path is None:
+                    text = f"{_step_name(result.step).capitalize()} done, fitting to your photo"
+                    status = progress_bar(text, len(images) / (steps + 2))
+                    yield RunView(True, status, compare, images, charts).values
+                else:
+                    seconds = sum(entry["seconds"] for entry in losses)
+                    status = progress_bar(f"Done: {steps} steps in {seconds:.1f} s", 1.0, busy=False)
+                    yield self._finished(status, compare, images, charts, model, result.path, cameras[0])
+
+    def cancelled(self) -> tuple:
+        """*Cancel* was pressed; the run itself ends at its next step.
+
+        Returns:
+            the *Invert* button, the *Cancel* button, the status.
+        """
+        status = progress_bar("Cancelled", 0.0, busy=False)
+        return gr.update(visible=True), gr.update(visible=False), status
+
+    def open_head(self, path: str | None, model: str) -> tuple:
+        """A head file was dropped in."""
+        with explained():
+            inverter = self.engine.inverter(model)
+            inversion = inverter.load_inversion(check_inversion_file(path, self.settings))
+            # Written anew, so that what is kept and offered for download is what was checked, under our own name.
+            kept = new_file("head.safetensors")
+            inversion.save(kept)
+            image = self.engine.render(model, kept, None, None, {})
+        crop = image
+        if inversion.aligned is not None:
+            crop = Image.fromarray(inversion.aligned.permute(1, 2, 0).numpy())
+        charts = loss_charts(inversion.steps, len(inversion.steps)) if inversion.steps else None
+        status = progress_bar("Opened from your file", 1.0, busy=False)
+        return self._finished(status, (crop, image), None, charts, model, kept, inversion.camera)
+
+    def turn(self, session: Session | None, yaw: float, pitch: float, model: str, *amounts: float) -> tuple:
+        """A slider was moved.
+
+        Returns:
+            the view, the session, the picture's download.
+        """
+        with explained():
+            if session is None:
+                raise SessionExpiredError
+            image, session = show(self.engine, session, yaw, pitch, self._edits(session.model, amounts))
+            picture = _save_picture(image)
+        return picture, session, picture
+
+    def reset(self, session: Session | None) -> list:
+        """*Reset* was pressed.
+
+        Returns:
+            yaw, pitch, then 0 for each edit slider.
+        """
+        yaw, pitch = (0.0, 0.0) if session is None else _offered_pose(session.yaw, session.pitch)
+        return [yaw, pitch, *[0] * EDIT_SLIDERS]
+
+    def orbit(
+        self,
+        session: Session | None,
+        model: str,
+        *amounts: float,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple:
+        """*Make video* was pressed.
+
+        Returns:
+            the video, its download.
+        """
+        with explained():
+            if session is None:
+                raise SessionExpiredError
+            path = new_file("orbit.mp4")
+            edits = self._edits(session.model, amounts)
+            progress(0, desc="Rendering views")
+            with closing(self.engine.orbit(session.model, session.path, 60, (25.0, 10.0), edits, path)) as shares:
+                for share in shares:
+                    progress(share, desc="Rendering views")
+        return gr.update(value=path, visible=True), gr.update(value=path, visible=True)
+
+    def mesh(
+        self,
+        session: Session | None,
+        model: str,
+        *amounts: float,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple:
+        """*Make mesh* was pressed.
+
+        Returns:
+            the mesh, its download.
+        """
+        with explained():
+            if session is None:
+                raise SessionExpiredError
+            path = new_file("head.glb")
+            edits = self._edits(session.model, amounts)
+            progress(0, desc="Sampling density")
+            with closing(self.engine.mesh(session.model, session.path, 160, edits, path)) as shares:
+                for share in shares:
+                    progress(share, desc="Extracting the surface")
+        return gr.update(value=path, visible=True), gr.update(value=path, visible=True)
+
+    def _finished(self, status, compare, images, charts, model, path, camera) -> tuple:
+        from ..faces import pose_of_camera
+
+        # Of the camera as the file holds it, so that the same file always opens with the same view.
+        yaw, pitch = (float(angle) for angle in pose_of_camera(camera))
+        session = Session(model, path, yaw, pitch)
+        yaw, pitch = _offered_pose(yaw, pitch)
+        with explained():
+            image, session = show(self.engine, session, yaw, pitch, {})
+        picture = _save_picture(image)
+        return RunView(False, status, compare, images, charts, session, picture, (yaw, pitch), path, picture).values
+
+    def _edits(self, model: str, amounts: tuple[float, ...]) -> dict[str, float]:
+        directions = self.engine.inverter(model).directions
+        return check_edits(dict(zip(directions, amounts)), directions)
+
+    @staticmethod
+    def _name(model: str) -> str:
+        return model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _step_name(step: int) -> str:
+    return "encoder" if step < 0 else f"step {step}"
+
+
+def _offered_pose(yaw: float, pitch: float) -> tuple[float, float]:
+    """The view nearest to a photo's that the sliders can show, in their steps."""
+    return round(2 * min(max(yaw, -MAX_YAW), MAX_YAW)) / 2, round(2 * min(max(pitch, -MAX_PITCH), MAX_PITCH)) / 2
+
+
+def _save_picture(image: Image.Image) -> str:
+    path = new_file("view.png")
+    image.save(path)
+    return path

@@ -1,0 +1,71 @@
+"""Words of the page."""
+
+from __future__ import annotations
+
+PAPER = "https://arxiv.org/abs/2305.10884"
+
+HEADER = f"""
+<div class="masthead">
+  <div>
+    <h1>One photo, a whole head</h1>
+    <p>Turn the face of a photo into a 3D head that you can turn, edit and keep.</p>
+  </div>
+  <a class="chip" href="{PAPER}" target="_blank" rel="noopener">Paper</a>
+</div>
+"""
+
+LOADING = '<span class="chip loading">Loading the model</span>'
+
+
+def heading(number: int, title: str) -> str:
+    """HTML of a numbered section's title."""
+    return f'<h2 class="step"><span>{number}</span>{title}</h2>'
+
+
+EMPTY_FIT = """
+<div class="empty">
+  <ol>
+    <li><b>Encoder</b><span>guesses a head like yours</span></li>
+    <li><b>Auxiliary network</b><span>predicts the details it missed</span></li>
+    <li><b>A few gradient steps</b><span>fit both to your photo</span></li>
+  </ol>
+  <p>Add a photo and press <b>Invert</b>. Every step is shown here.</p>
+</div>
+"""
+
+EMPTY_VIEW = """
+<div class="empty head">
+  <svg viewBox="0 0 120 120" aria-hidden="true"><circle cx="60" cy="46" r="24"/>
+  <path d="M20 112c4-26 20-36 40-36s36 10 40 36"/><path class="turn" d="M18 60c0 10 19 17 42 17s42-7 42-17"/>
+  <path class="turn" d="m96 52 6 8 7-7"/></svg>
+  <p>Your head appears here, ready to be turned.</p>
+</div>
+"""
+
+DRAG_HINT = '<p class="hint">Drag the picture to turn the head</p>'
+
+HEAD_FILE_HINT = '<p class="hint">The head file opens here again, and in Python.</p>'
+
+NO_DIRECTIONS = '<p class="hint">This model has no editing directions.</p>'
+
+HOW_IT_WORKS = f"""
+The generator is a network that paints faces from a latent code and, since it renders them as a volume (EG3D), can show
+each from any side. *Inversion* looks for the head that your photo could be a picture of.
+
+1. **Alignment.** The face is found, cropped, and the camera is worked out from its landmarks.
+2. **Encoder.** A network guesses the latent code. What it gives is a similar face, but not this one.
+3. **Auxiliary network.** It predicts small changes to the generator's weights, for texture, and small shifts of the
+   points at which the generator samples space, for shape.
+4. **Gradient steps.** The auxiliary network was *meta-learnt*: trained so that a handful of steps on a new photo,
+   five by default, fit it closely. Tuning a generator from scratch takes hundreds.
+
+The generator itself is never changed. All that belongs to your photo is the head file.
+Method: [Meta-Auxiliary Network for 3D GAN Inversion]({PAPER}), Jiang, Guo and Yang, 2023.
+"""
+
+NOTICE = """
+**For research and demonstration.** `metaaux-mini`, the model that comes with this demo, is small (128 × 128 pixels)
+and learnt from few portraits of adults, most of them taken from the front: details, glasses, hands, hats and far turns
+come out poorly, and some faces better than others. Use photos of yourself, or of people who agreed. Uploads and
+results are deleted from the server after about an hour.
+"""

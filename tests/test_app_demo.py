@@ -1,0 +1,236 @@
+"""The demo's parts: settings, checks of inputs, streaming and cancelling, sessions."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import gradio as gr
+import pytest
+from PIL import Image
+
+from metaaux.demo import Settings, build_demo
+from metaaux.demo.engine import Engine
+from metaaux.demo.pictures import loss_charts, note_card, progress_bar
+from metaaux.demo.session import Session, SessionExpiredError, show
+from metaaux.demo.validation import (
+    check_angle,
+    check_edits,
+    check_flip,
+    check_integer,
+    check_inversion_file,
+    explained,
+    read_photos,
+)
+from metaaux.models.directions import Direction
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder):
+    engine = Engine(Settings(models=(str(tiny_folder),), device="cpu"))
+    engine.start()
+    engine.inverter()
+    return engine
+
+
+class TestSettings:
+    def test_defaults_are_the_embedded_model(self):
+        assert Settings.from_environment({}) == Settings() and Settings().models == ("metaaux-mini",)
+
+    def test_environment(self):
+        settings = Settings.from_environment(
+            {"METAAUX_MODELS": "a/b, c", "METAAUX_MCP": "1", "METAAUX_WORKERS": "3", "METAAUX_DEVICE": "cpu"}
+        )
+        assert settings.models == ("a/b", "c") and settings.mcp and settings.workers == 3 and settings.device == "cpu"
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("METAAUX_WORKERS", "0"), ("METAAUX_MAX_QUEUE", "x"), ("METAAUX_MODELS", " ,")]
+    )
+    def test_wrong_values_are_named(self, name, value):
+        with pytest.raises(ValueError, match=name):
+            Settings.from_environment({name: value})
+
+
+class TestChecks:
+    @pytest.mark.parametrize("value", [-1, 21, 2.5, float("nan"), float("inf"), "3", True, None, [1]])
+    def test_integer_refuses(self, value):
+        with pytest.raises(ValueError, match="steps must be a"):
+            check_integer("steps", value, 0, 20)
+
+    def test_integer_takes_whole_floats(self):
+        result = check_integer("steps", 3.0, 0, 20)
+        assert result == 3 and isinstance(result, int)
+
+    @pytest.mark.parametrize("value", [45.1, -46, float("nan"), "1"])
+    def test_angle_refuses(self, value):
+        with pytest.raises(ValueError, match="yaw must"):
+            check_angle("yaw", value, 45)
+
+    def test_angle_none_is_the_photos(self):
+        assert check_angle("yaw", None, 45) is None and check_angle("yaw", -45, 45) == -45.0
+
+    def test_edits(self):
+        smile = Direction("smile", "interfacegan", None, 1.0, -2.0, 2.5, 0.9, "smiles")
+        directions = {"smile": smile}
+        assert check_edits({"smile": 2}, directions) == {"smile": 2.0}
+        assert check_edits(None, directions) == {} == check_edits({"smile": 0}, directions)
+        for wrong, message in (
+            ({"age": 1}, "no direction 'age'; available: smile"),
+            ({"smile": 2.6}, "between -2 and 2.5"),
+            ({"smile": "x"}, "must be a number"),
+            ([1], "must be a dictionary"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                check_edits(wrong, directions)
+        with pytest.raises(ValueError, match="model has no directions"):
+            check_edits({"age": 1}, {})
+
+    def test_flip(self):
+        assert [check_flip(name) for name in ("automatic", "on", "off")] == [None, True, False]
+        for wrong in (None, "maybe", True):
+            with pytest.raises(ValueError, match="flip must be one of"):
+                check_flip(wrong)
+
+    def test_photos(self, tmp_path):
+        paths = []
+        for number in range(3):
+            paths.append(str(tmp_path / f"{number}.png"))
+            Image.new("RGB", (8, 4)).save(paths[-1])
+        settings = Settings(max_photos=2)
+        assert [photo.size for photo in read_photos([paths[0], None], settings)] == [(8, 4)]
+        with pytest.raises(ValueError, match="up to 2 photos"):
+            read_photos(paths, settings)
+        with pytest.raises(ValueError, match="no photo yet"):
+            read_photos([None], settings)
+
+    def test_messages_name_the_file_and_not_its_folder(self, tmp_path):
+        path = tmp_path / "holiday.jpg"
+        path.write_text("not a picture")
+        with pytest.raises(ValueError, match="'holiday.jpg' is not an image") as caught:
+            read_photos([str(path)], Settings())
+        assert str(tmp_path) not in str(caught.value)
+
+    def test_file_limits(self, tmp_path):
+        large, empty = tmp_path / "large.safetensors", tmp_path / "empty.safetensors"
+        large.write_bytes(b"0" * 1_000_001)
+        empty.touch()
+        with pytest.raises(ValueError, match="up to 1 MB"):
+            check_inversion_file(str(large), Settings(max_file_mb=1))
+        with pytest.raises(ValueError, match="is empty"):
+            check_inversion_file(str(empty), Settings())
+        with pytest.raises(ValueError, match="no inversion file"):
+            check_inversion_file(None, Settings())
+
+    def test_errors_of_input_are_shown_and_others_are_not(self, caplog):
+        with pytest.raises(gr.Error, match="Too small"):
+            with explained():
+                raise ValueError("too  small")
+        with pytest.raises(gr.Error, match="Something went wrong") as caught:
+            with explained():
+                raise KeyError("/secret/path")
+        assert "secret" not in caught.value.message and "secret" in caplog.text
+
+
+class TestEngine:
+    def test_every_step_is_one_result_and_the_last_has_the_file(self, engine, crops, cameras, tmp_path):
+        path = tmp_path / "head.safetensors"
+        model = engine.settings.models[0]
+        results = list(engine.invert(model, [crops[0]], [cameras[0]], 2, None, str(path)))
+        assert [result.step for result in results] == [-1, 0, 1, 2]
+        assert [result.path for result in results] == [None, None, None, str(path)]
+        direct = engine.inverter().invert(crops[0], steps=2, camera=cameras[0])
+        assert engine.inverter().load_inversion(path).w.equal(direct.w)
+
+    def test_closing_frees_the_worker_within_one_step(self, engine):
+        finished = threading.Event()
+        reports = []
+
+        def run(report):
+            try:
+                for number in range(1000):
+                    time.sleep(0.02)
+                    reports.append(number)
+                    report(number)
+            finally:
+                finished.set()
+
+        results = engine._stream(run)
+        assert next(results) == 0
+        results.close()
+        seen = len(reports)
+        assert finished.wait(1) and len(reports) <= seen + 2
+        # The only worker is free again.
+        assert list(engine._stream(lambda report: report("next"))) == ["next"]
+
+    def test_errors_of_the_computation_arrive(self, engine):
+        def run(report):
+            report(1)
+            raise ValueError("no surface")
+
+        results = engine._stream(run)
+        assert next(results) == 1
+        with pytest.raises(ValueError, match="no surface"):
+            next(results)
+
+    def test_no_more_than_workers_compute(self, engine):
+        running, most = [0], [0]
+
+        def run(report):
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+            time.sleep(0.02)
+            running[0] -= 1
+
+        threads = [threading.Thread(target=lambda: list(engine._stream(run))) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert most[0] == engine.settings.workers == 1
+
+    def test_unknown_model(self, engine):
+        with pytest.raises(ValueError, match="no model '/etc' here"):
+            engine.inverter("/etc")
+
+    def test_a_model_that_cannot_be_loaded_is_a_message(self, tmp_path, caplog):
+        engine = Engine(Settings(models=(str(tmp_path),)))
+        engine.start()
+        with pytest.raises(ValueError, match="could not be loaded"):
+            engine.inverter()
+        assert str(tmp_path) in caplog.text
+
+
+class TestSession:
+    def test_turning_reuses_the_planes(self, engine, tiny_inversion, tmp_path):
+        path = tmp_path / "head.safetensors"
+        tiny_inversion.save(path)
+        session = Session(engine.settings.models[0], str(path), 0.0, 0.0)
+        first, session = show(engine, session, 5.0, 0.0, {})
+        path.unlink()
+        second, turned = show(engine, session, 10.0, 0.0, {})
+        assert turned is session and first.tobytes() != second.tobytes()
+        assert second.tobytes() == engine.inverter().render(tiny_inversion, yaw=10.0, pitch=0.0).tobytes()
+
+    def test_expired(self, engine, tmp_path):
+        with pytest.raises(SessionExpiredError, match="invert the photo again"):
+            show(engine, None, 0.0, 0.0, {})
+        with pytest.raises(SessionExpiredError):
+            show(engine, Session("m", str(tmp_path / "gone.safetensors"), 0.0, 0.0), 0.0, 0.0, {})
+
+
+class TestPage:
+    def test_public_endpoints_are_those_of_the_contract(self, tiny_folder):
+        demo, _ = build_demo(Settings(models=(str(tiny_folder),)))
+        public = {fn.api_name for fn in demo.fns.values() if fn.api_visibility == "public"}
+        assert public == {"invert", "render", "orbit", "mesh", "directions"}
+        # gr.Examples adds one of its own, which only hands out the example photos.
+        callable_too = {fn.api_name for fn in demo.fns.values() if fn.api_visibility == "undocumented"}
+        assert callable_too <= {"load_example"}
+
+    def test_names_of_files_stay_text(self):
+        assert "<script>" not in note_card("<script>") and "<script>" not in progress_bar("<script>", 0.5)
+
+    def test_charts(self):
+        steps = [{"mse": 0.4, "perceptual": 1.0, "identity": 0.0}, {"mse": 0.1, "perceptual": 0.5, "identity": 0.0}]
+        chart = loss_charts(steps, 7)
+        assert "−75 %" in chart and "−50 %" in chart and chart.count("<svg") == 3
