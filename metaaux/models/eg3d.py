@@ -286,7 +286,9 @@ class EG3DGenerator(ModelMixin, ConfigMixin):
             ]  # fmt: skip
             colours, distance, opacity = (torch.cat(part, dim=1) for part in zip(*parts))
         else:
-            colours, distance, opacity = march(planes, offset_planes=offset_planes, directions=directions, depths=depths)
+            colours, distance, opacity = march(
+                planes, offset_planes=offset_planes, directions=directions, depths=depths
+            )
         features = (colours * 2 - 1).transpose(1, 2).reshape(batch, -1, side, side)
         return Rendering(
             features.contiguous(memory_format=torch.channels_last),

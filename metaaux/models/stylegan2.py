@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 LRELU_SLOPE = 0.2
@@ -326,3 +329,114 @@ def modulated_layer_shapes(network: nn.Module, prefix: str = "") -> dict[str, tu
         for name, layer in network.named_modules()
         if isinstance(layer, SynthesisLayer)
     }
+
+
+@dataclass
+class ImageOutput:
+    """`image` [B, 3, S, S], around [-1, 1]. A 2D generator has no raw rendering and no depth."""
+
+    image: torch.Tensor
+    image_raw: None = None
+    depth: None = None
+
+
+class StyleGAN2Generator(ModelMixin, ConfigMixin):
+    """StyleGAN2's generator (skip architecture): the 2D variant of the paper's section 4.5.
+
+    It offers what inversion needs of `EG3DGenerator` under the same names. There are no cameras, planes and depth:
+    arguments for them exist so that callers need not tell the two apart, and only their empty values are accepted;
+    a camera is ignored, for a picture has one view.
+
+    Args:
+        z_dim, w_dim: latent sizes.
+        mapping_layers: layers of the mapping network.
+        image_size: side of the image in pixels, a power of two.
+        channel_base, channel_max: widths, min(base / resolution, max). The released 1024² model has base 32768.
+        use_noise: whether layers own noise.
+        conv_clamp: clamp of activations or None.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        z_dim: int = 512,
+        w_dim: int = 512,
+        mapping_layers: int = 8,
+        image_size: int = 1024,
+        channel_base: int = 32768,
+        channel_max: int = 512,
+        use_noise: bool = True,
+        conv_clamp: float | None = None,
+    ):
+        super().__init__()
+        self.mapping_network = MappingNetwork(z_dim, 0, w_dim, mapping_layers)
+        self.backbone = SynthesisNetwork(w_dim, image_size, 3, channel_base, channel_max, use_noise, conv_clamp)
+        self.num_ws = self.backbone.num_ws
+
+    @property
+    def w_avg(self) -> torch.Tensor:
+        """Mean of w [w_dim], towards which truncation pulls."""
+        return self.mapping_network.w_avg
+
+    @property
+    def modulated_layers(self) -> dict[str, tuple[int, int]]:
+        """{layer name: (C_out, C_in)} of the convolutions that take weight offsets, in order of evaluation."""
+        return modulated_layer_shapes(self.backbone, "backbone.")
+
+    def mapping(
+        self,
+        z: torch.Tensor,
+        cameras: torch.Tensor | None = None,
+        truncation_psi: float = 1.0,
+        truncation_cutoff: int | None = None,
+    ) -> torch.Tensor:
+        """z [B, z_dim] → ws [B, num_ws, w_dim]; truncation as `EG3DGenerator.mapping` has it."""
+        ws = self.mapping_network(z, None)[:, None].repeat(1, self.num_ws, 1)
+        if truncation_psi != 1:
+            cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
+            ws[:, :cutoff] = self.w_avg.to(ws.dtype).lerp(ws[:, :cutoff], truncation_psi)
+        return ws
+
+    def planes(self, ws: torch.Tensor, weight_offsets: Mapping[str, torch.Tensor] | None = None) -> None:
+        """`None`: there is nothing that views could share."""
+        return None
+
+    def synthesize(
+        self,
+        ws: torch.Tensor,
+        cameras: torch.Tensor | None = None,
+        weight_offsets: Mapping[str, torch.Tensor] | None = None,
+        offset_planes: torch.Tensor | None = None,
+        planes: None = None,
+        noise: str = "const",
+        dtype: torch.dtype | None = None,
+    ) -> ImageOutput:
+        """w [B, w_dim] or [B, num_ws, w_dim] → picture.
+
+        `weight_offsets`, `noise` and `dtype` are those of `EG3DGenerator.planes`.
+
+        Raises:
+            ValueError: a w or an offset of the wrong shape, an offset for a layer that there is not, or planes.
+        """
+        if planes is not None or offset_planes is not None:
+            raise ValueError("a 2D generator has no planes; the auxiliary network needs use_offset_planes=False")
+        if ws.ndim == 2:
+            ws = ws[:, None].expand(-1, self.num_ws, -1)
+        if ws.ndim != 3 or ws.shape[1:] != (self.num_ws, self.config.w_dim):
+            raise ValueError(
+                f"w must be [B, {self.config.w_dim}] or [B, {self.num_ws}, {self.config.w_dim}], got {list(ws.shape)}"
+            )
+        known = self.modulated_layers
+        for name, offset in (weight_offsets or {}).items():
+            if name not in known:
+                raise ValueError(f"no layer {name!r} takes weight offsets; those that do: {', '.join(known)}")
+            if tuple(offset.shape[-4:]) != (*known[name], 1, 1):
+                raise ValueError(f"offset of {name} must be {[*known[name], 1, 1]}, got {list(offset.shape)}")
+        offsets = split_offsets(weight_offsets, "backbone.")
+        return ImageOutput(self.backbone(ws.float(), dtype or self.dtype, noise, offsets))
+
+    def forward(self, z: torch.Tensor, truncation_psi: float = 1.0) -> ImageOutput:
+        """Random pictures from z [B, z_dim]."""
+        return self.synthesize(self.mapping(z, truncation_psi=truncation_psi))

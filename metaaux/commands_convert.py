@@ -1,0 +1,86 @@
+"""`python -m metaaux convert KIND SOURCE FOLDER`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="convert",
+    help="Convert foreign checkpoints to configurations and safetensors. No code of a file is ever run.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+FolderArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the pipeline; made if missing.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace networks that are there already.")]
+
+
+@app.command()
+def eg3d(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Official EG3D pickle (.pkl).")],
+    folder: FolderArgument,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """EG3D's G_ema and D to FOLDER/generator and FOLDER/discriminator."""
+    from .conversion.eg3d import convert_eg3d
+
+    print(_with_progress(lambda report: convert_eg3d(source, folder, overwrite, report)))
+
+
+@app.command()
+def stylegan2(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="NVIDIA's pickle (.pkl) or rosinality's checkpoint (.pt).")
+    ],
+    folder: FolderArgument,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """StyleGAN2's generator to FOLDER/generator; from pickles its discriminator too."""
+    from .conversion.stylegan2 import convert_stylegan2
+
+    print(_with_progress(lambda report: convert_stylegan2(source, folder, overwrite, report)))
+
+
+@app.command()
+def lpips(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="torchvision's weights of VGG-16, AlexNet or SqueezeNet 1.1.")
+    ],
+    folder: FolderArgument,
+    linear: Annotated[
+        Path | None, typer.Option("--linear", metavar="FILE", help="LPIPS' linear layers for these weights.")
+    ] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """LPIPS to FOLDER/perceptual; without --linear, its uncalibrated baseline."""
+    from .conversion.lpips import convert_lpips
+
+    print(convert_lpips(source, folder, linear, overwrite))
+
+
+@app.command()
+def arcface(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="State dictionary model_ir_se50.pth.")],
+    folder: FolderArgument,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """ArcFace's IR-SE50 to FOLDER/identity."""
+    from .conversion.arcface import convert_arcface
+
+    print(convert_arcface(source, folder, overwrite))
+
+
+def _with_progress(convert: Callable[[Callable[[int, int], None]], object]) -> object:
+    from tqdm.auto import tqdm
+
+    with tqdm(unit="B", unit_scale=True, desc="reading") as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return convert(report)

@@ -1,0 +1,1 @@
+"""Foreign checkpoints to this project's folders of configuration and safetensors. No code of a file is ever run."""

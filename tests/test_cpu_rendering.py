@@ -1,0 +1,55 @@
+"""The CPU's way of rendering without gradients gives what the way with gradients gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from eg3d_reference import hashed, hashed_cameras
+
+from metaaux.models import eg3d, renderer
+
+AXES = ("xy", "xz", "zy")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 16, 16), (1, 3, 4, 8, 12)])
+def test_table_equals_grid_sample(shape):
+    planes = hashed("planes", shape)
+    points = 0.6 * hashed("points", (shape[0], 400, 3))  # many outside of the box
+    points[:, 0], points[:, 1] = 0.5, -1e9
+    table = renderer.sample_planes(renderer.PlaneTable.of(planes), points, AXES, 1.0)
+    torch.testing.assert_close(table, renderer.sample_planes(planes, points, AXES, 1.0), rtol=1e-5, atol=1e-5)
+
+
+def test_table_keeps_what_is_not_a_number():
+    planes, points = hashed("planes", (1, 3, 2, 8, 8)), torch.zeros(1, 2, 3)
+    points[0, 1, 0] = float("nan")
+    result = renderer.PlaneTable.of(planes).sample(points, AXES, 1.0)
+    assert torch.isfinite(result[0, 0]).all() and torch.isnan(result[0, 1]).all()
+
+
+@pytest.mark.parametrize("jitter", [False, True])
+@pytest.mark.parametrize("with_offsets", [False, True])
+def test_with_and_without_gradients(tiny_components, monkeypatch, jitter, with_offsets):
+    monkeypatch.setattr(eg3d, "RAYS_AT_ONCE", 24)  # 64 rays: two groups and a rest
+    generator = tiny_components["generator"]
+    ws, cameras = hashed("w", (2, 16)), hashed_cameras("camera", 2)
+    offsets = 0.02 * hashed("offsets", (2, 3, 3, 8, 8)) if with_offsets else None
+    results = []
+    for gradients in (True, False):
+        torch.manual_seed(3)
+        with torch.set_grad_enabled(gradients):
+            results.append(generator.synthesize(ws, cameras, offset_planes=offsets, jitter=jitter))
+    for name in ("image", "image_raw", "depth"):
+        first, second = (getattr(result, name) for result in results)
+        torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_arguments_stay_as_they_are(tiny_components):
+    generator = tiny_components["generator"]
+    with torch.no_grad():
+        ws, cameras = hashed("w", (1, 16)), hashed_cameras("camera", 1)
+        planes = generator.planes(ws)
+        kept = planes.clone()
+        first = generator.synthesize(ws, cameras, planes=planes).image
+        assert torch.equal(planes, kept) and torch.equal(ws, hashed("w", (1, 16)))
+        assert torch.equal(generator.synthesize(ws, cameras, planes=planes).image, first)
