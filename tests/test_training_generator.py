@@ -55,7 +55,7 @@ class TestRun:
     def test_moves_both_networks(self, tmp_path):
         config = tiny_config(tmp_path)
         trainer = GeneratorTrainer(config, Accelerator())
-        trainer.load_data(0, 0)
+        trainer.load_data(0)
         before = [p.clone() for m in (trainer.generator, trainer.discriminator) for p in m.parameters()]
         trainer.step(0, 1000)
         after = [p for m in (trainer.generator, trainer.discriminator) for p in m.parameters()]
@@ -133,10 +133,22 @@ class TestRun:
         assert train(config, run, resume=True).name == f"checkpoint-{saved + 8}"
 
 
+def test_schedules_follow_the_clock_where_it_ends_the_run(tmp_path):
+    run = TrainingRun(tmp_path, Accelerator(), 1000, 1000, {}, {}, max_seconds=10.0)
+    assert run.schedule_images == 0  # the clock has not started
+    assert run.active()
+    run._started -= 5.0
+    assert 500 <= run.schedule_images < 520
+    run.images = 800
+    assert run.schedule_images == 800
+    run.images = 0  # nothing to save
+    run.finish()
+
+
 class TestLosses:
     def trainer(self, tmp_path):
         trainer = GeneratorTrainer(tiny_config(tmp_path), Accelerator())
-        trainer.load_data(0, 0)
+        trainer.load_data(0)
         trainer._prepare(0)
         return trainer
 

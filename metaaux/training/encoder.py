@@ -28,7 +28,7 @@ from ..models.encoder import LatentEncoder
 from ..models.identity import IdentityNetwork
 from ..models.perceptual import LPIPS, DiscriminatorPerceptualDistance
 from .data import FaceDataset, FaceSampler, to_signed
-from .loop import TrainingRun, average_gradients, broadcast_module, update_average
+from .loop import TrainingRun, average_gradients, broadcast_module, seed_process, update_average
 from .sheets import grid
 
 
@@ -285,9 +285,8 @@ class EncoderTrainer:
 
     def load_data(self, images: int) -> None:
         """Decodes the photos and starts this process' random streams for a run that has seen `images`."""
-        config, rank = self.config, self.accelerator.process_index
-        seed = (config.seed * 1_000_003 + images * 64 + rank) % 2**31
-        set_seed(seed)
+        config = self.config
+        seed = seed_process(self.accelerator, config.seed, images)
         self.sampler = FaceSampler(self.dataset, self.batch_photos, self.device, seed)
         self.samples = SampleSource(self.generator, self.sampler, config.min_truncation, self.dtype)
         held_out = self.dataset

@@ -25,7 +25,7 @@ from ..models.eg3d import EG3DGenerator
 from .augment import AdaptiveAugmentation
 from .data import FaceDataset, FaceSampler
 from .graphs import CapturedFunction, FlatGradients
-from .loop import TrainingRun, broadcast_module, update_average
+from .loop import TrainingRun, broadcast_module, seed_process, update_average
 from .sheets import head_sheet
 
 
@@ -145,12 +145,11 @@ class GeneratorTrainer:
                 module.compile()
             eg3d.shade = torch.compile(eg3d.shade)
 
-    def load_data(self, rank: int, images: int) -> None:
+    def load_data(self, images: int) -> None:
         """Decode the data set and start the random streams of this process at a point of the run."""
         config = self.config
         dataset = FaceDataset(config.data, self.generator.config.image_size)
-        seed = (config.seed * 1_000_003 + images * 64 + rank) % 2**31
-        set_seed(seed)
+        seed = seed_process(self.accelerator, config.seed, images)
         self.sampler = FaceSampler(
             dataset, self.batch, self.device, seed, config.mirror, config.balance_turned, config.in_memory
         )
@@ -324,7 +323,7 @@ def train(config: GeneratorConfig, folder: str | os.PathLike, resume: bool = Fal
     if resume:
         run.resume()
         trainer.augment.p = state["augmentation"]
-    trainer.load_data(accelerator.process_index, run.images)
+    trainer.load_data(run.images)
 
     def show(run):
         if accelerator.is_main_process:

@@ -24,7 +24,7 @@ from ..models.eg3d import EG3DGenerator
 from ..models.identity import IdentityNetwork
 from .data import FaceDataset, FaceSampler, to_signed
 from .encoder import SampleSource, per_process, warmup_cosine
-from .loop import TrainingRun, average_gradients, broadcast_module, update_average
+from .loop import TrainingRun, average_gradients, broadcast_module, seed_process, update_average
 from .sheets import grid
 
 
@@ -184,9 +184,8 @@ class IdentityTrainer:
 
     def load_data(self, images: int) -> None:
         """Decodes the photos and starts this process' random streams for a run that has seen `images`."""
-        config, rank = self.config, self.accelerator.process_index
-        seed = (config.seed * 1_000_003 + images * 64 + rank) % 2**31
-        set_seed(seed)
+        config = self.config
+        seed = seed_process(self.accelerator, config.seed, images)
         self.sampler = FaceSampler(self.dataset, self.batch_photos, self.device, seed)
         self.samples = SampleSource(self.generator, self.sampler, config.min_truncation, self.dtype)
         held_out = self.dataset

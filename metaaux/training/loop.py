@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from huggingface_hub import save_torch_state_dict
 from PIL import Image
 from safetensors.torch import load_file
@@ -64,6 +65,16 @@ def broadcast_module(accelerator: Accelerator, module: torch.nn.Module) -> None:
     if accelerator.num_processes > 1:
         for tensor in [*module.parameters(), *module.buffers()]:
             torch.distributed.broadcast(tensor.data, 0)
+
+
+def seed_process(accelerator: Accelerator, seed: int, images: int) -> int:
+    """Start this process's random streams for a run that has seen `images`; returns their seed.
+
+    Every process gets another one, and a resumed run does not repeat its beginning.
+    """
+    own = (seed * 1_000_003 + images * 64 + accelerator.process_index) % 2**31
+    set_seed(own)
+    return own
 
 
 class _Signals:
@@ -147,7 +158,7 @@ class TrainingRun:
         will end the run before `total_images`."""
         if self.max_seconds is None or self._bar is None:
             return self.images
-        share = min((time.monotonic() - self._started) / self.max_seconds, 1.0)
+        share = min((time.monotonic() - self._started) / max(self.max_seconds, 1e-9), 1.0)
         return max(self.images, int(share * self.total_images))
 
     @property

@@ -9,14 +9,9 @@ from PIL import Image
 
 from ..faces.cameras import camera_from_pose
 from ..models.eg3d import EG3DGenerator
+from ..rendering import tensor_to_image
 
 SHEET_YAWS = (-30, -15, 0, 15, 30)
-
-
-def to_image(tensor: torch.Tensor) -> Image.Image:
-    """[3, H, W] in [-1, 1] → RGB picture."""
-    array = ((tensor.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(array)
 
 
 def depth_to_image(depth: torch.Tensor, near: float = 2.35, far: float = 2.95) -> torch.Tensor:
@@ -27,7 +22,7 @@ def depth_to_image(depth: torch.Tensor, near: float = 2.35, far: float = 2.95) -
 def grid(rows: Sequence[torch.Tensor]) -> Image.Image:
     """Rows of [N, 3, H, W] pictures in [-1, 1] → one picture, no gaps."""
     lines = [torch.cat(list(row), dim=-1) for row in rows]
-    return to_image(torch.cat(lines, dim=-2))
+    return tensor_to_image(torch.cat(lines, dim=-2))
 
 
 @torch.no_grad()
