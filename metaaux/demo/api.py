@@ -13,7 +13,7 @@ import gradio as gr
 
 from .engine import Engine
 from .settings import Settings
-from .uploads import FileInput, PhotoInput, new_file
+from .uploads import FileInput, PhotoInput, new_file, save_picture
 from .validation import (
     FLIP_CHOICES,
     MAX_PITCH,
@@ -78,10 +78,12 @@ class Api:
                 "camera": {"yaw": faces[0].yaw, "pitch": faces[0].pitch},
                 "faces_found": [face.faces_found for face in faces],
             }
+            aligned = save_picture(crops[0], "aligned.png")
             path = new_file("inversion.safetensors")
             with closing(self.engine.invert(model, crops, cameras, steps, flip, path)) as results:
                 for result in results:
-                    yield result.image, {**result.losses, **found}, result.path, crops[0]
+                    picture = save_picture(result.image, "reconstruction.png")
+                    yield picture, {**result.losses, **found}, result.path, aligned
 
     def render(
         self,
@@ -107,7 +109,7 @@ class Api:
             source = check_inversion_file(inversion, self.settings)
             yaw, pitch = check_angle("yaw", yaw, MAX_YAW), check_angle("pitch", pitch, MAX_PITCH)
             edits = check_edits(edits, self.engine.inverter(model).directions)
-            return self.engine.render(model or self.settings.models[0], source, yaw, pitch, edits)
+            return save_picture(self.engine.render(model or self.settings.models[0], source, yaw, pitch, edits))
 
     def orbit(
         self,

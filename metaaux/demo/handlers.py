@@ -14,7 +14,7 @@ from .engine import Engine
 from .pictures import crop_card, loss_charts, note_card, progress_bar
 from .session import AlignedPhotos, Session, SessionExpiredError, show
 from .settings import Settings
-from .uploads import new_file
+from .uploads import new_file, save_picture
 from .validation import (
     MAX_PITCH,
     MAX_YAW,
@@ -139,17 +139,19 @@ class Handlers:
         yield RunView(True, progress_bar("Starting", 0.02)).values
 
         crops = [face.image for face in aligned.faces]
+        crop = save_picture(crops[0], "photo.png")
         cameras = [face.camera for face in aligned.faces]
-        images: list[tuple[Image.Image, str]] = []
+        images: list[tuple[str, str]] = []
         losses: list[dict[str, float]] = []
         with (
             explained(),
             closing(self.engine.invert(model, crops, cameras, steps, flip, new_file("head.safetensors"))) as results,
         ):
             for result in results:
-                images.append((result.image, _step_name(result.step)))
+                picture = save_picture(result.image, "step.png")
+                images.append((picture, _step_name(result.step)))
                 losses.append(result.losses)
-                compare = (crops[0], result.image)
+                compare = (crop, picture)
                 charts = loss_charts(losses, steps + 2)
                 if result.path is None:
                     text = f"{_step_name(result.step).capitalize()} done, fitting to your photo"
@@ -183,7 +185,8 @@ class Handlers:
             crop = Image.fromarray(inversion.aligned.permute(1, 2, 0).numpy())
         charts = loss_charts(inversion.steps, len(inversion.steps)) if inversion.steps else None
         status = progress_bar("Opened from your file", 1.0, busy=False)
-        return self._finished(status, (crop, image), None, charts, model, kept, inversion.camera)
+        compare = (save_picture(crop, "photo.png"), save_picture(image, "step.png"))
+        return self._finished(status, compare, None, charts, model, kept, inversion.camera)
 
     def turn(self, session: Session | None, yaw: float, pitch: float, model: str, *amounts: float) -> tuple:
         """A slider was moved.
@@ -195,7 +198,7 @@ class Handlers:
             if session is None:
                 raise SessionExpiredError
             image, session = show(self.engine, session, yaw, pitch, self._edits(session.model, amounts))
-            picture = _save_picture(image)
+            picture = save_picture(image)
         return picture, session, picture
 
     def reset(self, session: Session | None) -> list:
@@ -262,7 +265,7 @@ class Handlers:
         yaw, pitch = _offered_pose(yaw, pitch)
         with explained():
             image, session = show(self.engine, session, yaw, pitch, {})
-        picture = _save_picture(image)
+        picture = save_picture(image)
         return RunView(False, status, compare, images, charts, session, picture, (yaw, pitch), path, picture).values
 
     def _edits(self, model: str, amounts: tuple[float, ...]) -> dict[str, float]:
@@ -281,9 +284,3 @@ def _step_name(step: int) -> str:
 def _offered_pose(yaw: float, pitch: float) -> tuple[float, float]:
     """The view nearest to a photo's that the sliders can show, in their steps."""
     return round(2 * min(max(yaw, -MAX_YAW), MAX_YAW)) / 2, round(2 * min(max(pitch, -MAX_PITCH), MAX_PITCH)) / 2
-
-
-def _save_picture(image: Image.Image) -> str:
-    path = new_file("view.png")
-    image.save(path)
-    return path

@@ -8,6 +8,7 @@ from pathlib import Path
 import gradio as gr
 from gradio.data_classes import FileData, ImageData, ListFiles
 from gradio.utils import get_upload_folder
+from PIL import Image
 
 
 def new_file(name: str) -> str:
@@ -18,6 +19,17 @@ def new_file(name: str) -> str:
     folder = Path(get_upload_folder()) / secrets.token_hex(20)
     folder.mkdir(parents=True)
     return str(folder / name)
+
+
+def save_picture(image: Image.Image, name: str = "view.png") -> str:
+    """Writes a PNG for its visitor alone; returns its path.
+
+    Gradio names a picture that it saves itself after its contents, so that two visitors with the same picture share a
+    file, which one may be reading while it is written again for the other.
+    """
+    path = new_file(name)
+    image.save(path)
+    return path
 
 
 class PhotoInput(gr.Image):
