@@ -288,6 +288,9 @@ class TestManyVisitors:
             assert time.monotonic() - started < 60 and not job.done()
             time.sleep(0.01)
         job.cancel()
-        seen = len(job.outputs())
         assert len(invert(new_client(app, tmp_path_factory), steps=0)) == 2
-        assert len(job.outputs()) <= seen + 1 < 22
+        # Uncancelled, all 22 results would have come before the other visitor's turn. How many were on their way when
+        # the cancellation arrived depends on the machine; that the run ends within a step is tested on the engine.
+        seen = len(job.outputs())
+        time.sleep(1)
+        assert len(job.outputs()) == seen < 22
