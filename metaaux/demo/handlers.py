@@ -82,8 +82,12 @@ class Handlers:
         self.engine = engine
         self.settings = settings
 
-    def opened(self, model: str) -> tuple:
+    def opened(self, model: str, steps: Any) -> tuple:
         """The page was opened, or another model chosen: waits for the model, shows its directions.
+
+        Args:
+            model: as `Engine.inverter`.
+            steps: what the slider says.
 
         Returns:
             the line about the model, the steps slider, the note on directions, then each edit slider.
@@ -104,9 +108,11 @@ class Handlers:
             for direction in directions
         ]
         hidden = [gr.update(visible=False, value=0)] * (EDIT_SLIDERS - len(sliders))
+        usual = min(inverter.config.inner_steps, self.settings.max_steps)
         return (
             line,
-            gr.update(value=min(inverter.config.inner_steps, self.settings.max_steps)),
+            # Left alone where it is right already: the visitor may have moved it while the model was being loaded.
+            gr.skip() if steps == usual else usual,
             gr.update(visible=not directions),
             *sliders,
             *hidden,

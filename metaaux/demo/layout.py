@@ -187,8 +187,15 @@ def build_demo(settings: Settings | None = None) -> tuple[gr.Blocks, Engine]:
             view, yaw, pitch, head_file, picture_file,
         ]  # fmt: skip
 
-        demo.load(handlers.opened, model, opened, show_progress="hidden", concurrency_limit=None, **private)
-        model.change(handlers.opened, model, opened, show_progress="hidden", concurrency_limit=None, **private)
+        gr.on(
+            [demo.load, model.change],
+            handlers.opened,
+            [model, steps],
+            opened,
+            show_progress="hidden",
+            concurrency_limit=None,
+            **private,
+        )
         gr.on(
             [photo.change, more.change, model.change],
             handlers.align,
