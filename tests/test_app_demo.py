@@ -11,6 +11,7 @@ from PIL import Image
 
 from metaaux.demo import Settings, build_demo
 from metaaux.demo.engine import Engine
+from metaaux.demo.handlers import VIEWPOINT_PARTS, Handlers
 from metaaux.demo.pictures import loss_charts, note_card, progress_bar
 from metaaux.demo.session import Session, SessionExpiredError, show
 from metaaux.demo.validation import (
@@ -31,6 +32,16 @@ def engine(tiny_folder):
     engine.start()
     engine.inverter()
     return engine
+
+
+@pytest.fixture(scope="module")
+def flat_handlers(tiny_2d_inverter, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flat") / "model"
+    tiny_2d_inverter.save_pretrained(folder)
+    settings = Settings(models=(str(folder),), device="cpu")
+    engine = Engine(settings)
+    engine.start()
+    return Handlers(engine, settings)
 
 
 class TestSettings:
@@ -216,6 +227,30 @@ class TestSession:
             show(engine, None, 0.0, 0.0, {})
         with pytest.raises(SessionExpiredError):
             show(engine, Session("m", str(tmp_path / "gone.safetensors"), 0.0, 0.0), 0.0, 0.0, {})
+
+
+class TestTwoDimensionalModel:
+    """Its heads have one view, the photo's: nothing to turn, no video, no mesh."""
+
+    def test_viewpoint_controls_are_hidden(self, flat_handlers, engine):
+        flat = flat_handlers.opened(flat_handlers.settings.models[0], 5)[3 : 3 + VIEWPOINT_PARTS]
+        solid = Handlers(engine, engine.settings).opened(engine.settings.models[0], 5)[3 : 3 + VIEWPOINT_PARTS]
+        assert [part["visible"] for part in flat] == [False] * 3
+        assert [part["visible"] for part in solid] == [True] * 3
+
+    def test_photo_to_view(self, flat_handlers, crops, cameras, tmp_path, monkeypatch):
+        model = flat_handlers.settings.models[0]
+        path = tmp_path / "head.safetensors"
+        *_, last = flat_handlers.engine.invert(model, [crops[0]], [cameras[0]], 1, None, str(path))
+        monkeypatch.setattr("metaaux.demo.handlers.save_picture", lambda image, name="view.png": image)
+        image, session, _ = flat_handlers.turn(Session(model, last.path, 5.0, 0.0), 10.0, 0.0, model)
+        assert image.tobytes() == last.image.tobytes() and session.model == model
+
+    def test_steps_that_are_right_are_left_alone(self, flat_handlers):
+        model = flat_handlers.settings.models[0]
+        usual = flat_handlers.engine.inverter().config.inner_steps
+        assert flat_handlers.opened(model, usual)[1] == gr.skip()
+        assert flat_handlers.opened(model, usual + 1)[1] == usual
 
 
 class TestPage:

@@ -6,15 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IMAGE_SIZE
 from eg3d_reference import hashed
 from safetensors.torch import load_file
 from stylegan2_reference import CASES, weights
 
 from metaaux import Inversion, MetaAuxInverter
-from metaaux.models.auxiliary import AuxiliaryNetwork
-from metaaux.models.discriminator import DualDiscriminator
-from metaaux.models.encoder import LatentEncoder
 from metaaux.models.stylegan2 import StyleGAN2Generator
 
 RECORDED = Path(__file__).resolve().parent / "data" / "stylegan2_official.safetensors"
@@ -42,46 +38,8 @@ def test_released_size():
 
 
 @pytest.fixture(scope="module")
-def inverter(tiny_components):
-    """A complete 2D pipeline of tiny size."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        generator = StyleGAN2Generator(
-            z_dim=16, w_dim=16, mapping_layers=2, image_size=IMAGE_SIZE, channel_base=512, channel_max=16
-        )
-        auxiliary = AuxiliaryNetwork(
-            **AuxiliaryNetwork.config_for(
-                generator,
-                backbone_layer_type="basic",
-                backbone_depths=(1, 1, 1, 1),
-                backbone_embedding_size=8,
-                backbone_hidden_sizes=(8, 8, 8, 16),
-                neck_channels=16,
-                hyper_channels=8,
-                hyper_rank=2,
-                hyper_convs=1,
-                inner_learning_rate=1e-3,
-            )
-        )
-        encoder = LatentEncoder(
-            image_size=IMAGE_SIZE, input_size=IMAGE_SIZE, w_dim=16, num_ws=generator.num_ws, num_queries=2,
-            widths=(16, 16, 16, 16), depths=(1, 1, 1, 1), width=16, num_blocks=1, num_heads=2,
-        )  # fmt: skip
-        discriminator = DualDiscriminator(
-            image_size=IMAGE_SIZE, camera_dim=0, channel_base=512, channel_max=16, dual=False
-        )
-    networks = {
-        "generator": generator,
-        "encoder": encoder,
-        "auxiliary": auxiliary,
-        "discriminator": discriminator,
-        "identity": tiny_components["identity"],
-    }
-    for network in networks.values():
-        network.eval().requires_grad_(False)
-    inverter = MetaAuxInverter(**networks)
-    inverter.set_progress_bar_config(disable=True)
-    return inverter
+def inverter(tiny_2d_inverter):
+    return tiny_2d_inverter
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,8 @@ from .validation import (
     read_photos,
 )
 
+#: Parts of the page that a 2D model has no use for: turning, video and mesh.
+VIEWPOINT_PARTS = 3
 #: Sliders laid out for editing directions; those that a model has no direction for stay hidden.
 EDIT_SLIDERS = 16
 
@@ -90,7 +92,8 @@ class Handlers:
             steps: what the slider says.
 
         Returns:
-            the line about the model, the steps slider, the note on directions, then each edit slider.
+            the line about the model, the steps slider, the note on directions, what only heads with other views have
+            (see `VIEWPOINT_PARTS`), then each edit slider.
         """
         with explained():
             inverter = self.engine.inverter(model)
@@ -114,6 +117,7 @@ class Handlers:
             # Left alone where it is right already: the visitor may have moved it while the model was being loaded.
             gr.skip() if steps == usual else usual,
             gr.update(visible=not directions),
+            *[gr.update(visible=inverter.has_viewpoints)] * VIEWPOINT_PARTS,
             *sliders,
             *hidden,
         )
@@ -203,7 +207,7 @@ class Handlers:
         with explained():
             if session is None:
                 raise SessionExpiredError
-            image, session = show(self.engine, session, yaw, pitch, self._edits(session.model, amounts))
+            image, session = self._show(session, yaw, pitch, self._edits(session.model, amounts))
             picture = save_picture(image)
         return picture, session, picture
 
@@ -270,9 +274,14 @@ class Handlers:
         session = Session(model, path, yaw, pitch)
         yaw, pitch = _offered_pose(yaw, pitch)
         with explained():
-            image, session = show(self.engine, session, yaw, pitch, {})
+            image, session = self._show(session, yaw, pitch, {})
         picture = save_picture(image)
         return RunView(False, status, compare, images, charts, session, picture, (yaw, pitch), path, picture).values
+
+    def _show(self, session: Session, yaw: float, pitch: float, edits: dict[str, float]) -> tuple:
+        if not self.engine.inverter(session.model).has_viewpoints:
+            return show(self.engine, session, None, None, edits)
+        return show(self.engine, session, yaw, pitch, edits)
 
     def _edits(self, model: str, amounts: tuple[float, ...]) -> dict[str, float]:
         directions = self.engine.inverter(model).directions

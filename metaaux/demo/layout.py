@@ -123,21 +123,22 @@ def build_demo(settings: Settings | None = None) -> tuple[gr.Blocks, Engine]:
                         elem_id="view",
                         buttons=["fullscreen"],
                     )
-                    gr.HTML(texts.DRAG_HINT)
-                    with gr.Row(elem_classes="sliders"):
-                        yaw = gr.Slider(
-                            -MAX_YAW, MAX_YAW, 0, step=0.5, label="Yaw", elem_id="yaw", min_width=140, buttons=[]
-                        )
-                        pitch = gr.Slider(
-                            -MAX_PITCH,
-                            MAX_PITCH,
-                            0,
-                            step=0.5,
-                            label="Pitch",
-                            elem_id="pitch",
-                            min_width=140,
-                            buttons=[],
-                        )
+                    with gr.Column(elem_classes="viewpoint") as viewpoint:
+                        gr.HTML(texts.DRAG_HINT)
+                        with gr.Row(elem_classes="sliders"):
+                            yaw = gr.Slider(
+                                -MAX_YAW, MAX_YAW, 0, step=0.5, label="Yaw", elem_id="yaw", min_width=140, buttons=[]
+                            )
+                            pitch = gr.Slider(
+                                -MAX_PITCH,
+                                MAX_PITCH,
+                                0,
+                                step=0.5,
+                                label="Pitch",
+                                elem_id="pitch",
+                                min_width=140,
+                                buttons=[],
+                            )
                     no_directions = gr.HTML(texts.NO_DIRECTIONS, visible=False)
                     with gr.Row(elem_classes="sliders", elem_id="edits"):
                         edits = [
@@ -180,7 +181,7 @@ def build_demo(settings: Settings | None = None) -> tuple[gr.Blocks, Engine]:
         private = {"api_visibility": "private"}
         heavy = {"concurrency_id": "heavy", "concurrency_limit": settings.workers, **private}
         light = {"concurrency_id": "light", "concurrency_limit": 2, **private}
-        opened = [model_line, steps, no_directions, *edits]
+        opened = [model_line, steps, no_directions, viewpoint, make_video, make_mesh, *edits]
         found = [aligned, card, invert]
         run_outputs = [
             invert, cancel, status, empty_fit, compare, strip, losses, session, empty_view, turn_column, keep_column,
