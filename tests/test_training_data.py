@@ -147,6 +147,16 @@ class TestGradients:
         assert all(torch.allclose(p.grad, g) for p, g in zip(layer.parameters(), expected, strict=True))
         assert all(p.grad.abs().sum() == 0 for p in unused.parameters())
 
+    def test_gradients_lie_as_their_parameters_do(self):
+        torch.manual_seed(0)
+        layer = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        gradients = FlatGradients(layer.parameters())
+        x = torch.randn(2, 3, 5, 5)
+        gradients.set(gradients.flatten(layer(x).square().sum()))
+        assert layer.weight.grad.stride() == layer.weight.stride()
+        expected = torch.autograd.grad(layer(x).square().sum(), layer.weight)[0]
+        assert torch.allclose(layer.weight.grad, expected)
+
     def test_not_a_number_becomes_zero(self):
         layer = torch.nn.Linear(1, 1)
         gradients = FlatGradients(layer.parameters())

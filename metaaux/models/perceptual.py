@@ -175,9 +175,9 @@ class LPIPS(ModelMixin, ConfigMixin):
         """Feature maps [B, C_l, H_l, W_l] of the tapped layers, fine to coarse, of images [B, 3, H, W] in [-1, 1]."""
         x = image
         if self.config.normalization == "imagenet":
-            shift = torch.tensor(IMAGENET_SHIFT, device=x.device, dtype=x.dtype).view(1, 3, 1, 1)
-            scale = torch.tensor(IMAGENET_SCALE, device=x.device, dtype=x.dtype).view(1, 3, 1, 1)
-            x = (x - shift) / scale
+            # A channel at a time: constants made on the CPU would be copied to the GPU, which no CUDA graph can hold.
+            channels = zip(x.unbind(dim=1), IMAGENET_SHIFT, IMAGENET_SCALE, strict=True)
+            x = torch.stack([(channel - shift) / scale for channel, shift, scale in channels], dim=1)
         taps = []
         for index, layer in enumerate(self.features):
             x = layer(x)

@@ -37,8 +37,9 @@ def camera_rays(cameras: torch.Tensor, resolution: int) -> tuple[torch.Tensor, t
 
 def project_to_planes(points: torch.Tensor, plane_axes: Sequence[str], box_size: float) -> torch.Tensor:
     """points [B, M, 3] → coordinates in [-1, 1] on each plane [B, planes, M, 2]; axes "zx" means (u, v) = (z, x)."""
-    points = points.float() * (2 / box_size)
-    return torch.stack([points[..., [AXES[a] for a in axes]] for axes in plane_axes], dim=1)
+    # By name, not by a list of indices: such a list is copied to the GPU, which a CUDA graph cannot hold.
+    axis = dict(zip("xyz", (points.float() * (2 / box_size)).unbind(dim=-1), strict=True))
+    return torch.stack([torch.stack([axis[a] for a in axes], dim=-1) for axes in plane_axes], dim=1)
 
 
 def bilinear_gather(planes: torch.Tensor, uv: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,8 @@ from ..models.encoder import LatentEncoder
 from ..models.identity import IdentityNetwork
 from ..models.perceptual import LPIPS, DiscriminatorPerceptualDistance
 from .data import FaceDataset, FaceSampler, to_signed
-from .loop import TrainingRun, average_gradients, broadcast_module, update_average
+from .graphs import CapturedFunction, FlatGradients
+from .loop import TrainingRun, broadcast_module, update_average
 from .sheets import grid
 from .tasks import FrozenNetworks, InnerLoop, Tasks, adapt_tasks, make_tasks, predict_tasks, synthesize_tasks
 
@@ -61,6 +62,7 @@ class AuxiliaryConfig:
         calibrate_rates: where positive, the inner rates are set such that a step changes each tensor by this fraction
             of its root mean square: at the start of the meta phase, and at each interval of the plain phase.
         validation_photos: photos of the validation set that are inverted at each interval.
+        graphs: replay steps as CUDA graphs.
         seed: of the order of the photos and of generated ones.
     """
 
@@ -99,6 +101,7 @@ class AuxiliaryConfig:
     rates_learning_rate: float = 0.02
     calibrate_rates: float = 0.002
     validation_photos: int = 32
+    graphs: bool = True
     seed: int = 0
 
     def __post_init__(self):
@@ -340,21 +343,32 @@ def train(config: AuxiliaryConfig, run_folder: str | os.PathLike, resume: bool =
         validation = Validation(networks, config, device)
         run.on_interval(lambda run: _validate(run, validation, average or auxiliary))
 
-    trained = [parameter for group in groups for parameter in group["params"]]
+    gradients = FlatGradients(parameter for group in groups for parameter in group["params"])
+
+    def plain_pass(image, camera, sample_camera):
+        if len(sample_camera):
+            samples = _samples(networks.generator, sample_camera, config)
+            image, camera = torch.cat([image, samples]), torch.cat([camera, sample_camera])
+        objective, figures = plain_objective(networks, auxiliary, make_tasks(networks, image, camera), config)
+        return gradients.flatten(objective), {name: value.detach() for name, value in figures.items()}
+
+    def meta_pass(image, camera):
+        objective, figures = meta_objective(networks, auxiliary, make_tasks(networks, image, camera), config)
+        return gradients.flatten(objective), {name: value.detach() for name, value in figures.items()}
+
+    captured = CapturedFunction(plain_pass if config.phase == "plain" else meta_pass, config.graphs)
+    generated = round(config.sample_fraction * own_batch) if config.phase == "plain" else 0
     while run.active():
         factor = learning_rate_factor(run.schedule_images, config)
         for group, rate in zip(optimizer.param_groups, initial_rates, strict=True):
             group["lr"] = rate * factor
-        optimizer.zero_grad(set_to_none=True)
         image, camera = sampler.next()
         if config.phase == "plain":
-            image, camera = _mix_samples(networks.generator, sampler, image, camera, config.sample_fraction)
-            objective, figures = plain_objective(networks, auxiliary, make_tasks(networks, image, camera), config)
-            objective.backward()
+            flat, figures = captured(image[generated:], camera[generated:], sampler.sample_cameras(generated))
             average_statistics(accelerator, auxiliary)
         else:
-            figures = _accumulate_meta_gradients(networks, auxiliary, make_tasks(networks, image, camera), config)
-        average_gradients(accelerator, trained)
+            flat, figures = _mean_over_parts(captured, image, camera, config.tasks_per_pass)
+        gradients.set(flat, accelerator.num_processes)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_gradient_norm)
         optimizer.step()
         if average is not None:
@@ -367,25 +381,23 @@ def train(config: AuxiliaryConfig, run_folder: str | os.PathLike, resume: bool =
     return run.finish()
 
 
-def _accumulate_meta_gradients(networks, auxiliary, tasks: Tasks, config: AuxiliaryConfig) -> dict[str, torch.Tensor]:
-    parts = tasks.split(config.tasks_per_pass)
-    collected = []
-    for part in parts:
-        objective, figures = meta_objective(networks, auxiliary, part, config)
-        (objective / len(parts)).backward()  # Eq. 7's gradient, as a mean instead of a sum
-        collected.append({name: value.detach() for name, value in figures.items()})
-    return {name: torch.stack([figures[name] for figures in collected]).mean() for name in collected[0]}
+def _mean_over_parts(function, image, camera, size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Mean of `function`'s gradients (Eq. 7's, as a mean instead of a sum) and figures over parts of `size` photos."""
+    flats, collected = [], []
+    for part in zip(image.split(size), camera.split(size), strict=True):
+        flat, figures = function(*part)
+        # Clones, since a captured function's next call overwrites what this one returned.
+        flats.append(flat.clone())
+        collected.append({name: value.clone() for name, value in figures.items()})
+    means = {name: torch.stack([figures[name] for figures in collected]).mean() for name in collected[0]}
+    return torch.stack(flats).mean(0), means
 
 
 @torch.no_grad()
-def _mix_samples(generator, sampler, image, camera, fraction: float) -> tuple[torch.Tensor, torch.Tensor]:
-    count = round(fraction * len(image))
-    if count:
-        z = torch.randn(count, generator.config.z_dim, device=image.device)
-        cameras = sampler.sample_cameras(count)
-        samples = generator(z, cameras).image.clamp(-1, 1)
-        image, camera = torch.cat([image[count:], samples]), torch.cat([camera[count:], cameras])
-    return image, camera
+def _samples(generator: EG3DGenerator, cameras: torch.Tensor, config: AuxiliaryConfig) -> torch.Tensor:
+    z = torch.randn(len(cameras), generator.config.z_dim, device=cameras.device)
+    dtype = torch.bfloat16 if config.precision == "bf16" and cameras.is_cuda else None
+    return generator.synthesize(generator.mapping(z, cameras), cameras, dtype=dtype).image.clamp(-1, 1)
 
 
 def _validate(run: TrainingRun, validation: Validation, auxiliary: AuxiliaryNetwork) -> None:

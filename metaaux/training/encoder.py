@@ -9,6 +9,7 @@ codes are, where edits work.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -28,7 +29,8 @@ from ..models.encoder import LatentEncoder
 from ..models.identity import IdentityNetwork
 from ..models.perceptual import LPIPS, DiscriminatorPerceptualDistance
 from .data import FaceDataset, FaceSampler, to_signed
-from .loop import TrainingRun, average_gradients, broadcast_module, seed_process, update_average
+from .graphs import CapturedFunction, FlatGradients
+from .loop import TrainingRun, broadcast_module, seed_process, update_average
 from .sheets import grid
 
 
@@ -59,6 +61,7 @@ class EncoderConfig:
         weight_mse, weight_perceptual, weight_identity: of the terms of Eq. 8.
         weight_prior: of the penalty on codes of photos farther out than the mapping network's.
         bf16: bfloat16 convolutions on CUDA.
+        graphs: replay steps as CUDA graphs.
         interval_images: images between checkpoints, figures and sheets.
         max_seconds: stop after so many seconds, with a checkpoint to resume from; the schedules follow total_images.
     """
@@ -89,6 +92,7 @@ class EncoderConfig:
     weight_identity: float = 0.1
     weight_prior: float = 0.02
     bf16: bool = True
+    graphs: bool = True
     interval_images: int = 100_000
     max_seconds: float | None = None
     seed: int = 0
@@ -190,23 +194,26 @@ class SampleSource:
         self.generator, self.sampler, self.min_truncation, self.dtype = generator, sampler, min_truncation, dtype
 
     @torch.no_grad()
-    def latents(self, batch: int) -> torch.Tensor:
-        """Codes [batch, w_dim] of random heads, truncated at random from `min_truncation` to 1."""
-        device = self.generator.device
+    def latents(self, conditions: torch.Tensor) -> torch.Tensor:
+        """Codes [B, w_dim] of random heads under `conditions` (cameras [B, 25]), truncated at random from
+        `min_truncation` to 1."""
+        batch, device = len(conditions), self.generator.device
         z = torch.randn(batch, self.generator.config.z_dim, device=device)
-        w = self.generator.mapping(z, self.sampler.sample_cameras(batch))[:, 0]
+        w = self.generator.mapping(z, conditions)[:, 0]
         truncation = torch.empty(batch, 1, device=device).uniform_(self.min_truncation, 1)
         return self.generator.w_avg.lerp(w, truncation)
 
     @torch.no_grad()
-    def next(self, batch: int, resolution: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """w [batch, w_dim], cameras [batch, 25] and images [batch, 3, S, S] in [-1, 1]; `resolution` rays a side.
+    def pictures(
+        self, conditions: torch.Tensor, cameras: torch.Tensor, resolution: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """w [B, w_dim] and images [B, 3, S, S] in [-1, 1] of random heads at `cameras`; `resolution` rays a side.
 
-        Views are drawn apart from the mapping's conditions, so that a code does not tell its view.
+        Draw the cameras apart from the mapping's `conditions`, so that a code does not tell its view.
         """
-        w, cameras = self.latents(batch), self.sampler.sample_cameras(batch)
+        w = self.latents(conditions)
         image = self.generator.synthesize(w, cameras, resolution=resolution, dtype=self.dtype).image
-        return w, cameras, image.clamp(-1, 1)
+        return w, image.clamp(-1, 1)
 
 
 def latent_error(predicted: torch.Tensor, w: torch.Tensor, w_std: torch.Tensor) -> torch.Tensor:
@@ -230,7 +237,8 @@ class EncoderEvaluation:
         shown = range(min(self.PHOTOS, len(dataset)))
         self.photos = to_signed(torch.stack([dataset[i][0] for i in shown])).to(device)
         self.cameras = dataset.cameras[: len(self.photos)].to(device)
-        self.w, _, self.samples = samples.next(self.PHOTOS, None)
+        conditions, cameras = (samples.sampler.sample_cameras(self.PHOTOS) for _ in range(2))
+        self.w, self.samples = samples.pictures(conditions, cameras, None)
 
     @torch.no_grad()
     def figures(self, encoder: LatentEncoder) -> dict[str, float]:
@@ -278,6 +286,8 @@ class EncoderTrainer:
         broadcast_module(accelerator, encoder)
         self.encoder = encoder.train()
         self.average = copy.deepcopy(encoder).eval().requires_grad_(False)
+        self.gradients = FlatGradients(encoder.parameters())
+        self.phase: tuple | None = None
         self.optimizer = torch.optim.AdamW(
             encoder.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay,
             fused=self.device.type == "cuda",
@@ -299,17 +309,16 @@ class EncoderTrainer:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.encoder(image)
 
-    def latent_step(self, resolution: int | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and figures of a batch of samples alone."""
-        w, _, images = self.samples.next(self.batch_photos + self.batch_samples, resolution)
+    def latent_pass(self, resolution, conditions, cameras):
+        """Flat gradient and figures of samples alone, seen at `cameras`; `conditions` are the mapping's."""
+        w, images = self.samples.pictures(conditions, cameras, resolution)
         latent = latent_error(self.encode(images), w, self.distribution.w_std)
-        return self.config.weight_latent * latent, {"latent": latent}
+        return self._gradient(self.config.weight_latent * latent, {"latent": latent})
 
-    def mixed_step(self, resolution: int | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and figures of a batch of photos and samples; the figures of pictures are the photos'."""
+    def mixed_pass(self, resolution, conditions, cameras, photos, photo_cameras):
+        """Flat gradient and figures of photos and samples; the figures of pictures are the photos'."""
         config = self.config
-        w, sample_views, samples = self.samples.next(self.batch_samples, resolution)
-        photos, photo_views = self.sampler.next()
+        w, samples = self.samples.pictures(conditions, cameras, resolution)
         images = torch.cat([photos, samples])
         predicted = self.encode(images)
         latent = latent_error(predicted[len(photos) :], w, self.distribution.w_std)
@@ -318,30 +327,45 @@ class EncoderTrainer:
         prior = (distance - 1).relu().mean()
 
         rendered = len(photos) + self.rendered_samples
-        views = torch.cat([photo_views, sample_views[: self.rendered_samples]])
+        views = torch.cat([photo_cameras, cameras[: self.rendered_samples]])
         image = self.generator.synthesize(predicted[:rendered], views, resolution=resolution, dtype=self.dtype).image
         terms = self.loss(image, images[:rendered])
         loss = terms["total"].mean() + config.weight_latent * latent + config.weight_prior * prior
         figures = {name: value[: len(photos)] for name, value in terms.items() if name != "total"}
-        return loss, figures | {"latent": latent, "mahalanobis": distance, "prior": prior}
+        return self._gradient(loss, figures | {"latent": latent, "mahalanobis": distance, "prior": prior})
+
+    def _gradient(self, loss, figures):
+        figures = {"loss": loss, **figures}
+        return self.gradients.flatten(loss), {name: value.detach() for name, value in figures.items()}
+
+    def _prepare(self, images: int) -> bool:
+        """Choose the phase's pass, captured anew at each change; whether it takes photos."""
+        config = self.config
+        resolution = config.coarse_resolution if images < config.coarse_images else None
+        with_photos = images >= config.latent_only_images
+        if self.phase != (with_photos, resolution):
+            self.phase = (with_photos, resolution)
+            function = self.mixed_pass if with_photos else self.latent_pass
+            self.captured = CapturedFunction(functools.partial(function, resolution), config.graphs)
+        return with_photos
 
     def step(self, images: int) -> dict[str, torch.Tensor]:
         """One update at this point of the run; returns figures."""
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = warmup_cosine(images, config.total_images, config.warmup_images, config.learning_rate)
-        resolution = config.coarse_resolution if images < config.coarse_images else None
-        phase = self.latent_step if images < config.latent_only_images else self.mixed_step
-        loss, figures = phase(resolution)
-        loss.backward()
-        average_gradients(self.accelerator, self.encoder.parameters())
+        with_photos = self._prepare(images)
+        count = self.batch_samples if with_photos else self.batch_photos + self.batch_samples
+        conditions, cameras = (self.sampler.sample_cameras(count) for _ in range(2))
+        photos = self.sampler.next() if with_photos else ()
+        flat, figures = self.captured(conditions, cameras, *photos)
+        self.gradients.set(flat, self.accelerator.num_processes)
         norm = nn.utils.clip_grad_norm_(self.encoder.parameters(), config.max_gradient_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         batch = config.batch_photos + config.batch_samples
         half_life = min(config.average_images, (images + batch) / 10)
         update_average(self.average, self.encoder, 0.5 ** (batch / half_life))
-        return {"loss": loss, "gradient_norm": norm, **figures}
+        return figures | {"gradient_norm": norm}
 
 
 def train(config: EncoderConfig, run_folder: str | os.PathLike, resume: bool = False) -> Path:

@@ -24,7 +24,8 @@ from ..models.eg3d import EG3DGenerator
 from ..models.identity import IdentityNetwork
 from .data import FaceDataset, FaceSampler, to_signed
 from .encoder import SampleSource, per_process, warmup_cosine
-from .loop import TrainingRun, average_gradients, broadcast_module, seed_process, update_average
+from .graphs import FlatGradients
+from .loop import TrainingRun, broadcast_module, seed_process, update_average
 from .sheets import grid
 
 
@@ -177,6 +178,7 @@ class IdentityTrainer:
         broadcast_module(accelerator, identity)
         self.identity = identity.train()
         self.average = copy.deepcopy(identity).eval().requires_grad_(False)
+        self.gradients = FlatGradients(identity.parameters())
         self.optimizer = torch.optim.AdamW(
             identity.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay,
             fused=self.device.type == "cuda",
@@ -199,7 +201,7 @@ class IdentityTrainer:
     @torch.no_grad()
     def generated_pairs(self, batch: int, resolution: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Two pictures [batch, 3, S, S] of each of `batch` random heads, each from a camera of its own."""
-        w = self.samples.latents(batch)
+        w = self.samples.latents(self.sampler.sample_cameras(batch))
         planes = self.generator.planes(w, dtype=self.dtype)
         limits = torch.tensor([self.config.max_yaw, self.config.max_pitch])
 
@@ -228,11 +230,9 @@ class IdentityTrainer:
             embeddings = self.identity(pictures)
         first, second = embeddings.chunk(2)
         loss = contrastive_loss(first, second, config.temperature, self.accelerator)
-        loss.backward()
-        average_gradients(self.accelerator, self.identity.parameters())
+        self.gradients.set(self.gradients.flatten(loss), self.accelerator.num_processes)
         norm = nn.utils.clip_grad_norm_(self.identity.parameters(), config.max_gradient_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         batch = 2 * (config.batch_samples + config.batch_photos)
         half_life = min(config.average_images, (images + batch) / 10)
         update_average(self.average, self.identity, 0.5 ** (batch / half_life))

@@ -34,23 +34,6 @@ def load_config(cls: type, path: str | os.PathLike):
     return cls(**values)
 
 
-def average_gradients(accelerator: Accelerator, parameters) -> None:
-    """Mean of the gradients over all processes, in one reduction; not-a-number and infinities become 0 and ±10⁵.
-
-    Used instead of DistributedDataParallel because a GAN's phases each touch other parameters.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return
-    flat = torch.cat([g.flatten() for g in gradients])
-    if accelerator.num_processes > 1:
-        torch.distributed.all_reduce(flat)
-        flat = flat / accelerator.num_processes
-    torch.nan_to_num(flat, nan=0.0, posinf=1e5, neginf=-1e5, out=flat)
-    parts = flat.split([g.numel() for g in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(g) for g, part in zip(gradients, parts, strict=True)])
-
-
 @torch.no_grad()
 def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
     """Exponential moving average: `average` ← decay·average + (1 - decay)·model; buffers are copied."""
