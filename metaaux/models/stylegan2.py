@@ -133,6 +133,17 @@ class MappingNetwork(nn.Module):
         return x
 
 
+def _per_sample_conv2d(x: torch.Tensor, kernels: torch.Tensor, upsample: bool) -> torch.Tensor:
+    """Each sample of x [B, I, H, W] with its own kernel of kernels [B, O, I, k, k], as one grouped convolution."""
+    batch = len(x)
+    grouped = x.reshape(1, -1, *x.shape[2:]) if batch > 1 else x
+    if upsample:
+        y = F.conv_transpose2d(grouped, kernels.transpose(1, 2).flatten(0, 1), stride=2, groups=batch)
+    else:
+        y = F.conv2d(grouped, kernels.flatten(0, 1), padding=kernels.shape[-1] // 2, groups=batch)
+    return y.reshape(batch, -1, *y.shape[2:]) if batch > 1 else y
+
+
 def modulated_conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -160,25 +171,17 @@ def modulated_conv2d(
         weight = weight / (peak * math.sqrt(weight[0, 0].numel() * in_channels if weight.ndim == 4 else
                                             weight[0, 0].numel()))
         styles = styles / styles.abs().amax(dim=1, keepdim=True)
-    padding = weight.shape[-1] // 2
     if weight.ndim == 5 or batch == 1:
         per_sample = (weight if weight.ndim == 5 else weight[None]) * styles[:, None, :, None, None]
         if demodulate:
             per_sample = per_sample * (per_sample.square().sum(dim=(2, 3, 4), keepdim=True) + 1e-8).rsqrt()
-        per_sample = per_sample.to(x.dtype)
-        grouped = x.reshape(1, batch * in_channels, *x.shape[2:]) if batch > 1 else x
-        if upsample:
-            kernel = per_sample.transpose(1, 2).flatten(0, 1)
-            y = F.conv_transpose2d(grouped, kernel, stride=2, groups=batch)
-        else:
-            y = F.conv2d(grouped, per_sample.flatten(0, 1), padding=padding, groups=batch)
-        return y.reshape(batch, -1, *y.shape[2:]) if batch > 1 else y
+        return _per_sample_conv2d(x, per_sample.to(x.dtype), upsample)
 
     x = x * styles.to(x.dtype)[:, :, None, None]
     if upsample:
         y = F.conv_transpose2d(x, weight.to(x.dtype).transpose(0, 1), stride=2)
     else:
-        y = F.conv2d(x, weight.to(x.dtype), padding=padding)
+        y = F.conv2d(x, weight.to(x.dtype), padding=weight.shape[-1] // 2)
     if demodulate:
         energy = styles.square() @ weight.square().sum(dim=(2, 3)).t()
         y = y * (energy + 1e-8).rsqrt().to(y.dtype)[:, :, None, None]
