@@ -274,18 +274,30 @@ def test_stratified_jitter_stays_within_a_step():
     torch.testing.assert_close(middle[0, 0, 0].item(), 2.25 + half)
 
 
-@pytest.mark.parametrize("jitter", [False, True])
-def test_importance_samples_gather_at_the_surface(jitter):
+@pytest.mark.parametrize(("jitter", "stratified"), [(False, False), (True, False), (True, True)])
+def test_importance_samples_gather_at_the_surface(jitter, stratified):
     depths = torch.linspace(2.25, 3.3, 20).expand(1, 40, 20)
     weights = torch.full((1, 40, 19), 1e-4)
     weights[..., 9] = 1
-    fine = renderer.importance_depths(depths, weights, 24, jitter)
+    fine = renderer.importance_depths(depths, weights, 24, jitter, stratified=stratified)
     step = depths[0, 0, 1] - depths[0, 0, 0]
     assert fine.min() >= depths.min() and fine.max() <= depths.max()
     near = (fine - (depths[0, 0, 9] + step / 2)).abs() < 2 * step
     assert near.float().mean() > 0.8
-    if not jitter:
+    if stratified or not jitter:
         assert (fine.diff(dim=-1) > 0).all()
+
+
+def test_strata_hold_one_sample_each():
+    """Under even weights the strata of the quantiles are strata of the distance."""
+    depths = torch.linspace(2.25, 3.3, 20).expand(1, 40, 20)
+    weights = torch.full((1, 40, 19), 0.05)
+    centres = ((depths[..., 1:] + depths[..., :-1]) / 2)[..., :-1]  # EG3D's never reaches the last one
+    fine = renderer.importance_depths(depths, weights, 9, jitter=True, stratified=True)
+    strata = (fine - centres[..., :1]) / (centres[..., -1:] - centres[..., :1]) * 9
+    assert strata.floor().equal(torch.arange(9.0).expand_as(strata))
+    given = renderer.importance_depths(depths, weights, 9, True, torch.full((1, 40, 9), 0.5), stratified=True)
+    torch.testing.assert_close(given, renderer.importance_depths(depths, weights, 9, jitter=False))
 
 
 def test_compositing_follows_the_quadrature():

@@ -99,6 +99,8 @@ class EG3DGenerator(ModelMixin, ConfigMixin):
         decoder_hidden, decoder_lr_multiplier: of the tri-plane decoder.
         neural_resolution: side in rays of a rendering.
         depth_samples, importance_samples: samples a ray, first and second pass.
+        stratified_importance: whether jittered samples of the second pass are spread over strata, which makes
+            renderings with few samples flicker half as much; EG3D's are not.
         ray_start, ray_end: distances between which rays are sampled, world units.
         super_resolution_kind: "2X", "4X", "8X" or "8XDC"; super_resolution_antialias as EG3D's `sr_antialias`.
     """
@@ -130,6 +132,7 @@ class EG3DGenerator(ModelMixin, ConfigMixin):
         neural_resolution: int = 128,
         depth_samples: int = 48,
         importance_samples: int = 48,
+        stratified_importance: bool = False,
         ray_start: float = 2.25,
         ray_end: float = 3.3,
         super_resolution_kind: str = "8XDC",
@@ -273,14 +276,14 @@ class EG3DGenerator(ModelMixin, ConfigMixin):
         on_cpu = planes.device.type == "cpu" and dtype == torch.float32
         if on_cpu and lookup == "auto" and not torch.is_grad_enabled():
             # A group of rays at a time, so that what is made of its samples stays in the processor's cache.
-            quantiles = torch.rand(batch, rays, config.importance_samples) if jitter else None
+            uniform = torch.rand(batch, rays, config.importance_samples) if jitter else None
             limits = torch.stack((depths.min(), depths.max()))
             table = renderer.PlaneTable.of(planes)
             offsets = None if offset_planes is None else renderer.PlaneTable.of(offset_planes.float())
             parts = [
                 march(
                     table, offset_planes=offsets, directions=directions[:, start:end], depths=depths[:, start:end],
-                    quantiles=None if quantiles is None else quantiles[:, start:end], limits=limits,
+                    uniform=None if uniform is None else uniform[:, start:end], limits=limits,
                 )
                 for start, end in _spans(rays, RAYS_AT_ONCE)
             ]  # fmt: skip
@@ -297,7 +300,7 @@ class EG3DGenerator(ModelMixin, ConfigMixin):
         )
 
     def _march(
-        self, planes, offset_planes, origins, directions, depths, lookup, dtype, jitter, quantiles=None, limits=None
+        self, planes, offset_planes, origins, directions, depths, lookup, dtype, jitter, uniform=None, limits=None
     ):
         """Samples and composites rays: colours [B, M, C] in about [0, 1], distance [B, M], opacity [B, M]."""
         config = self.config
@@ -312,7 +315,9 @@ class EG3DGenerator(ModelMixin, ConfigMixin):
             weights, distance, opacity = renderer.merge_and_weigh(depths, densities, limits)
             return shade(logits, weights), distance, opacity
         coarse = renderer.compositing_weights(depths, densities.detach())
-        fine_depths = renderer.importance_depths(depths, coarse, config.importance_samples, jitter, quantiles)
+        fine_depths = renderer.importance_depths(
+            depths, coarse, config.importance_samples, jitter, uniform, config.stratified_importance
+        )
         fine_densities, fine_logits = evaluate(fine_depths)
         weights, distance, opacity = renderer.merge_and_weigh(
             torch.cat((depths, fine_depths), dim=-1), torch.cat((densities, fine_densities), dim=-1), limits

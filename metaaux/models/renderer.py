@@ -180,12 +180,15 @@ def importance_depths(
     weights: torch.Tensor,
     samples: int,
     jitter: bool,
-    quantiles: torch.Tensor | None = None,
+    uniform: torch.Tensor | None = None,
+    stratified: bool = False,
 ) -> torch.Tensor:
     """Draw distances from the coarse weights by inverting their cumulative distribution (NeRF §5.2).
 
-    depths [B, M, S], weights [B, M, S - 1] → [B, M, samples]; `jitter` draws uniformly, else evenly spaced quantiles
-    are taken; `quantiles` [B, M, samples] are used where they are given. No gradient flows through it.
+    depths [B, M, S], weights [B, M, S - 1] → [B, M, samples]. Without `jitter` the quantiles are evenly spaced; with
+    it they are uniform random numbers, as in EG3D, or, `stratified`, one such number in each of as many even strata
+    (mip-NeRF), which varies far less from call to call. `uniform` [B, M, samples]: the random numbers, if they are to
+    be given. No gradient flows through it.
     """
     with torch.no_grad():
         batch, rays, _ = depths.shape
@@ -196,12 +199,14 @@ def importance_depths(
         mass = smooth[:, 1:-1] + 1e-5
         last = mass.shape[1]
         cdf = F.pad(_cumulative_sum(mass / mass.sum(dim=-1, keepdim=True)), (1, 0)).contiguous()
-        if quantiles is not None:
-            u = quantiles.flatten(0, 1).contiguous()
-        elif jitter:
-            u = torch.rand(batch * rays, samples, device=depths.device)
-        else:
+        if not jitter:
             u = ((torch.arange(samples, device=depths.device) + 0.5) / samples).expand(batch * rays, -1).contiguous()
+        else:
+            if uniform is None:
+                uniform = torch.rand(batch, rays, samples, device=depths.device)
+            u = uniform.flatten(0, 1).contiguous()
+            if stratified:
+                u = (u + torch.arange(samples, device=u.device)) / samples
         index = torch.searchsorted(cdf, u, right=True)
         below, above = (index - 1).clamp(min=0), index.clamp(max=last)
         cdf_below, cdf_above = cdf.gather(1, below), cdf.gather(1, above)
