@@ -220,6 +220,13 @@ class TestTraining:
         # Two steps from where it stopped: further than none, not as far as a new start would be.
         assert 0 < moved < 2.5 * 3e-3
 
+    def test_starts_from_another_run(self, training_settings, tmp_path):
+        first = train(EncoderConfig(**training_settings, total_images=32, interval_images=16), tmp_path / "first")
+        changes = {"initial_encoder": str(first / "encoder"), "total_images": 16, "learning_rate": 0.0}
+        second = train(EncoderConfig(**training_settings | changes), tmp_path / "second")
+        before, after = (LatentEncoder.from_pretrained(folder / "encoder") for folder in (first, second))
+        assert all(a.equal(b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
     def test_max_seconds_stops_with_a_checkpoint(self, training_settings, tmp_path):
         config = EncoderConfig(**training_settings, total_images=10**6, interval_images=10**6, max_seconds=0.0)
         checkpoint = train(config, tmp_path)

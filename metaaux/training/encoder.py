@@ -46,7 +46,8 @@ class EncoderConfig:
             there is `perceptual_features`.
         perceptual_features: safetensors file of SqueezeNet 1.1 features with folded normalisation.
         identity: folder of an identity network.
-        encoder: options of `LatentEncoder` beside image_size, w_dim and num_ws, which are the generator's.
+        initial_encoder: folder of an encoder to go on from, such as that of the generator's earlier state.
+        encoder: without one, options of `LatentEncoder` beside image_size, w_dim and num_ws, the generator's.
         total_images: length of the training, photos and samples both counted.
         latent_only_images: of them, those at the start that are all samples, learnt by regression alone.
         coarse_images: of them, those at the start that are rendered with `coarse_resolution` rays a side, not with the
@@ -72,6 +73,7 @@ class EncoderConfig:
     discriminator: str | None = None
     perceptual_features: str | None = None
     identity: str | None = None
+    initial_encoder: str | None = None
     encoder: dict = field(default_factory=dict)
     total_images: int = 600_000
     latent_only_images: int = 150_000
@@ -278,10 +280,14 @@ class EncoderTrainer:
         cameras = torch.cat([self.dataset.cameras, mirror_camera(self.dataset.cameras)]).to(self.device)
         self.distribution = LatentDistribution(self.generator, cameras, seed=config.seed)
 
-        encoder = LatentEncoder(
-            image_size=generator.config.image_size, w_dim=generator.config.w_dim, num_ws=generator.num_ws,
-            **config.encoder,
-        ).to(self.device, memory_format=torch.channels_last)
+        if config.initial_encoder is None:
+            encoder = LatentEncoder(
+                image_size=generator.config.image_size, w_dim=generator.config.w_dim, num_ws=generator.num_ws,
+                **config.encoder,
+            )
+        else:
+            encoder = LatentEncoder.from_pretrained(config.initial_encoder, torch_dtype=torch.float32)
+        encoder = encoder.to(self.device, memory_format=torch.channels_last)
         encoder.set_latent_statistics(self.distribution.w_avg, self.distribution.w_std)
         broadcast_module(accelerator, encoder)
         self.encoder = encoder.train()
