@@ -49,9 +49,7 @@ def case(tiny_components):
 def run(case, photos=1, **options):
     options = {"steps": 2, "learning_rate": 1e-3, **options}
     loss = options.pop("loss", case.loss)
-    return adapt(
-        case.generator, case.auxiliary, loss, case.target[:photos], case.w, case.camera[:photos], **options
-    )
+    return adapt(case.generator, case.auxiliary, loss, case.target[:photos], case.w, case.camera[:photos], **options)
 
 
 def test_terms_and_total(case):
@@ -144,9 +142,7 @@ def test_steps_and_callback(case):
         prediction = case.generator.synthesize(
             case.w, case.camera[:1], output.weight_offsets, output.offset_planes
         ).image
-        final = case.generator.synthesize(
-            case.w, case.camera[:1], result.weight_offsets, result.offset_planes
-        ).image
+        final = case.generator.synthesize(case.w, case.camera[:1], result.weight_offsets, result.offset_planes).image
     torch.testing.assert_close(seen[0][1], encoder_alone)
     torch.testing.assert_close(seen[1][1], prediction)
     torch.testing.assert_close(result.image, final)

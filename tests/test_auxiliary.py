@@ -132,9 +132,7 @@ def test_config_for_selects_layers_by_prefix(generator):
     config = AuxiliaryNetwork.config_for(generator, prefixes=("super_resolution.",), hyper_rank=3)
     assert config["hyper_rank"] == 3
     assert config["layer_shapes"] == {
-        name: list(shape)
-        for name, shape in generator.modulated_layers.items()
-        if name.startswith("super_resolution.")
+        name: list(shape) for name, shape in generator.modulated_layers.items() if name.startswith("super_resolution.")
     }
     with pytest.raises(ValueError, match="torgb"):
         AuxiliaryNetwork.config_for(generator, prefixes=("torgb.",))

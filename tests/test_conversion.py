@@ -114,8 +114,9 @@ def official_discriminator_name(name):
 
 def snapshot(case=GENERATORS["2x"], source=SOURCE_TEXT, generator=None, **rendering):
     """(contents of a pickle, the networks that it describes)."""
-    networks = EG3DGenerator(**case.config()).eval(), DualDiscriminator(
-        image_size=case.image_size, channel_base=512, channel_max=16, raw_size=64
+    networks = (
+        EG3DGenerator(**case.config()).eval(),
+        DualDiscriminator(image_size=case.image_size, channel_base=512, channel_max=16, raw_size=64),
     )
     for network in networks:
         network.load_state_dict(hashed_weights(network.state_dict()))

@@ -158,8 +158,10 @@ class TestMethods:
         folder = tmp_path / "auxiliary"
         options = MethodOptions(steps=1, psp=tmp_path / "encoder", hyperinverter=folder, without_meta=folder)
         names = ["psp", "hyperinverter", "without_meta", "encoder", "metaaux-0", "metaaux"]
-        images = [method.invert(batch[0][:1], batch[1][:1])[0].image
-                  for method in make_methods(names, tiny_inverter, options)]
+        images = [
+            method.invert(batch[0][:1], batch[1][:1])[0].image
+            for method in make_methods(names, tiny_inverter, options)
+        ]
         for own, embedded in zip(images[:3], images[3:]):
             torch.testing.assert_close(own, embedded)
         assert not torch.equal(images[1], images[2])
@@ -374,8 +376,11 @@ class TestEvaluation:
 
     def test_shards_beside_each_other_are_not_timed(self, tiny_inverter, face_zip, tmp_path):
         # As recommended: the first photo alone for its time, then all of them in shards.
-        for options in ({"timed_photos": 1, "batch": 1}, {"timed_photos": 0, "shard": (1, 2)},
-                        {"timed_photos": 0, "shard": (2, 2), "batch": 2}):
+        for options in (
+            {"timed_photos": 1, "batch": 1},
+            {"timed_photos": 0, "shard": (1, 2)},
+            {"timed_photos": 0, "shard": (2, 2), "batch": 2},
+        ):
             evaluation = make_evaluation(tiny_inverter, face_zip, tmp_path, **options)
             evaluation.run()
         results = evaluation.summarize()
@@ -410,7 +415,6 @@ class TestEvaluation:
         # A tiny generator with random weights shows no face.
         assert details["pose_detected"] == 0 and details["pose_error"] is None
 
-
     def test_2d_generator(self, flat_inverter, face_zip, tmp_path):  # noqa: F811
         names = ("metaaux", "w+", "pti", "without_auxiliary")
         evaluation = make_evaluation(flat_inverter, face_zip, tmp_path, names, batch=2, timed_photos=1, pose=True)
@@ -423,8 +427,7 @@ class TestEvaluation:
 
 class TestReport:
     def test_comparison_picture_holds_every_picture(self):
-        rows = [[Image.new("RGB", (32, 32), colour) for colour in row]
-                for row in (("red", "lime"), ("blue", "black"))]
+        rows = [[Image.new("RGB", (32, 32), colour) for colour in row] for row in (("red", "lime"), ("blue", "black"))]
         picture = comparison_picture(rows, ["a", "b"])
         colours = {colour for _, colour in picture.getcolors(2**20)}
         assert {(255, 0, 0), (0, 255, 0), (0, 0, 255)} <= colours
@@ -440,8 +443,24 @@ class TestCommand:
         Image.fromarray(skimage.data.astronaut()).save(photos / "astronaut.jpg")
         tensor_to_image(torch.zeros(3, 64, 64)).save(photos / "grey.png")
         out = tmp_path / "out"
-        arguments = ["--data", photos, "--methods", "metaaux,encoder,pti", "--steps", 1, "--latent-steps", 1,
-                     "--tuning-steps", 1, "--model", tiny_folder, "--device", "cpu", "--out", out]
+        arguments = [
+            "--data",
+            photos,
+            "--methods",
+            "metaaux,encoder,pti",
+            "--steps",
+            1,
+            "--latent-steps",
+            1,
+            "--tuning-steps",
+            1,
+            "--model",
+            tiny_folder,
+            "--device",
+            "cpu",
+            "--out",
+            out,
+        ]
         monkeypatch.setattr(sys, "argv", ["metaaux", "evaluate", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             main()
@@ -454,9 +473,24 @@ class TestCommand:
         assert {"results.json", "table.md", "comparison.png"} <= {path.name for path in out.iterdir()}
 
     def test_goes_on_after_being_killed(self, tiny_folder, face_zip, tmp_path, monkeypatch):
-        command = ["metaaux", "evaluate", "--data", face_zip, "--methods", "pti",
-                   "--latent-steps", "10", "--tuning-steps", "5", "--model", tiny_folder, "--device", "cpu",
-                   "--out", tmp_path]
+        command = [
+            "metaaux",
+            "evaluate",
+            "--data",
+            face_zip,
+            "--methods",
+            "pti",
+            "--latent-steps",
+            "10",
+            "--tuning-steps",
+            "5",
+            "--model",
+            tiny_folder,
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path,
+        ]
         file = tmp_path / "records" / "pti.1-of-1.jsonl"
         command = list(map(str, command))
         first = subprocess.Popen(

@@ -27,9 +27,7 @@ def directed_inverter(tiny_components):
         Direction(name, "interfacegan", normal, scale, -3.0, 3.0, 0.9, "")
         for name, normal, scale in (("age", normals[0], 0.5), ("gender", normals[1], 2.0))
     ]
-    return MetaAuxInverter(
-        **tiny_components, latent_directions=LatentDirections.from_directions(directions).eval()
-    )
+    return MetaAuxInverter(**tiny_components, latent_directions=LatentDirections.from_directions(directions).eval())
 
 
 def make_evaluation(inverter, face_zip, attribute_file, folder, names=("encoder", "metaaux"), **options):
@@ -114,8 +112,22 @@ def test_checkpoint_without_directions(tiny_inverter, face_zip, attribute_file, 
 
 def test_command(directed_inverter, face_zip, attribute_file, tmp_path, monkeypatch, capsys):
     directed_inverter.save_pretrained(tmp_path / "model")
-    arguments = ["--data", face_zip, "--attributes", attribute_file, "--methods", "encoder", "--limit", 1,
-                 "--model", tmp_path / "model", "--device", "cpu", "--out", tmp_path / "out"]
+    arguments = [
+        "--data",
+        face_zip,
+        "--attributes",
+        attribute_file,
+        "--methods",
+        "encoder",
+        "--limit",
+        1,
+        "--model",
+        tmp_path / "model",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "out",
+    ]
     monkeypatch.setattr(sys, "argv", ["metaaux", "evaluate", "editing", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
         main()

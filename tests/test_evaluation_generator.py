@@ -109,13 +109,30 @@ class TestEvaluateGenerator:
             GeneratorSettings(frechet_samples=1)
 
     def test_command(self, tiny_folder, tmp_path, monkeypatch, capsys):
-        arguments = ["--samples", 2, "--pose-samples", 1, "--model", tiny_folder, "--device", "cpu",
-                     "--out", tmp_path / "out"]
+        arguments = [
+            "--samples",
+            2,
+            "--pose-samples",
+            1,
+            "--model",
+            tiny_folder,
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path / "out",
+        ]
         monkeypatch.setattr(sys, "argv", ["metaaux", "evaluate", "generator", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             main()
         assert not stopped.value.code
-        keys = {"frechet", "nose_in_front", "canonical_depth_error", "pose_error", "pose_detected",
-                "identity_across_views", "jitter_difference"}
+        keys = {
+            "frechet",
+            "nose_in_front",
+            "canonical_depth_error",
+            "pose_error",
+            "pose_detected",
+            "identity_across_views",
+            "jitter_difference",
+        }
         assert keys <= json.loads((tmp_path / "out" / "results.json").read_text()).keys()
         assert "nose_in_front" in capsys.readouterr().out

@@ -271,10 +271,13 @@ result = pipeline.push_to_hub({REPO!r}, license="other", base_models=["someone/b
         assert f"`{tiny_inverter.fingerprint}`" in text
 
         for options in ("", ', variant="fp16"'):
-            code = load(tmp_path / "cache", options, show="None") + f"""
+            code = (
+                load(tmp_path / "cache", options, show="None")
+                + f"""
 inversion = pipeline.load_inversion({str(tmp_path / "me.safetensors")!r})
 result = pipeline.render(inversion, yaw=10).tobytes().hex()
 """
+            )
             pixels = client(code)
             if not options:
                 assert pixels == tiny_inverter.render(tiny_inversion, yaw=10).tobytes().hex()

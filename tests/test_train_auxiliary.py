@@ -157,9 +157,7 @@ def test_second_order_gradient_equals_finite_differences_and_first_order_does_no
     deviations = {"second": 0.0, "first": 0.0}
     for name in names:
         parameter = auxiliary.get_parameter(name)
-        gradients = {
-            order: outer_gradient(smooth_problem, replace(config, order=order), name) for order in deviations
-        }
+        gradients = {order: outer_gradient(smooth_problem, replace(config, order=order), name) for order in deviations}
         direction = gradients["second"] / gradients["second"].norm()
         values = []
         for step in (1e-5, -1e-5):
@@ -219,9 +217,7 @@ def test_calibrated_rates_move_each_tensor_by_the_same_fraction(networks, tasks,
     auxiliary.load_state_dict(tiny_components["auxiliary"].state_dict())
     part = tasks.split(1)[0]
     calibrate_rates(networks, auxiliary, part, 1e-3, Accelerator())
-    result = adapt(
-        networks.generator, auxiliary, networks.inner_loss, part.image, part.w, part.camera, steps=1
-    )
+    result = adapt(networks.generator, auxiliary, networks.inner_loss, part.image, part.w, part.camera, steps=1)
     moved = 0
     for name, parameter in auxiliary.adaptable_parameters().items():
         change = (result.parameters[name] - parameter).square().mean().sqrt()
@@ -252,9 +248,7 @@ def test_plain_phase_trains_saves_and_resumes(folders, tiny_components, tmp_path
         train(config, tmp_path)
     assert train(replace(config, total_images=8), tmp_path, resume=True) is True
     second = AuxiliaryNetwork.from_pretrained(tmp_path / "checkpoint-8" / "auxiliary")
-    assert any(
-        not torch.equal(a, b) for a, b in zip(network.parameters(), second.parameters(), strict=True)
-    )
+    assert any(not torch.equal(a, b) for a, b in zip(network.parameters(), second.parameters(), strict=True))
     assert [line["images"] for line in lines_of(tmp_path) if "mse" in line] == [4, 8]
 
 

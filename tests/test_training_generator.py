@@ -78,7 +78,11 @@ class TestRun:
         train(config, tmp_path / "run")
         trainer = GeneratorTrainer(config, Accelerator())
         run = TrainingRun(
-            tmp_path / "run", Accelerator(), 16, 8, {"generator_raw": trainer.generator},
+            tmp_path / "run",
+            Accelerator(),
+            16,
+            8,
+            {"generator_raw": trainer.generator},
             {"generator": trainer.generator_optimizer},
         )
         assert run.resume() and run.images == 16

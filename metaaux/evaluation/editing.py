@@ -174,14 +174,13 @@ class EditingEvaluation:
             "device": device_name(self.inverter.device),
             "model": str(self.inverter.name_or_path or "pipeline"),
             "fingerprint": self.inverter.fingerprint,
-            "directions": {
-                name: {"scale": self.directions[name].scale} for name in (*ATTRIBUTES, *self.measures)
-            },
+            "directions": {name: {"scale": self.directions[name].scale} for name in (*ATTRIBUTES, *self.measures)},
             "versions": {"metaaux": __version__, "torch": torch.__version__},
         }
         write_json(results, self.folder / "results.json")
-        write_text(editing_table(results, {method.name: method.label for method in self.methods}),
-                   self.folder / "table.md")
+        write_text(
+            editing_table(results, {method.name: method.label for method in self.methods}), self.folder / "table.md"
+        )
         return results
 
 

@@ -127,8 +127,9 @@ def evaluate_generator(
     out.mkdir(parents=True, exist_ok=True)
     frechet = None
     if data is not None:
-        frechet = _frechet(inverter, FaceDataset(data, inverter.generator.config.image_size), features, settings,
-                           progress)
+        frechet = _frechet(
+            inverter, FaceDataset(data, inverter.generator.config.image_size), features, settings, progress
+        )
     detect = importlib.util.find_spec("mediapipe") is not None
     if not detect:
         print("MediaPipe is not installed: poses are not detected", file=sys.stderr)
@@ -136,8 +137,9 @@ def evaluate_generator(
     ws_of_sheet = []
     with tqdm(total=settings.samples, unit="head", disable=not progress) as bar:
         for start, ws in _random_heads(inverter.generator, settings):
-            figures.add_views(inverter, ws, detect and start < settings.pose_samples,
-                              max(settings.pose_samples - start, 0))
+            figures.add_views(
+                inverter, ws, detect and start < settings.pose_samples, max(settings.pose_samples - start, 0)
+            )
             if start < _SHEET_HEADS:
                 ws_of_sheet.append(ws[: _SHEET_HEADS - start])
             bar.update(len(ws))

@@ -197,9 +197,7 @@ class GeneratorAdaptation(InversionMethod):
 
     name, label, batched = "without_auxiliary", "without auxiliary network", False
 
-    def __init__(
-        self, generator: EG3DGenerator, encoder: LatentEncoder, loss: InversionLoss, tuning: TuningSettings
-    ):
+    def __init__(self, generator: EG3DGenerator, encoder: LatentEncoder, loss: InversionLoss, tuning: TuningSettings):
         self.generator, self.encoder, self.loss, self.tuning = generator, encoder, loss, tuning
 
     def settings(self) -> dict[str, Any]:

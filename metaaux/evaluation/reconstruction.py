@@ -258,8 +258,9 @@ class ReconstructionEvaluation:
         names = ["input", *(method.name for method in self.methods)]
         rows = []
         for index in range(len(self.photos)):
-            if len(rows) < PICTURE_ROWS and all(records.get(index, {"failed": ""})["failed"] is None
-                                                for records in finished):
+            if len(rows) < PICTURE_ROWS and all(
+                records.get(index, {"failed": ""})["failed"] is None for records in finished
+            ):
                 rows.append([self._picture(name, index) for name in names])
         if rows:
             labels = ["Input", *(method.label for method in self.methods)]

@@ -86,7 +86,9 @@ _FOLDER_METHODS = ("psp", "styletransformer", "hyperinverter", "without_meta", "
 
 
 def make_methods(
-    names: list[str], inverter: MetaAuxInverter, options: MethodOptions = MethodOptions()  # noqa: B008
+    names: list[str],
+    inverter: MetaAuxInverter,
+    options: MethodOptions = MethodOptions(),  # noqa: B008
 ) -> list[InversionMethod]:
     """The methods of these names on a pipeline's generator.
 
@@ -143,9 +145,7 @@ def _make_method(name: str, inverter: MetaAuxInverter, options: MethodOptions) -
     if name == "without_3d" and network.config.use_offset_planes:
         raise ValueError(f"{folder} holds an auxiliary network with a 3D module, not one without")
     adapted_steps = 0 if name == "hyperinverter" else steps
-    return AuxiliaryAdaptation(
-        name, label, networks, _frozen(network, inverter), adapted_steps, None, str(folder)
-    )
+    return AuxiliaryAdaptation(name, label, networks, _frozen(network, inverter), adapted_steps, None, str(folder))
 
 
 def inversion_loss(inverter: MetaAuxInverter) -> InversionLoss:

@@ -87,9 +87,7 @@ def comparison_picture(rows: Sequence[Sequence[Path | Image.Image]], labels: Seq
     gap = max(2, side // 64)
     font = ImageFont.load_default(size=side // 10)
     height = sum(font.getmetrics()) + 2 * gap
-    columns = [
-        max(side, round(font.getlength(label)) + 2 * gap) for label in labels
-    ]
+    columns = [max(side, round(font.getlength(label)) + 2 * gap) for label in labels]
     picture = Image.new("RGB", (sum(columns) + gap * (len(columns) - 1), height + len(rows) * (side + gap)), "white")
     draw = ImageDraw.Draw(picture)
     left = 0

@@ -246,9 +246,7 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         )
 
     @staticmethod
-    def config_for(
-        generator: nn.Module, prefixes: Sequence[str] = ("",), **overrides: Any
-    ) -> dict[str, Any]:
+    def config_for(generator: nn.Module, prefixes: Sequence[str] = ("",), **overrides: Any) -> dict[str, Any]:
         """Constructor arguments that fit an `EG3DGenerator`, or a `StyleGAN2Generator` (2D module alone).
 
         Args:
@@ -318,4 +316,3 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         expected = (len(image), 3, self.config.plane_features, side, side)
         if planes.shape != expected:
             raise ValueError(f"planes is {tuple(planes.shape)}, expected {expected}")
-

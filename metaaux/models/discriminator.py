@@ -106,9 +106,7 @@ class DualDiscriminator(ModelMixin, ConfigMixin):
         self.fc = FullyConnected(channels[4] * 16, channels[4], activation="lrelu")
         self.out = FullyConnected(channels[4], channels[4] if camera_dim else 1)
         if camera_dim:
-            self.mapping_network = MappingNetwork(
-                0, camera_dim, channels[4], mapping_layers, track_average=False
-            )
+            self.mapping_network = MappingNetwork(0, camera_dim, channels[4], mapping_layers, track_average=False)
 
     def features(
         self, image: torch.Tensor, image_raw: torch.Tensor | None, dtype: torch.dtype | None = None

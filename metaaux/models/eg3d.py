@@ -144,13 +144,23 @@ class EG3DGenerator(ModelMixin, ConfigMixin):
                 raise ValueError(f"plane_axes holds pairs of two of x, y and z, got {axes!r}")
         self.mapping_network = MappingNetwork(z_dim, camera_dim, w_dim, mapping_layers)
         self.backbone = SynthesisNetwork(
-            w_dim, plane_resolution, plane_features * len(plane_axes), channel_base, channel_max, backbone_noise,
+            w_dim,
+            plane_resolution,
+            plane_features * len(plane_axes),
+            channel_base,
+            channel_max,
+            backbone_noise,
             conv_clamp,
         )
         self.decoder = TriPlaneDecoder(plane_features, decoder_hidden, decoder_lr_multiplier)
         self.super_resolution = SuperResolution(
-            super_resolution_kind, plane_features, image_size, w_dim, super_resolution_noise,
-            super_resolution_conv_clamp, super_resolution_antialias,
+            super_resolution_kind,
+            plane_features,
+            image_size,
+            w_dim,
+            super_resolution_noise,
+            super_resolution_conv_clamp,
+            super_resolution_antialias,
         )
         self.num_ws = self.backbone.num_ws
 
@@ -234,7 +244,10 @@ class EG3DGenerator(ModelMixin, ConfigMixin):
             if isinstance(offset_planes, torch.Tensor):
                 offset_planes = offset_planes.float()
             deformation = renderer.sample_planes(
-                offset_planes, points, config.plane_axes, config.box_size,
+                offset_planes,
+                points,
+                config.plane_axes,
+                config.box_size,
                 "gather" if lookup == "gather" else "grid_sample",
             )
             points = points + deformation * len(config.plane_axes)
@@ -335,7 +348,10 @@ class EG3DGenerator(ModelMixin, ConfigMixin):
         """Rendered features [B, C, h, h] and w → image [B, 3, image_size, image_size] in float32."""
         self._check_offsets(weight_offsets)
         return self.super_resolution(
-            features, self._broadcast(ws)[:, -1].float(), dtype or self.dtype, "none",
+            features,
+            self._broadcast(ws)[:, -1].float(),
+            dtype or self.dtype,
+            "none",
             split_offsets(weight_offsets, "super_resolution."),
         )
 

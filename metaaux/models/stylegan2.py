@@ -168,8 +168,9 @@ def modulated_conv2d(
     if x.dtype == torch.float16 and demodulate:
         # Demodulation cancels any scale of weight and style; dividing by the maxima keeps half precision in range.
         peak = weight.abs().amax(dim=(-3, -2, -1), keepdim=True)
-        weight = weight / (peak * math.sqrt(weight[0, 0].numel() * in_channels if weight.ndim == 4 else
-                                            weight[0, 0].numel()))
+        weight = weight / (
+            peak * math.sqrt(weight[0, 0].numel() * in_channels if weight.ndim == 4 else weight[0, 0].numel())
+        )
         styles = styles / styles.abs().amax(dim=1, keepdim=True)
     if weight.ndim == 5 or batch == 1:
         per_sample = (weight if weight.ndim == 5 else weight[None]) * styles[:, None, :, None, None]
@@ -289,9 +290,7 @@ class SynthesisNetwork(nn.Module):
     `num_ws` counts the w vectors it takes: one a convolution and one for the last to-RGB.
     """
 
-    def __init__(
-        self, w_dim, resolution, image_channels, channel_base, channel_max, use_noise=True, conv_clamp=None
-    ):
+    def __init__(self, w_dim, resolution, image_channels, channel_base, channel_max, use_noise=True, conv_clamp=None):
         super().__init__()
         if resolution < 8 or resolution & (resolution - 1):
             raise ValueError(f"resolution must be a power of two of at least 8, got {resolution}")
@@ -299,7 +298,12 @@ class SynthesisNetwork(nn.Module):
         channels = {r: min(channel_base // r, channel_max) for r in self.resolutions}
         for r in self.resolutions:
             block = SynthesisBlock(
-                channels.get(r // 2, 0), channels[r], w_dim, r, image_channels, use_noise=use_noise,
+                channels.get(r // 2, 0),
+                channels[r],
+                w_dim,
+                r,
+                image_channels,
+                use_noise=use_noise,
                 conv_clamp=conv_clamp,
             )
             self.add_module(f"b{r}", block)

@@ -40,9 +40,27 @@ if triton is not None:
         return x0.to(tl.int32), y0.to(tl.int32), x - x0, y - y0
 
     @triton.jit
-    def _forward(planes, points, out, samples, height, width, s_b, s_p, s_c, s_h, s_w,
-                 U0: tl.constexpr, V0: tl.constexpr, U1: tl.constexpr, V1: tl.constexpr,
-                 U2: tl.constexpr, V2: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr):
+    def _forward(
+        planes,
+        points,
+        out,
+        samples,
+        height,
+        width,
+        s_b,
+        s_p,
+        s_c,
+        s_h,
+        s_w,
+        U0: tl.constexpr,
+        V0: tl.constexpr,
+        U1: tl.constexpr,
+        V1: tl.constexpr,
+        U2: tl.constexpr,
+        V2: tl.constexpr,
+        C: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+    ):
         batch = tl.program_id(1).to(tl.int64)
         m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         c = tl.arange(0, C)
@@ -66,11 +84,31 @@ if triton is not None:
         tl.store(out + row, (total / 3).to(out.dtype.element_ty), mask=live[:, None])
 
     @triton.jit
-    def _backward(planes, points, grad_out, grad_planes, grad_points, samples, height, width,
-                  s_b, s_p, s_c, s_h, s_w,
-                  U0: tl.constexpr, V0: tl.constexpr, U1: tl.constexpr, V1: tl.constexpr,
-                  U2: tl.constexpr, V2: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr,
-                  NEED_PLANES: tl.constexpr, NEED_POINTS: tl.constexpr):
+    def _backward(
+        planes,
+        points,
+        grad_out,
+        grad_planes,
+        grad_points,
+        samples,
+        height,
+        width,
+        s_b,
+        s_p,
+        s_c,
+        s_h,
+        s_w,
+        U0: tl.constexpr,
+        V0: tl.constexpr,
+        U1: tl.constexpr,
+        V1: tl.constexpr,
+        U2: tl.constexpr,
+        V2: tl.constexpr,
+        C: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        NEED_PLANES: tl.constexpr,
+        NEED_POINTS: tl.constexpr,
+    ):
         batch = tl.program_id(1).to(tl.int64)
         m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         c = tl.arange(0, C)
@@ -94,8 +132,9 @@ if triton is not None:
                 inside = live & (x >= 0) & (x < width) & (y >= 0) & (y < height)
                 if NEED_PLANES:
                     address = plane + ((y * width + x) * 3 * C)[:, None] + c[None, :]
-                    tl.atomic_add(address, gradient * (along_u * along_v)[:, None], mask=inside[:, None],
-                                  sem="relaxed")
+                    tl.atomic_add(
+                        address, gradient * (along_u * along_v)[:, None], mask=inside[:, None], sem="relaxed"
+                    )
                 if NEED_POINTS:
                     source = planes + batch * s_b + k * s_p + (y * s_h + x * s_w)[:, None] + (c * s_c)[None, :]
                     value = tl.load(source, mask=inside[:, None], other=0.0).to(tl.float32)
@@ -103,10 +142,18 @@ if triton is not None:
                     slope_u += dot * (along_v if corner % 2 else -along_v)
                     slope_v += dot * (along_u if corner // 2 else -along_u)
             if NEED_POINTS:
-                tl.atomic_add(grad_points + (batch * samples + m) * 3 + (U0 if k == 0 else (U1 if k == 1 else U2)),
-                              slope_u * (width * 0.5), mask=live, sem="relaxed")
-                tl.atomic_add(grad_points + (batch * samples + m) * 3 + (V0 if k == 0 else (V1 if k == 1 else V2)),
-                              slope_v * (height * 0.5), mask=live, sem="relaxed")
+                tl.atomic_add(
+                    grad_points + (batch * samples + m) * 3 + (U0 if k == 0 else (U1 if k == 1 else U2)),
+                    slope_u * (width * 0.5),
+                    mask=live,
+                    sem="relaxed",
+                )
+                tl.atomic_add(
+                    grad_points + (batch * samples + m) * 3 + (V0 if k == 0 else (V1 if k == 1 else V2)),
+                    slope_v * (height * 0.5),
+                    mask=live,
+                    sem="relaxed",
+                )
 
 
 class _SamplePlanes(torch.autograd.Function):
@@ -117,8 +164,9 @@ class _SamplePlanes(torch.autograd.Function):
         planes, points = planes.to(dtype), points.contiguous()
         out = torch.empty(batch, points.shape[1], channels, device=planes.device, dtype=dtype)
         grid = (triton.cdiv(points.shape[1], BLOCK), batch)
-        _forward[grid](planes, points, out, points.shape[1], height, width, *planes.stride(), *axes, C=channels,
-                       BLOCK_M=BLOCK)
+        _forward[grid](
+            planes, points, out, points.shape[1], height, width, *planes.stride(), *axes, C=channels, BLOCK_M=BLOCK
+        )
         ctx.save_for_backward(planes, points)
         ctx.axes = axes
         return out
@@ -133,9 +181,22 @@ class _SamplePlanes(torch.autograd.Function):
         grad_planes = torch.zeros(shape, device=planes.device, dtype=torch.float32)
         grad_points = torch.zeros_like(points) if need_points else points
         grid = (triton.cdiv(points.shape[1], BLOCK), batch)
-        _backward[grid](planes, points, grad_out.contiguous(), grad_planes, grad_points, points.shape[1], height,
-                        width, *planes.stride(), *ctx.axes, C=channels, BLOCK_M=BLOCK, NEED_PLANES=need_planes,
-                        NEED_POINTS=need_points)
+        _backward[grid](
+            planes,
+            points,
+            grad_out.contiguous(),
+            grad_planes,
+            grad_points,
+            points.shape[1],
+            height,
+            width,
+            *planes.stride(),
+            *ctx.axes,
+            C=channels,
+            BLOCK_M=BLOCK,
+            NEED_PLANES=need_planes,
+            NEED_POINTS=need_points,
+        )
         if need_planes:
             grad_planes = grad_planes.permute(0, 3, 4, 1, 2).to(ctx.source_dtype)
         return grad_planes if need_planes else None, grad_points if need_points else None, None, None

@@ -209,9 +209,7 @@ class Validation:
     """Inverts photos that are not trained on: figures and a sheet (rows: photo, encoder, before and after K steps)."""
 
     def __init__(self, networks: FrozenNetworks, config: AuxiliaryConfig, device: torch.device):
-        dataset = FaceDataset(
-            config.validation, networks.generator.config.image_size, limit=config.validation_photos
-        )
+        dataset = FaceDataset(config.validation, networks.generator.config.image_size, limit=config.validation_photos)
         self.networks, self.config = networks, config
         self.image = to_signed(dataset.load()).to(device)
         self.camera = dataset.cameras.to(device)
@@ -320,9 +318,7 @@ def train(config: AuxiliaryConfig, run_folder: str | os.PathLike, resume: bool =
     # Every process sees other photos, and a resumed run does not see those of its beginning again.
     seed = config.seed + 1009 * accelerator.process_index + run.images
     torch.manual_seed(seed)
-    sampler = FaceSampler(
-        FaceDataset(config.data, networks.generator.config.image_size), own_batch, device, seed=seed
-    )
+    sampler = FaceSampler(FaceDataset(config.data, networks.generator.config.image_size), own_batch, device, seed=seed)
 
     def calibrate(run: TrainingRun) -> None:
         tasks = make_tasks(networks, *sampler.next()).split(config.tasks_per_pass)[0]

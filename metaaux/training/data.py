@@ -136,8 +136,12 @@ class FaceSampler:
             self.images, self.loader = dataset.load().to(self.device), None
         else:
             loader = torch.utils.data.DataLoader(
-                dataset, batch, sampler=_EndlessSampler(self.order.tolist(), seed), num_workers=workers,
-                pin_memory=self.device.type == "cuda", persistent_workers=workers > 0,
+                dataset,
+                batch,
+                sampler=_EndlessSampler(self.order.tolist(), seed),
+                num_workers=workers,
+                pin_memory=self.device.type == "cuda",
+                persistent_workers=workers > 0,
             )
             self.images, self.loader = None, iter(loader)
 

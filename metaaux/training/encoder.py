@@ -282,7 +282,9 @@ class EncoderTrainer:
 
         if config.initial_encoder is None:
             encoder = LatentEncoder(
-                image_size=generator.config.image_size, w_dim=generator.config.w_dim, num_ws=generator.num_ws,
+                image_size=generator.config.image_size,
+                w_dim=generator.config.w_dim,
+                num_ws=generator.num_ws,
                 **config.encoder,
             )
         else:
@@ -295,7 +297,10 @@ class EncoderTrainer:
         self.gradients = FlatGradients(encoder.parameters())
         self.phase: tuple | None = None
         self.optimizer = torch.optim.AdamW(
-            encoder.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay,
+            encoder.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=config.weight_decay,
             fused=self.device.type == "cuda",
         )
 
@@ -389,9 +394,14 @@ def train(config: EncoderConfig, run_folder: str | os.PathLike, resume: bool = F
     set_seed(config.seed)
     trainer = EncoderTrainer(config, accelerator)
     run = TrainingRun(
-        run_folder, accelerator, config.total_images, config.interval_images,
-        models={"encoder": trainer.average, "encoder_raw": trainer.encoder}, optimizers={"encoder": trainer.optimizer},
-        config=config, max_seconds=config.max_seconds,
+        run_folder,
+        accelerator,
+        config.total_images,
+        config.interval_images,
+        models={"encoder": trainer.average, "encoder_raw": trainer.encoder},
+        optimizers={"encoder": trainer.optimizer},
+        config=config,
+        max_seconds=config.max_seconds,
     )
     if resume:
         run.resume()

@@ -123,7 +123,9 @@ class GeneratorTrainer:
             self.generator.parameters(), lr=config.generator_rate, betas=(0.0, 0.99), fused=fused
         )
         self.discriminator_optimizer = torch.optim.Adam(
-            self.discriminator.parameters(), lr=config.discriminator_rate * ratio, betas=(0.0, 0.99**ratio),
+            self.discriminator.parameters(),
+            lr=config.discriminator_rate * ratio,
+            betas=(0.0, 0.99**ratio),
             fused=fused,
         )
         self.rates = [
@@ -140,8 +142,12 @@ class GeneratorTrainer:
         self.signs: list[torch.Tensor] = []
         self.side = 0
         if config.compile and self.device.type == "cuda":
-            for module in (self.generator.backbone, self.generator.super_resolution, self.generator.decoder,
-                           self.discriminator):
+            for module in (
+                self.generator.backbone,
+                self.generator.super_resolution,
+                self.generator.decoder,
+                self.discriminator,
+            ):
                 module.compile()
             eg3d.shade = torch.compile(eg3d.shade)
 
@@ -197,16 +203,18 @@ class GeneratorTrainer:
         with torch.no_grad():
             generator.w_avg.copy_(ws[:, 0].mean(dim=0).lerp(generator.w_avg, 0.998))
         planes = generator.planes(ws, noise="random", dtype=self.dtype)
-        output = generator.synthesize(
-            ws, cameras, planes=planes, resolution=self.side, jitter=True, dtype=self.dtype
-        )
+        output = generator.synthesize(ws, cameras, planes=planes, resolution=self.side, jitter=True, dtype=self.dtype)
         logits = self.discriminator(*self._judged(output.image, output.image_raw, cameras), dtype=self.dtype)
         adversarial = F.softplus(-logits).mean()
         error = self.depth_error(output.depth, cameras, config.geometry_margin)
         variation = self.density_variation(planes)
         loss = adversarial + self.geometry_weight * error + config.density_weight * variation
-        figures = {"loss_generator": adversarial, "logits_fake": logits.mean(), "depth_error": error,
-                   "density_variation": variation}
+        figures = {
+            "loss_generator": adversarial,
+            "logits_fake": logits.mean(),
+            "depth_error": error,
+            "density_variation": variation,
+        }
         fakes = (output.image.detach(), output.image_raw.detach())
         return self.generator_gradients.flatten(loss), fakes, {n: v.detach() for n, v in figures.items()}
 
@@ -314,11 +322,19 @@ def train(config: GeneratorConfig, folder: str | os.PathLike, resume: bool = Fal
     trainer = GeneratorTrainer(config, accelerator)
     state = {"augmentation": 0.0, "step": 0}
     run = TrainingRun(
-        folder, accelerator, config.total_images, config.interval_images,
-        models={"generator": trainer.average, "generator_raw": trainer.generator,
-                "discriminator": trainer.discriminator},
+        folder,
+        accelerator,
+        config.total_images,
+        config.interval_images,
+        models={
+            "generator": trainer.average,
+            "generator_raw": trainer.generator,
+            "discriminator": trainer.discriminator,
+        },
         optimizers={"generator": trainer.generator_optimizer, "discriminator": trainer.discriminator_optimizer},
-        config=config, state=state, max_seconds=config.max_seconds,
+        config=config,
+        state=state,
+        max_seconds=config.max_seconds,
     )
     if resume:
         run.resume()

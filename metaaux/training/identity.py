@@ -180,7 +180,10 @@ class IdentityTrainer:
         self.average = copy.deepcopy(identity).eval().requires_grad_(False)
         self.gradients = FlatGradients(identity.parameters())
         self.optimizer = torch.optim.AdamW(
-            identity.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay,
+            identity.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=config.weight_decay,
             fused=self.device.type == "cuda",
         )
 
@@ -271,9 +274,14 @@ def train(config: IdentityConfig, run_folder: str | os.PathLike, resume: bool = 
     set_seed(config.seed)
     trainer = IdentityTrainer(config, accelerator)
     run = TrainingRun(
-        run_folder, accelerator, config.total_images, config.interval_images,
+        run_folder,
+        accelerator,
+        config.total_images,
+        config.interval_images,
         models={"identity": trainer.average, "identity_raw": trainer.identity},
-        optimizers={"identity": trainer.optimizer}, config=config, max_seconds=config.max_seconds,
+        optimizers={"identity": trainer.optimizer},
+        config=config,
+        max_seconds=config.max_seconds,
     )
     if resume:
         run.resume()

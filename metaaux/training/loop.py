@@ -175,8 +175,12 @@ class TrainingRun:
         if self._bar is None:
             self._started = self._interval_started = time.monotonic()
             self._bar = tqdm(
-                total=self.total_images, initial=self.images, unit="img", unit_scale=True,
-                disable=not self.accelerator.is_main_process, mininterval=2.0,
+                total=self.total_images,
+                initial=self.images,
+                unit="img",
+                unit_scale=True,
+                disable=not self.accelerator.is_main_process,
+                mininterval=2.0,
             )
         return self.images < self.total_images and not self._stop
 
