@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -232,16 +232,11 @@ class Handlers:
         Returns:
             the video, its download.
         """
-        with explained():
-            if session is None:
-                raise SessionExpiredError
-            path = new_file("orbit.mp4")
-            edits = self._edits(session.model, amounts)
-            progress(0, desc="Rendering views")
-            with closing(self.engine.orbit(session.model, session.path, 60, (25.0, 10.0), edits, path)) as shares:
-                for share in shares:
-                    progress(share, desc="Rendering views")
-        return gr.update(value=path, visible=True), gr.update(value=path, visible=True)
+
+        def compute(model: str, head: str, edits: dict[str, float], path: str) -> Iterator[float]:
+            return self.engine.orbit(model, head, 60, (25.0, 10.0), edits, path)
+
+        return self._export(session, amounts, "orbit.mp4", compute, progress, "Rendering views")
 
     def mesh(
         self,
@@ -255,15 +250,31 @@ class Handlers:
         Returns:
             the mesh, its download.
         """
+
+        def compute(model: str, head: str, edits: dict[str, float], path: str) -> Iterator[float]:
+            return self.engine.mesh(model, head, 160, edits, path)
+
+        return self._export(session, amounts, "head.glb", compute, progress, "Extracting the surface")
+
+    def _export(
+        self,
+        session: Session | None,
+        amounts: tuple[float, ...],
+        name: str,
+        compute: Callable[[str, str, dict[str, float], str], Iterator[float]],
+        progress: gr.Progress,
+        activity: str,
+    ) -> tuple:
+        """Has a file made from the visitor's head; returns it for its player and for its download."""
         with explained():
             if session is None:
                 raise SessionExpiredError
-            path = new_file("head.glb")
+            path = new_file(name)
+            progress(0, desc=activity)
             edits = self._edits(session.model, amounts)
-            progress(0, desc="Sampling density")
-            with closing(self.engine.mesh(session.model, session.path, 160, edits, path)) as shares:
+            with closing(compute(session.model, session.path, edits, path)) as shares:
                 for share in shares:
-                    progress(share, desc="Extracting the surface")
+                    progress(share, desc=activity)
         return gr.update(value=path, visible=True), gr.update(value=path, visible=True)
 
     def _finished(self, status, compare, images, charts, model, path, camera) -> tuple:
