@@ -17,13 +17,13 @@ import metaaux.training
 from metaaux.faces.cameras import camera_from_pose
 from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.encoder import LatentEncoder
+from metaaux.training.averaged import warmup_cosine
 from metaaux.training.encoder import (
     EncoderConfig,
     EncoderTrainer,
     LatentDistribution,
     latent_error,
     train,
-    warmup_cosine,
 )
 from metaaux.training.loop import load_config
 

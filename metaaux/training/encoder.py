@@ -8,9 +8,7 @@ codes are, where edits work.
 
 from __future__ import annotations
 
-import copy
 import functools
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +16,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from PIL import Image
 from torch import nn
 
@@ -28,9 +25,10 @@ from ..models.eg3d import EG3DGenerator
 from ..models.encoder import LatentEncoder
 from ..models.identity import IdentityNetwork
 from ..models.perceptual import LPIPS, DiscriminatorPerceptualDistance
-from .data import FaceDataset, FaceSampler, to_signed
-from .graphs import CapturedFunction, FlatGradients
-from .loop import TrainingRun, broadcast_module, seed_process, update_average
+from .averaged import AveragedTrainer, SampleSource, per_process, train_averaged
+from .data import FaceDataset, to_signed
+from .graphs import CapturedFunction
+from .loop import TrainingRun
 from .sheets import grid
 
 
@@ -98,21 +96,6 @@ class EncoderConfig:
     interval_images: int = 100_000
     max_seconds: float | None = None
     seed: int = 0
-
-
-def warmup_cosine(images: int, total: int, warmup: int, peak: float) -> float:
-    """Learning rate after `images` of `total`: linear from 0 to `peak` over `warmup`, then half a cosine back to 0."""
-    if images < warmup:
-        return peak * (images + 1) / (warmup + 1)
-    progress = min((images - warmup) / max(total - warmup, 1), 1.0)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def per_process(batch: int, accelerator: Accelerator) -> int:
-    """A process's share of a batch. Raises ValueError if the batch does not divide."""
-    if batch % accelerator.num_processes:
-        raise ValueError(f"A batch of {batch} images does not divide by {accelerator.num_processes} processes.")
-    return batch // accelerator.num_processes
 
 
 class LatentDistribution:
@@ -188,36 +171,6 @@ class ReconstructionLoss:
         return losses
 
 
-class SampleSource:
-    """Endless pictures of the frozen generator with their latent codes."""
-
-    def __init__(self, generator: EG3DGenerator, sampler: FaceSampler, min_truncation: float, dtype: torch.dtype):
-        """sampler: of the photos, whose cameras give the views and the mapping's conditions."""
-        self.generator, self.sampler, self.min_truncation, self.dtype = generator, sampler, min_truncation, dtype
-
-    @torch.no_grad()
-    def latents(self, conditions: torch.Tensor) -> torch.Tensor:
-        """Codes [B, w_dim] of random heads under `conditions` (cameras [B, 25]), truncated at random from
-        `min_truncation` to 1."""
-        batch, device = len(conditions), self.generator.device
-        z = torch.randn(batch, self.generator.config.z_dim, device=device)
-        w = self.generator.mapping(z, conditions)[:, 0]
-        truncation = torch.empty(batch, 1, device=device).uniform_(self.min_truncation, 1)
-        return self.generator.w_avg.lerp(w, truncation)
-
-    @torch.no_grad()
-    def pictures(
-        self, conditions: torch.Tensor, cameras: torch.Tensor, resolution: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """w [B, w_dim] and images [B, 3, S, S] in [-1, 1] of random heads at `cameras`; `resolution` rays a side.
-
-        Draw the cameras apart from the mapping's `conditions`, so that a code does not tell its view.
-        """
-        w = self.latents(conditions)
-        image = self.generator.synthesize(w, cameras, resolution=resolution, dtype=self.dtype).image
-        return w, image.clamp(-1, 1)
-
-
 def latent_error(predicted: torch.Tensor, w: torch.Tensor, w_std: torch.Tensor) -> torch.Tensor:
     """Mean squared error of codes [B, w_dim] or [B, num_ws, w_dim] against w [B, w_dim], in units of w_std."""
     if predicted.ndim == 3:
@@ -261,26 +214,21 @@ class EncoderEvaluation:
         return grid([photos] + [self.generator.synthesize(w, c, dtype=self.dtype).image for c in (cameras, turned)])
 
 
-class EncoderTrainer:
-    """The state of a run and one method a phase; `train` drives it."""
+class EncoderTrainer(AveragedTrainer):
+    """The state of a run and one method a phase."""
+
+    name = "encoder"
 
     def __init__(self, config: EncoderConfig, accelerator: Accelerator):
-        self.config, self.accelerator, self.device = config, accelerator, accelerator.device
-        self.batch_photos = per_process(config.batch_photos, accelerator)
-        self.batch_samples = per_process(config.batch_samples, accelerator)
+        super().__init__(config, accelerator)
         self.rendered_samples = per_process(config.rendered_samples, accelerator)
         if self.rendered_samples > self.batch_samples:
             raise ValueError(f"rendered_samples={config.rendered_samples} exceed batch_samples={config.batch_samples}")
-        self.dtype = torch.bfloat16 if config.bf16 and self.device.type == "cuda" else torch.float32
-
-        generator = EG3DGenerator.from_pretrained(config.generator, torch_dtype=torch.float32)
-        self.generator = generator.to(self.device).eval().requires_grad_(False)
         self.loss = ReconstructionLoss(config, self.device, self.dtype)
-        self.dataset = FaceDataset(config.data, generator.config.image_size)
         cameras = torch.cat([self.dataset.cameras, mirror_camera(self.dataset.cameras)]).to(self.device)
         self.distribution = LatentDistribution(self.generator, cameras, seed=config.seed)
-
         if config.initial_encoder is None:
+            generator = self.generator
             encoder = LatentEncoder(
                 image_size=generator.config.image_size,
                 w_dim=generator.config.w_dim,
@@ -289,41 +237,25 @@ class EncoderTrainer:
             )
         else:
             encoder = LatentEncoder.from_pretrained(config.initial_encoder, torch_dtype=torch.float32)
-        encoder = encoder.to(self.device, memory_format=torch.channels_last)
-        encoder.set_latent_statistics(self.distribution.w_avg, self.distribution.w_std)
-        broadcast_module(accelerator, encoder)
-        self.encoder = encoder.train()
-        self.average = copy.deepcopy(encoder).eval().requires_grad_(False)
-        self.gradients = FlatGradients(encoder.parameters())
+        encoder.set_latent_statistics(self.distribution.w_avg.cpu(), self.distribution.w_std.cpu())
+        self.adopt(encoder)
         self.phase: tuple | None = None
-        self.optimizer = torch.optim.AdamW(
-            encoder.parameters(),
-            lr=config.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=config.weight_decay,
-            fused=self.device.type == "cuda",
-        )
+
+    @property
+    def images_per_step(self) -> int:
+        """Photos and samples."""
+        return self.config.batch_photos + self.config.batch_samples
 
     def load_data(self, images: int) -> None:
-        """Decodes the photos and starts this process' random streams for a run that has seen `images`."""
-        config = self.config
-        seed = seed_process(self.accelerator, config.seed, images)
-        self.sampler = FaceSampler(self.dataset, self.batch_photos, self.device, seed)
-        self.samples = SampleSource(self.generator, self.sampler, config.min_truncation, self.dtype)
-        held_out = self.dataset
-        if config.validation:
-            held_out = FaceDataset(config.validation, self.dataset.image_size, limit=EncoderEvaluation.PHOTOS)
+        """Likewise, and what it is evaluated on."""
+        super().load_data(images)
+        held_out = self.held_out(EncoderEvaluation.PHOTOS)
         self.evaluation = EncoderEvaluation(held_out, self.samples, self.distribution, self.loss)
-
-    def encode(self, image: torch.Tensor) -> torch.Tensor:
-        """Codes by the encoder in training, in the run's precision."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.encoder(image)
 
     def latent_pass(self, resolution, conditions, cameras):
         """Flat gradient and figures of samples alone, seen at `cameras`; `conditions` are the mapping's."""
         w, images = self.samples.pictures(conditions, cameras, resolution)
-        latent = latent_error(self.encode(images), w, self.distribution.w_std)
+        latent = latent_error(self.run_network(images), w, self.distribution.w_std)
         return self._gradient(self.config.weight_latent * latent, {"latent": latent})
 
     def mixed_pass(self, resolution, conditions, cameras, photos, photo_cameras):
@@ -331,7 +263,7 @@ class EncoderTrainer:
         config = self.config
         w, samples = self.samples.pictures(conditions, cameras, resolution)
         images = torch.cat([photos, samples])
-        predicted = self.encode(images)
+        predicted = self.run_network(images)
         latent = latent_error(predicted[len(photos) :], w, self.distribution.w_std)
         # Nearer to the average than the mapping network's codes is no fault: only what lies beyond them is penalised.
         distance = self.distribution.mahalanobis(predicted[: len(photos)])
@@ -360,66 +292,27 @@ class EncoderTrainer:
             self.captured = CapturedFunction(functools.partial(function, resolution), config.graphs)
         return with_photos
 
-    def step(self, images: int) -> dict[str, torch.Tensor]:
-        """One update at this point of the run; returns figures."""
-        config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = warmup_cosine(images, config.total_images, config.warmup_images, config.learning_rate)
+    def compute(self, images: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Flat gradient and figures of the pass that is due."""
         with_photos = self._prepare(images)
         count = self.batch_samples if with_photos else self.batch_photos + self.batch_samples
         conditions, cameras = (self.sampler.sample_cameras(count) for _ in range(2))
         photos = self.sampler.next() if with_photos else ()
-        flat, figures = self.captured(conditions, cameras, *photos)
-        self.gradients.set(flat, self.accelerator.num_processes)
-        norm = nn.utils.clip_grad_norm_(self.encoder.parameters(), config.max_gradient_norm)
-        self.optimizer.step()
-        batch = config.batch_photos + config.batch_samples
-        half_life = min(config.average_images, (images + batch) / 10)
-        update_average(self.average, self.encoder, 0.5 ** (batch / half_life))
-        return figures | {"gradient_norm": norm}
+        return self.captured(conditions, cameras, *photos)
+
+    def evaluate(self, run: TrainingRun) -> dict[str, float]:
+        """`EncoderEvaluation`'s figures and sheet."""
+        run.sheet("encoder", self.evaluation.sheet(self.average))
+        return self.evaluation.figures(self.average)
 
 
 def train(config: EncoderConfig, run_folder: str | os.PathLike, resume: bool = False) -> Path:
     """Runs (or goes on with) an encoder's training in `run_folder`; returns the newest checkpoint.
 
-    The checkpoint's `encoder` is the averaged one, which is published. figures.jsonl has, at each interval, a line of
-    training means and one of held-out figures ("val/...": `EncoderEvaluation.figures`).
+    The checkpoint's `encoder` is the averaged one, which is published. figures.jsonl: see `train_averaged`; held-out
+    figures are those of `EncoderEvaluation.figures`.
 
     Raises:
         FileNotFoundError, ValueError: data, checkpoints or settings do not fit.
     """
-    accelerator = Accelerator()
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    set_seed(config.seed)
-    trainer = EncoderTrainer(config, accelerator)
-    run = TrainingRun(
-        run_folder,
-        accelerator,
-        config.total_images,
-        config.interval_images,
-        models={"encoder": trainer.average, "encoder_raw": trainer.encoder},
-        optimizers={"encoder": trainer.optimizer},
-        config=config,
-        max_seconds=config.max_seconds,
-    )
-    if resume:
-        run.resume()
-    trainer.load_data(run.images)
-    evaluated = run.images
-
-    def evaluate(run: TrainingRun) -> None:
-        nonlocal evaluated
-        evaluated = run.images
-        if accelerator.is_main_process:
-            figures = trainer.evaluation.figures(trainer.average)
-            run.record({"images": run.images} | {f"val/{name}": round(value, 6) for name, value in figures.items()})
-            run.sheet("encoder", trainer.evaluation.sheet(trainer.average))
-
-    run.on_interval(evaluate)
-    while run.active():
-        run.advance(config.batch_photos + config.batch_samples, trainer.step(run.schedule_images))
-    if evaluated != run.images:
-        evaluate(run)
-    run.finish()
-    return run.checkpoints[-1]
+    return train_averaged(EncoderTrainer, config, run_folder, resume)

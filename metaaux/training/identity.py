@@ -7,7 +7,6 @@ batch apart.
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from dataclasses import dataclass, field
@@ -16,16 +15,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch import nn
 
 from ..faces.cameras import camera_from_pose
-from ..models.eg3d import EG3DGenerator
 from ..models.identity import IdentityNetwork
-from .data import FaceDataset, FaceSampler, to_signed
-from .encoder import SampleSource, per_process, warmup_cosine
-from .graphs import FlatGradients
-from .loop import TrainingRun, broadcast_module, seed_process, update_average
+from .averaged import AveragedTrainer, train_averaged
+from .data import to_signed
+from .loop import TrainingRun
 from .sheets import grid
 
 
@@ -160,42 +155,25 @@ def verification_figures(first: torch.Tensor, second: torch.Tensor) -> dict[str,
     }
 
 
-class IdentityTrainer:
-    """The state of a run and one method a phase; `train` drives it."""
+class IdentityTrainer(AveragedTrainer):
+    """The state of a run and its pairs of pictures."""
 
+    name = "identity"
     EVALUATED = 400
 
     def __init__(self, config: IdentityConfig, accelerator: Accelerator):
-        self.config, self.accelerator, self.device = config, accelerator, accelerator.device
-        self.batch_samples = per_process(config.batch_samples, accelerator)
-        self.batch_photos = per_process(config.batch_photos, accelerator)
-        self.dtype = torch.bfloat16 if config.bf16 and self.device.type == "cuda" else torch.float32
-        generator = EG3DGenerator.from_pretrained(config.generator, torch_dtype=torch.float32)
-        self.generator = generator.to(self.device).eval().requires_grad_(False)
-        self.dataset = FaceDataset(config.data, generator.config.image_size)
+        super().__init__(config, accelerator)
+        self.adopt(IdentityNetwork(**config.identity))
 
-        identity = IdentityNetwork(**config.identity).to(self.device, memory_format=torch.channels_last)
-        broadcast_module(accelerator, identity)
-        self.identity = identity.train()
-        self.average = copy.deepcopy(identity).eval().requires_grad_(False)
-        self.gradients = FlatGradients(identity.parameters())
-        self.optimizer = torch.optim.AdamW(
-            identity.parameters(),
-            lr=config.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=config.weight_decay,
-            fused=self.device.type == "cuda",
-        )
+    @property
+    def images_per_step(self) -> int:
+        """Pairs are two images each."""
+        return 2 * (self.config.batch_samples + self.config.batch_photos)
 
     def load_data(self, images: int) -> None:
-        """Decodes the photos and starts this process' random streams for a run that has seen `images`."""
-        config = self.config
-        seed = seed_process(self.accelerator, config.seed, images)
-        self.sampler = FaceSampler(self.dataset, self.batch_photos, self.device, seed)
-        self.samples = SampleSource(self.generator, self.sampler, config.min_truncation, self.dtype)
-        held_out = self.dataset
-        if config.validation:
-            held_out = FaceDataset(config.validation, self.dataset.image_size, limit=self.EVALUATED)
+        """Likewise, and what it is evaluated on."""
+        super().load_data(images)
+        held_out = self.held_out(self.EVALUATED)
         shown = range(min(self.EVALUATED, len(held_out)))
         self.held_out_photos = to_signed(torch.stack([held_out[i][0] for i in shown])).to(self.device)
         chunks = [self.generated_pairs(50, None) for _ in range(self.EVALUATED // 50)]
@@ -222,30 +200,20 @@ class IdentityTrainer:
         mirrored = torch.rand(len(photos), 1, 1, 1, device=self.device) < 0.5
         return photos, torch.where(mirrored, photos.flip(-1), photos)
 
-    def step(self, images: int) -> dict[str, torch.Tensor]:
-        """One update at this point of the run; returns figures."""
+    def compute(self, images: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Flat gradient and figures of a batch of pairs."""
         config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = warmup_cosine(images, config.total_images, config.warmup_images, config.learning_rate)
         generated, photos = self.generated_pairs(self.batch_samples, config.resolution), self.photo_pairs()
         pictures = augment(torch.cat([generated[0], photos[0], generated[1], photos[1]]))
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            embeddings = self.identity(pictures)
-        first, second = embeddings.chunk(2)
+        first, second = self.run_network(pictures).chunk(2)
         loss = contrastive_loss(first, second, config.temperature, self.accelerator)
-        self.gradients.set(self.gradients.flatten(loss), self.accelerator.num_processes)
-        norm = nn.utils.clip_grad_norm_(self.identity.parameters(), config.max_gradient_norm)
-        self.optimizer.step()
-        batch = 2 * (config.batch_samples + config.batch_photos)
-        half_life = min(config.average_images, (images + batch) / 10)
-        update_average(self.average, self.identity, 0.5 ** (batch / half_life))
         cosine = (first * second).sum(dim=1).detach()
-        return {
-            "loss": loss,
-            "gradient_norm": norm,
+        figures = {
+            "loss": loss.detach(),
             "cosine_generated": cosine[: self.batch_samples],
             "cosine_photos": cosine[self.batch_samples :],
         }
+        return self.gradients.flatten(loss), figures
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:
@@ -258,48 +226,19 @@ class IdentityTrainer:
                 figures[f"{kind}/{name}"] = value
         return figures
 
+    def evaluate(self, run: TrainingRun) -> dict[str, float]:
+        """`figures`, and a sheet of pairs as the network sees them."""
+        run.sheet("pairs", grid([augment(pictures[:16]) for pictures in self.held_out_pairs]))
+        return self.figures()
+
 
 def train(config: IdentityConfig, run_folder: str | os.PathLike, resume: bool = False) -> Path:
     """Runs (or goes on with) an identity network's training in `run_folder`; returns the newest checkpoint.
 
-    The checkpoint's `identity` is the averaged network, which is published. figures.jsonl has, at each interval, a
-    line of training means and one of held-out figures ("val/...": `IdentityTrainer.figures`).
+    The checkpoint's `identity` is the averaged network, which is published. figures.jsonl: see `train_averaged`;
+    held-out figures are those of `IdentityTrainer.figures`.
 
     Raises:
         FileNotFoundError, ValueError: data, checkpoints or settings do not fit.
     """
-    accelerator = Accelerator()
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    set_seed(config.seed)
-    trainer = IdentityTrainer(config, accelerator)
-    run = TrainingRun(
-        run_folder,
-        accelerator,
-        config.total_images,
-        config.interval_images,
-        models={"identity": trainer.average, "identity_raw": trainer.identity},
-        optimizers={"identity": trainer.optimizer},
-        config=config,
-        max_seconds=config.max_seconds,
-    )
-    if resume:
-        run.resume()
-    trainer.load_data(run.images)
-    run.sheet("pairs", grid([augment(pictures[:16]) for pictures in trainer.held_out_pairs]))
-    evaluated = run.images
-
-    def evaluate(run: TrainingRun) -> None:
-        nonlocal evaluated
-        evaluated = run.images
-        if accelerator.is_main_process:
-            figures = trainer.figures()
-            run.record({"images": run.images} | {f"val/{name}": round(value, 6) for name, value in figures.items()})
-
-    run.on_interval(evaluate)
-    while run.active():
-        run.advance(2 * (config.batch_samples + config.batch_photos), trainer.step(run.schedule_images))
-    if evaluated != run.images:
-        evaluate(run)
-    run.finish()
-    return run.checkpoints[-1]
+    return train_averaged(IdentityTrainer, config, run_folder, resume)
