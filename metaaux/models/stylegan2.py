@@ -133,12 +133,20 @@ class MappingNetwork(nn.Module):
         return x
 
 
+def _conv_transpose2d(x: torch.Tensor, kernels: torch.Tensor, groups: int = 1) -> torch.Tensor:
+    """Transposed convolution of stride 2."""
+    if x.device.type == "cpu" and groups == 1:
+        # Up to nine times as fast there as with the default layout.
+        x, kernels = (t.contiguous(memory_format=torch.channels_last) for t in (x, kernels))
+    return F.conv_transpose2d(x, kernels, stride=2, groups=groups)
+
+
 def _per_sample_conv2d(x: torch.Tensor, kernels: torch.Tensor, upsample: bool) -> torch.Tensor:
     """Each sample of x [B, I, H, W] with its own kernel of kernels [B, O, I, k, k], as one grouped convolution."""
     batch = len(x)
     grouped = x.reshape(1, -1, *x.shape[2:]) if batch > 1 else x
     if upsample:
-        y = F.conv_transpose2d(grouped, kernels.transpose(1, 2).flatten(0, 1), stride=2, groups=batch)
+        y = _conv_transpose2d(grouped, kernels.transpose(1, 2).flatten(0, 1), batch)
     else:
         y = F.conv2d(grouped, kernels.flatten(0, 1), padding=kernels.shape[-1] // 2, groups=batch)
     return y.reshape(batch, -1, *y.shape[2:]) if batch > 1 else y
@@ -180,7 +188,7 @@ def modulated_conv2d(
 
     x = x * styles.to(x.dtype)[:, :, None, None]
     if upsample:
-        y = F.conv_transpose2d(x, weight.to(x.dtype).transpose(0, 1), stride=2)
+        y = _conv_transpose2d(x, weight.to(x.dtype).transpose(0, 1))
     else:
         y = F.conv2d(x, weight.to(x.dtype), padding=weight.shape[-1] // 2)
     if demodulate:
