@@ -194,9 +194,22 @@ def test_unknown_setting_is_an_error(tmp_path):
         load_config(GeneratorConfig, tmp_path / "config.yaml")
 
 
-def test_shipped_configurations_load():
-    folder = Path(__file__).parents[1] / "metaaux/training/configs"
-    names = sorted(path.name for path in folder.glob("generator-*.yaml"))
-    assert names == ["generator-mini-continue.yaml", "generator-mini.yaml"]
-    for name in names:
-        assert load_config(GeneratorConfig, folder / name).batch == 256
+def test_shipped_configurations_make_the_published_networks():
+    root = Path(__file__).parents[1]
+    folder, published = root / "metaaux/training/configs", root / "hub_configs/metaaux-mini"
+    assert sorted(path.name for path in folder.glob("generator-*.yaml")) == [
+        "generator-mini-continue.yaml",
+        "generator-mini.yaml",
+    ]
+    fresh = load_config(GeneratorConfig, folder / "generator-mini.yaml")
+    with torch.device("meta"):
+        networks = {
+            "generator": EG3DGenerator(**fresh.generator),
+            "discriminator": DualDiscriminator(**fresh.discriminator),
+        }
+    for name, network in networks.items():
+        config = type(network).load_config(published / name)
+        assert {key: config[key] for key in config if key[0] != "_" and network.config[key] != config[key]} == {}
+    more = load_config(GeneratorConfig, folder / "generator-mini-continue.yaml")
+    assert (root / more.init).samefile(published)
+    assert fresh.rays[-1][1] == more.rays[-1][1] == networks["generator"].config.neural_resolution
