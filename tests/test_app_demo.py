@@ -7,11 +7,13 @@ import time
 
 import gradio as gr
 import pytest
+import torch
 from PIL import Image
 
+from metaaux import MetaAuxInverter
 from metaaux.demo import Settings, build_demo
 from metaaux.demo.engine import Engine
-from metaaux.demo.handlers import VIEWPOINT_PARTS, Handlers
+from metaaux.demo.handlers import FURTHER_SLIDERS, NAMED_SLIDERS, VIEWPOINT_PARTS, Handlers
 from metaaux.demo.pictures import loss_charts, note_card, progress_bar
 from metaaux.demo.session import Session, SessionExpiredError, show
 from metaaux.demo.validation import (
@@ -23,7 +25,7 @@ from metaaux.demo.validation import (
     explained,
     read_photos,
 )
-from metaaux.models.directions import Direction
+from metaaux.models.directions import Direction, LatentDirections
 
 
 @pytest.fixture(scope="module")
@@ -233,8 +235,8 @@ class TestTwoDimensionalModel:
     """Its heads have one view, the photo's: nothing to turn, no video, no mesh."""
 
     def test_viewpoint_controls_are_hidden(self, flat_handlers, engine):
-        flat = flat_handlers.opened(flat_handlers.settings.models[0], 5)[3 : 3 + VIEWPOINT_PARTS]
-        solid = Handlers(engine, engine.settings).opened(engine.settings.models[0], 5)[3 : 3 + VIEWPOINT_PARTS]
+        flat = flat_handlers.opened(flat_handlers.settings.models[0], 5)[4 : 4 + VIEWPOINT_PARTS]
+        solid = Handlers(engine, engine.settings).opened(engine.settings.models[0], 5)[4 : 4 + VIEWPOINT_PARTS]
         assert [part["visible"] for part in flat] == [False] * 3
         assert [part["visible"] for part in solid] == [True] * 3
 
@@ -251,6 +253,42 @@ class TestTwoDimensionalModel:
         usual = flat_handlers.engine.inverter().config.inner_steps
         assert flat_handlers.opened(model, usual)[1] == gr.skip()
         assert flat_handlers.opened(model, usual + 1)[1] == usual
+
+
+class TestEditSliders:
+    @pytest.fixture
+    def handlers(self, tiny_folder, tmp_path):
+        axes = torch.eye(16)
+        directions = [
+            Direction("pc1", "principal", axes[0], 1.0, -3.0, 3.0, None, ""),
+            Direction("smile", "interfacegan", axes[1], 1.0, -2.0, 2.5, 0.9, "smiles more"),
+        ]
+        component = LatentDirections.from_directions(directions)
+        MetaAuxInverter.from_pretrained(tiny_folder, latent_directions=component).save_pretrained(tmp_path / "model")
+        engine = Engine(Settings(models=(str(tmp_path / "model"),), device="cpu"))
+        engine.start()
+        return Handlers(engine, engine.settings)
+
+    def test_directions_with_a_meaning_come_first(self, handlers):
+        model = handlers.settings.models[0]
+        _, _, none, further, *rest = handlers.opened(model, 5)
+        sliders = rest[VIEWPOINT_PARTS:]
+        assert (none["visible"], further["visible"]) == (False, True)
+        shown = {number: slider["label"] for number, slider in enumerate(sliders) if slider["visible"]}
+        assert shown == {0: "Smile", NAMED_SLIDERS: "Pc1"}
+        assert (sliders[0]["minimum"], sliders[0]["maximum"]) == (-2.0, 2.5)
+
+    def test_a_slider_moves_its_direction(self, handlers, tiny_inversion, tmp_path, monkeypatch):
+        model = handlers.settings.models[0]
+        monkeypatch.setattr("metaaux.demo.handlers.save_picture", lambda image, name="view.png": image)
+        path = tmp_path / "head.safetensors"
+        tiny_inversion.save(path)
+        amounts = [0.0] * (NAMED_SLIDERS + FURTHER_SLIDERS)
+        amounts[NAMED_SLIDERS] = 2.0
+        image, session, _ = handlers.turn(Session(model, str(path), 0.0, 0.0), 5.0, 0.0, model, *amounts)
+        inverter = handlers.engine.inverter(model)
+        expected = inverter.render(tiny_inversion, yaw=5.0, pitch=0.0, edits={"pc1": 2.0})
+        assert image.tobytes() == expected.tobytes() and session.edits == {"pc1": 2.0}
 
 
 class TestPage:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from PIL import Image
@@ -26,10 +26,15 @@ from .validation import (
     read_photos,
 )
 
+if TYPE_CHECKING:
+    from ..models.directions import Direction
+
 #: Parts of the page that a 2D model has no use for: turning, video and mesh.
 VIEWPOINT_PARTS = 3
-#: Sliders laid out for editing directions; those that a model has no direction for stay hidden.
-EDIT_SLIDERS = 16
+#: Sliders laid out for editing: for directions with a meaning, and for further ones such as principal components.
+#: Those that a model has no direction for stay hidden.
+NAMED_SLIDERS, FURTHER_SLIDERS = 8, 8
+EDIT_SLIDERS = NAMED_SLIDERS + FURTHER_SLIDERS
 
 
 @dataclass
@@ -92,15 +97,17 @@ class Handlers:
             steps: what the slider says.
 
         Returns:
-            the line about the model, the steps slider, the note on directions, what only heads with other views have
-            (see `VIEWPOINT_PARTS`), then each edit slider.
+            the line about the model, the steps slider, the note on directions, the further directions' part, what only
+            heads with other views have (see `VIEWPOINT_PARTS`), then each edit slider.
         """
         with explained():
             inverter = self.engine.inverter(model)
         line = f'<span class="chip ready">{self._name(model)} · {self.engine.describe_device()}</span>'
-        directions = list(inverter.directions.values())[:EDIT_SLIDERS]
+        slots = self._slots(model)
         sliders = [
-            gr.update(
+            gr.update(visible=False, value=0)
+            if direction is None
+            else gr.update(
                 label=direction.name.replace("_", " ").capitalize(),
                 info=direction.meaning or None,
                 minimum=direction.low,
@@ -108,18 +115,17 @@ class Handlers:
                 value=0,
                 visible=True,
             )
-            for direction in directions
+            for direction in slots
         ]
-        hidden = [gr.update(visible=False, value=0)] * (EDIT_SLIDERS - len(sliders))
         usual = min(inverter.config.inner_steps, self.settings.max_steps)
         return (
             line,
             # Left alone where it is right already: the visitor may have moved it while the model was being loaded.
             gr.skip() if steps == usual else usual,
-            gr.update(visible=not directions),
+            gr.update(visible=not any(slots)),
+            gr.update(visible=any(slots[NAMED_SLIDERS:])),
             *[gr.update(visible=inverter.has_viewpoints)] * VIEWPOINT_PARTS,
             *sliders,
-            *hidden,
         )
 
     def align(self, photo: str | None, more: list[str] | None, model: str) -> tuple:
@@ -294,9 +300,19 @@ class Handlers:
             return show(self.engine, session, None, None, edits)
         return show(self.engine, session, yaw, pitch, edits)
 
+    def _slots(self, model: str) -> list[Direction | None]:
+        """The direction of each edit slider: those with a meaning first, the others behind them."""
+        directions = self.engine.inverter(model).directions.values()
+        named = [direction for direction in directions if direction.kind != "principal"]
+        shown = named[:NAMED_SLIDERS]
+        further = [direction for direction in directions if direction not in shown][:FURTHER_SLIDERS]
+        padding = [None] * EDIT_SLIDERS
+        return (shown + padding)[:NAMED_SLIDERS] + (further + padding)[:FURTHER_SLIDERS]
+
     def _edits(self, model: str, amounts: tuple[float, ...]) -> dict[str, float]:
-        directions = self.engine.inverter(model).directions
-        return check_edits(dict(zip(directions, amounts)), directions)
+        slots = zip(self._slots(model), amounts)
+        edits = {direction.name: amount for direction, amount in slots if direction is not None}
+        return check_edits(edits, self.engine.inverter(model).directions)
 
     @staticmethod
     def _name(model: str) -> str:

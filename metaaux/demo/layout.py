@@ -9,7 +9,7 @@ import gradio as gr
 from . import texts
 from .api import add_endpoints
 from .engine import Engine
-from .handlers import EDIT_SLIDERS, Handlers
+from .handlers import EDIT_SLIDERS, FURTHER_SLIDERS, NAMED_SLIDERS, Handlers
 from .settings import Settings
 from .uploads import FileInput, PhotoInput
 from .validation import FLIP_CHOICES, MAX_PITCH, MAX_YAW
@@ -141,10 +141,11 @@ def build_demo(settings: Settings | None = None) -> tuple[gr.Blocks, Engine]:
                             )
                     no_directions = gr.HTML(texts.NO_DIRECTIONS, visible=False)
                     with gr.Row(elem_classes="sliders", elem_id="edits"):
-                        edits = [
-                            gr.Slider(-3, 3, 0, step=0.1, visible=False, min_width=140, buttons=[])
-                            for _ in range(EDIT_SLIDERS)
-                        ]
+                        edits = _edit_sliders(NAMED_SLIDERS)
+                    with gr.Accordion("Directions without a name", open=False, visible=False) as further:
+                        gr.HTML(texts.FURTHER_DIRECTIONS)
+                        with gr.Row(elem_classes="sliders"):
+                            edits += _edit_sliders(FURTHER_SLIDERS)
                     reset = gr.Button("Reset view and edits", size="sm", elem_id="reset")
 
         with gr.Column(visible=False, elem_classes="sheet", elem_id="keep") as keep_column:
@@ -181,7 +182,7 @@ def build_demo(settings: Settings | None = None) -> tuple[gr.Blocks, Engine]:
         private = {"api_visibility": "private"}
         heavy = {"concurrency_id": "heavy", "concurrency_limit": settings.workers, **private}
         light = {"concurrency_id": "light", "concurrency_limit": 2, **private}
-        opened = [model_line, steps, no_directions, viewpoint, make_video, make_mesh, *edits]
+        opened = [model_line, steps, no_directions, further, viewpoint, make_video, make_mesh, *edits]
         found = [aligned, card, invert]
         run_outputs = [
             invert, cancel, status, empty_fit, compare, strip, losses, session, empty_view, turn_column, keep_column,
@@ -269,3 +270,7 @@ def build_demo(settings: Settings | None = None) -> tuple[gr.Blocks, Engine]:
             )
     demo.queue(max_size=settings.max_queue)
     return demo, engine
+
+
+def _edit_sliders(count: int) -> list[gr.Slider]:
+    return [gr.Slider(-3, 3, 0, step=0.1, visible=False, min_width=140, buttons=[]) for _ in range(count)]

@@ -48,6 +48,8 @@ HEAD_FILE_HINT = '<p class="hint">The head file opens here again, and in Python.
 
 NO_DIRECTIONS = '<p class="hint">This model has no editing directions.</p>'
 
+FURTHER_DIRECTIONS = '<p class="hint">Along these, the heads that the model knows differ the most.</p>'
+
 HOW_IT_WORKS = f"""
 The generator is a network that paints faces from a latent code and, since it renders them as a volume (EG3D), can show
 each from any side. *Inversion* looks for the head that your photo could be a picture of.
