@@ -155,10 +155,9 @@ def test_the_whole_path(open_page, tmp_path):
     page.mouse.up()
     dragged = changed(page, turned)
     assert float(page.locator("#yaw input[type=number]").input_value()) < 10
-    sliders = page.locator("#edits input[type=range]")
-    if sliders.count():
-        sliders.first.fill("1")
-        dragged = changed(page, dragged)
+    page.locator("#edits input[type=range]").first.fill("1")
+    dragged = changed(page, dragged)
+    screenshot(page, "edited")
     page.click("#reset")
     wait_for_view(page, first)
 

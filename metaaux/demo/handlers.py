@@ -109,7 +109,6 @@ class Handlers:
             if direction is None
             else gr.update(
                 label=direction.name.replace("_", " ").capitalize(),
-                info=direction.meaning or None,
                 minimum=direction.low,
                 maximum=direction.high,
                 value=0,

@@ -140,11 +140,11 @@ def build_demo(settings: Settings | None = None) -> tuple[gr.Blocks, Engine]:
                                 buttons=[],
                             )
                     no_directions = gr.HTML(texts.NO_DIRECTIONS, visible=False)
-                    with gr.Row(elem_classes="sliders", elem_id="edits"):
+                    with gr.Row(elem_classes="sliders edits", elem_id="edits"):
                         edits = _edit_sliders(NAMED_SLIDERS)
                     with gr.Accordion("Directions without a name", open=False, visible=False) as further:
                         gr.HTML(texts.FURTHER_DIRECTIONS)
-                        with gr.Row(elem_classes="sliders"):
+                        with gr.Row(elem_classes="sliders edits"):
                             edits += _edit_sliders(FURTHER_SLIDERS)
                     reset = gr.Button("Reset view and edits", size="sm", elem_id="reset")
 
@@ -273,4 +273,4 @@ def build_demo(settings: Settings | None = None) -> tuple[gr.Blocks, Engine]:
 
 
 def _edit_sliders(count: int) -> list[gr.Slider]:
-    return [gr.Slider(-3, 3, 0, step=0.1, visible=False, min_width=140, buttons=[]) for _ in range(count)]
+    return [gr.Slider(-3, 3, 0, step=0.1, visible=False, min_width=150, buttons=[]) for _ in range(count)]
