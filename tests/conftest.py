@@ -14,6 +14,25 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE_SIZE = 32
+TINY_AUXILIARY = {
+    "backbone_layer_type": "basic",
+    "backbone_depths": (1, 1, 1, 1),
+    "backbone_embedding_size": 8,
+    "backbone_hidden_sizes": (8, 8, 8, 16),
+    "neck_channels": 16,
+    "hyper_channels": 8,
+    "hyper_rank": 2,
+    "hyper_convs": 1,
+    "inner_learning_rate": 1e-3,
+}
+TINY_ENCODER = {
+    "num_queries": 2,
+    "widths": (16, 16, 16, 16),
+    "depths": (1, 1, 1, 1),
+    "width": 16,
+    "num_blocks": 1,
+    "num_heads": 2,
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,29 +74,16 @@ def tiny_components():
             input_size=IMAGE_SIZE,
             w_dim=16,
             num_ws=generator.num_ws,
-            num_queries=2,
-            widths=(16, 16, 16, 16),
-            depths=(1, 1, 1, 1),
-            width=16,
-            num_blocks=1,
-            num_heads=2,
+            **TINY_ENCODER,
         )
         auxiliary = AuxiliaryNetwork(
             **AuxiliaryNetwork.config_for(
                 generator,
-                backbone_layer_type="basic",
-                backbone_depths=(1, 1, 1, 1),
-                backbone_embedding_size=8,
-                backbone_hidden_sizes=(8, 8, 8, 16),
-                neck_channels=16,
-                hyper_channels=8,
-                hyper_rank=2,
-                hyper_convs=1,
+                **TINY_AUXILIARY,
                 offset_resolution=8,
                 offset_channels=8,
                 offset_image_features=4,
                 camera_channels=8,
-                inner_learning_rate=1e-3,
             )
         )
         discriminator = DualDiscriminator(image_size=IMAGE_SIZE, channel_base=512, channel_max=16, raw_size=8)
@@ -133,24 +139,10 @@ def tiny_2d_inverter(tiny_components):
         generator = StyleGAN2Generator(
             z_dim=16, w_dim=16, mapping_layers=2, image_size=IMAGE_SIZE, channel_base=512, channel_max=16
         )
-        auxiliary = AuxiliaryNetwork(
-            **AuxiliaryNetwork.config_for(
-                generator,
-                backbone_layer_type="basic",
-                backbone_depths=(1, 1, 1, 1),
-                backbone_embedding_size=8,
-                backbone_hidden_sizes=(8, 8, 8, 16),
-                neck_channels=16,
-                hyper_channels=8,
-                hyper_rank=2,
-                hyper_convs=1,
-                inner_learning_rate=1e-3,
-            )
-        )
+        auxiliary = AuxiliaryNetwork(**AuxiliaryNetwork.config_for(generator, **TINY_AUXILIARY))
         encoder = LatentEncoder(
-            image_size=IMAGE_SIZE, input_size=IMAGE_SIZE, w_dim=16, num_ws=generator.num_ws, num_queries=2,
-            widths=(16, 16, 16, 16), depths=(1, 1, 1, 1), width=16, num_blocks=1, num_heads=2,
-        )  # fmt: skip
+            image_size=IMAGE_SIZE, input_size=IMAGE_SIZE, w_dim=16, num_ws=generator.num_ws, **TINY_ENCODER
+        )
         discriminator = DualDiscriminator(
             image_size=IMAGE_SIZE, camera_dim=0, channel_base=512, channel_max=16, dual=False
         )

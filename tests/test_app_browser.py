@@ -189,10 +189,11 @@ def test_the_whole_path(open_page, tmp_path):
 
 
 def test_cancel(open_page):
-    page = open_page()
+    page = open_page(color_scheme="dark")
     upload(page, PHOTO)
     invert(page, steps=20)
-    page.wait_for_selector("#strip .thumbnail-item", timeout=SLOW)
+    page.locator("#strip .thumbnail-item").nth(2).wait_for(timeout=SLOW)
+    screenshot(page, "running-dark")
     page.click("#cancel")
     page.wait_for_selector("#invert:not([disabled])")
     expect(page.locator("#status")).to_contain_text("Cancelled")
