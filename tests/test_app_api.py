@@ -284,17 +284,13 @@ class TestManyVisitors:
     def test_a_cancelled_run_makes_room(self, app, client, tmp_path_factory):
         started = time.monotonic()
         job = client.submit(handle_file(PHOTO), steps=20, api_name="/invert")
-        while len(job.outputs()) < 3:
+        while not job.outputs():
             assert time.monotonic() - started < 60 and not job.done()
             time.sleep(0.01)
         job.cancel()
-        cancelled = time.monotonic()
         assert len(invert(new_client(app, tmp_path_factory), steps=0)) == 2
-        waited = time.monotonic() - cancelled
-        # How many results were on their way when the cancellation arrived depends on the machine; that the run ends
-        # within a step is tested on the engine. Here: the other visitor did not wait for the rest of it.
+        # Uncancelled, all 22 results would have come before the other visitor's turn. How many were on their way when
+        # the cancellation arrived depends on the machine; that the run ends within a step is tested on the engine.
         seen = len(job.outputs())
         time.sleep(1)
         assert len(job.outputs()) == seen < 22
-        step = job.outputs()[2][1]["seconds"]
-        assert waited < (22 - seen) * step / 2, (waited, seen, step)
