@@ -18,7 +18,14 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from . import renderer
-from .stylegan2 import FullyConnected, MappingNetwork, SynthesisNetwork, modulated_layer_shapes, split_offsets
+from .stylegan2 import (
+    FullyConnected,
+    LatentCodes,
+    MappingNetwork,
+    SynthesisNetwork,
+    modulated_layer_shapes,
+    split_offsets,
+)
 from .super_resolution import SuperResolution
 
 
@@ -81,7 +88,7 @@ def shade(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (colours * weights[..., None]).sum(dim=-2)
 
 
-class EG3DGenerator(ModelMixin, ConfigMixin):
+class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
     """Tri-plane generator; the default configuration is the released ffhq512-128's.
 
     Args:
@@ -165,11 +172,6 @@ class EG3DGenerator(ModelMixin, ConfigMixin):
         self.num_ws = self.backbone.num_ws
 
     @property
-    def w_avg(self) -> torch.Tensor:
-        """Mean of w [w_dim], towards which truncation pulls."""
-        return self.mapping_network.w_avg
-
-    @property
     def modulated_layers(self) -> dict[str, tuple[int, int]]:
         """{layer name: (C_out, C_in)} of the convolutions that take weight offsets, in order of evaluation."""
         return {
@@ -191,28 +193,7 @@ class EG3DGenerator(ModelMixin, ConfigMixin):
         condition = cameras * self.config.camera_scale
         if not self.config.pose_conditioning:
             condition = torch.zeros_like(condition)
-        ws = self.mapping_network(z, condition)[:, None].repeat(1, self.num_ws, 1)
-        if truncation_psi != 1:
-            cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
-            ws[:, :cutoff] = self.w_avg.to(ws.dtype).lerp(ws[:, :cutoff], truncation_psi)
-        return ws
-
-    def _broadcast(self, ws: torch.Tensor) -> torch.Tensor:
-        if ws.ndim == 2:
-            ws = ws[:, None].expand(-1, self.num_ws, -1)
-        if ws.ndim != 3 or ws.shape[1:] != (self.num_ws, self.config.w_dim):
-            raise ValueError(
-                f"w must be [B, {self.config.w_dim}] or [B, {self.num_ws}, {self.config.w_dim}], got {list(ws.shape)}"
-            )
-        return ws
-
-    def _check_offsets(self, weight_offsets: Mapping[str, torch.Tensor] | None):
-        known = self.modulated_layers
-        for name, offset in (weight_offsets or {}).items():
-            if name not in known:
-                raise ValueError(f"no layer {name!r} takes weight offsets; those that do: {', '.join(known)}")
-            if tuple(offset.shape[-4:]) != (*known[name], 1, 1):
-                raise ValueError(f"offset of {name} must be {[*known[name], 1, 1]}, got {list(offset.shape)}")
+        return self._truncated(self.mapping_network(z, condition), truncation_psi, truncation_cutoff)
 
     def planes(
         self,

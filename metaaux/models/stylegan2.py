@@ -347,6 +347,40 @@ def modulated_layer_shapes(network: nn.Module, prefix: str = "") -> dict[str, tu
     }
 
 
+class LatentCodes:
+    """What generators of both kinds do with w: one code or one a layer, truncation, checks of weight offsets."""
+
+    @property
+    def w_avg(self) -> torch.Tensor:
+        """Mean of w [w_dim], towards which truncation pulls."""
+        return self.mapping_network.w_avg
+
+    def _truncated(self, w: torch.Tensor, truncation_psi: float, truncation_cutoff: int | None) -> torch.Tensor:
+        """w [B, w_dim] → ws [B, num_ws, w_dim], the first `truncation_cutoff` (all) of them pulled to the average."""
+        ws = w[:, None].repeat(1, self.num_ws, 1)
+        if truncation_psi != 1:
+            cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
+            ws[:, :cutoff] = self.w_avg.to(ws.dtype).lerp(ws[:, :cutoff], truncation_psi)
+        return ws
+
+    def _broadcast(self, ws: torch.Tensor) -> torch.Tensor:
+        if ws.ndim == 2:
+            ws = ws[:, None].expand(-1, self.num_ws, -1)
+        if ws.ndim != 3 or ws.shape[1:] != (self.num_ws, self.config.w_dim):
+            raise ValueError(
+                f"w must be [B, {self.config.w_dim}] or [B, {self.num_ws}, {self.config.w_dim}], got {list(ws.shape)}"
+            )
+        return ws
+
+    def _check_offsets(self, weight_offsets: Mapping[str, torch.Tensor] | None):
+        known = self.modulated_layers
+        for name, offset in (weight_offsets or {}).items():
+            if name not in known:
+                raise ValueError(f"no layer {name!r} takes weight offsets; those that do: {', '.join(known)}")
+            if tuple(offset.shape[-4:]) != (*known[name], 1, 1):
+                raise ValueError(f"offset of {name} must be {[*known[name], 1, 1]}, got {list(offset.shape)}")
+
+
 @dataclass
 class ImageOutput:
     """`image` [B, 3, S, S], around [-1, 1]. A 2D generator has no raw rendering and no depth."""
@@ -356,7 +390,7 @@ class ImageOutput:
     depth: None = None
 
 
-class StyleGAN2Generator(ModelMixin, ConfigMixin):
+class StyleGAN2Generator(LatentCodes, ModelMixin, ConfigMixin):
     """StyleGAN2's generator (skip architecture): the 2D variant of the paper's section 4.5.
 
     It offers what inversion needs of `EG3DGenerator` under the same names. There are no cameras, planes and depth:
@@ -392,11 +426,6 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
         self.num_ws = self.backbone.num_ws
 
     @property
-    def w_avg(self) -> torch.Tensor:
-        """Mean of w [w_dim], towards which truncation pulls."""
-        return self.mapping_network.w_avg
-
-    @property
     def modulated_layers(self) -> dict[str, tuple[int, int]]:
         """{layer name: (C_out, C_in)} of the convolutions that take weight offsets, in order of evaluation."""
         return modulated_layer_shapes(self.backbone, "backbone.")
@@ -409,11 +438,7 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
         truncation_cutoff: int | None = None,
     ) -> torch.Tensor:
         """z [B, z_dim] → ws [B, num_ws, w_dim]; truncation as `EG3DGenerator.mapping` has it."""
-        ws = self.mapping_network(z, None)[:, None].repeat(1, self.num_ws, 1)
-        if truncation_psi != 1:
-            cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
-            ws[:, :cutoff] = self.w_avg.to(ws.dtype).lerp(ws[:, :cutoff], truncation_psi)
-        return ws
+        return self._truncated(self.mapping_network(z, None), truncation_psi, truncation_cutoff)
 
     def planes(self, ws: torch.Tensor, weight_offsets: Mapping[str, torch.Tensor] | None = None) -> None:
         """`None`: there is nothing that views could share."""
@@ -438,18 +463,8 @@ class StyleGAN2Generator(ModelMixin, ConfigMixin):
         """
         if planes is not None or offset_planes is not None:
             raise ValueError("a 2D generator has no planes; the auxiliary network needs use_offset_planes=False")
-        if ws.ndim == 2:
-            ws = ws[:, None].expand(-1, self.num_ws, -1)
-        if ws.ndim != 3 or ws.shape[1:] != (self.num_ws, self.config.w_dim):
-            raise ValueError(
-                f"w must be [B, {self.config.w_dim}] or [B, {self.num_ws}, {self.config.w_dim}], got {list(ws.shape)}"
-            )
-        known = self.modulated_layers
-        for name, offset in (weight_offsets or {}).items():
-            if name not in known:
-                raise ValueError(f"no layer {name!r} takes weight offsets; those that do: {', '.join(known)}")
-            if tuple(offset.shape[-4:]) != (*known[name], 1, 1):
-                raise ValueError(f"offset of {name} must be {[*known[name], 1, 1]}, got {list(offset.shape)}")
+        ws = self._broadcast(ws)
+        self._check_offsets(weight_offsets)
         offsets = split_offsets(weight_offsets, "backbone.")
         return ImageOutput(self.backbone(ws.float(), dtype or self.dtype, noise, offsets))
 
