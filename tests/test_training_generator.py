@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 
 from metaaux.faces.cameras import camera_from_pose
 from metaaux.models.discriminator import DualDiscriminator
 from metaaux.models.eg3d import EG3DGenerator
+from metaaux.models.feature_discriminator import FeatureDiscriminator
+from metaaux.models.perceptual import squeezenet_features
 from metaaux.training.generator import GeneratorConfig, GeneratorTrainer, faded, train
 from metaaux.training.loop import TrainingRun, load_config, update_average
 from tests.test_training_data import write_dataset
@@ -100,6 +103,37 @@ class TestRun:
         trainer = GeneratorTrainer(config, Accelerator())
         published = weights(checkpoint)
         assert all(torch.equal(published[k], v) for k, v in trainer.generator.state_dict().items())
+
+    def test_second_discriminator_on_features(self, tmp_path):
+        features = tmp_path / "features.safetensors"
+        torch.manual_seed(0)
+        save_file({f"features.{k}": v for k, v in squeezenet_features().state_dict().items()}, features)
+        config = tiny_config(tmp_path, features=str(features), feature_weight=1.0)
+        checkpoint = train(config, tmp_path / "run")
+        line = json.loads((tmp_path / "run/figures.jsonl").read_text().splitlines()[-1])
+        assert {f"feature_logits_{kind}_{i}" for kind in ("real", "fake") for i in range(3)} <= set(line)
+        saved = FeatureDiscriminator.from_pretrained(checkpoint / "feature_discriminator").state_dict()
+        trainer = GeneratorTrainer(config, Accelerator())
+        fresh = trainer.judges["feature_discriminator"].state_dict()
+        assert all(not torch.equal(saved[k], v) for k, v in fresh.items() if k.endswith("original"))
+        assert not any(p.requires_grad for p in trainer.features.parameters())
+        config.total_images = 24
+        assert train(config, tmp_path / "run", resume=True).name == "checkpoint-24"
+
+    def test_features_reach_the_generator(self, tmp_path):
+        features = tmp_path / "features.safetensors"
+        save_file({f"features.{k}": v for k, v in squeezenet_features().state_dict().items()}, features)
+        gradients = []
+        for weight in (0.0, 1.0):
+            torch.manual_seed(0)
+            trainer = GeneratorTrainer(
+                tiny_config(tmp_path, features=str(features), feature_weight=weight), Accelerator()
+            )
+            trainer.load_data(0)
+            trainer._prepare(0)
+            cameras = trainer.sampler.sample_cameras(4)
+            gradients.append(trainer.generator_pass(torch.randn(4, 8), cameras, cameras)[0])
+        assert gradients[0].norm() > 0 and not torch.allclose(*gradients)
 
     def test_odd_batch(self, tmp_path):
         class TwoProcesses:

@@ -1,8 +1,9 @@
 """Train EG3D's generator (EG3D §4-5): dual discrimination under camera conditioning.
 
 Differences from EG3D's recipe, for speed and small data: each step's fake images serve both networks; the rendered
-depth is drawn to a mean face at the start, which keeps a narrow range of cameras from teaching a hollow face. On CUDA
-the passes of a step are compiled and replayed as CUDA graphs.
+depth is drawn to a mean face at the start, which keeps a narrow range of cameras from teaching a hollow face. A second
+discriminator on a frozen network's features can be added (`features`). On CUDA the passes of a step are compiled and
+replayed as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import nn
 
 from ..faces.cameras import camera_from_pose, project_points
 from ..faces.canonical import canonical_face
 from ..models import eg3d
 from ..models.discriminator import DualDiscriminator
 from ..models.eg3d import EG3DGenerator
+from ..models.feature_discriminator import FeatureDiscriminator
+from ..models.perceptual import LPIPS
 from .augment import AdaptiveAugmentation
 from .data import FaceDataset, FaceSampler
 from .graphs import CapturedFunction, FlatGradients
@@ -48,6 +52,10 @@ class GeneratorConfig:
         augment_target, augment_ramp_images: see `AdaptiveAugmentation`.
         geometry_weight: of the mean absolute distance by which the depth is off the mean face by more than
             `geometry_margin`, for `geometry_images`, then fading over `geometry_fade` to `geometry_floor`.
+        features: safetensors file of SqueezeNet 1.1 features with folded normalisation: a second discriminator, which
+            sees the image through them, is trained from scratch; None for none.
+        feature_weight: of that discriminator in the generator's loss. With 0.05 the images' gradient through it is
+            about three times the other discriminator's, which R1 keeps flat.
         average_images: half-life of the averaged generator, at most the share `average_rampup` of the images so far.
         compile: fuse passes with `torch.compile` (CUDA). graphs: replay steps as CUDA graphs.
     """
@@ -79,6 +87,8 @@ class GeneratorConfig:
     geometry_fade: int = 120_000
     geometry_floor: float = 2.0
     geometry_margin: float = 0.02
+    features: str | None = None
+    feature_weight: float = 0.05
     average_images: int = 20_000
     average_rampup: float = 0.05
     balance_turned: bool = True
@@ -114,7 +124,12 @@ class GeneratorTrainer:
             generator, discriminator = EG3DGenerator(**config.generator), DualDiscriminator(**config.discriminator)
         self.generator = generator.to(self.device).train()
         self.discriminator = discriminator.to(self.device).train()
-        for module in (self.generator, self.discriminator):
+        self.judges = nn.ModuleDict({"discriminator": self.discriminator})
+        if config.features:
+            self.features = LPIPS.from_features_file(config.features).to(self.device)
+            self.features.features.to(self.dtype)
+            self.judges["feature_discriminator"] = FeatureDiscriminator().to(self.device).train()
+        for module in (self.generator, self.judges):
             broadcast_module(accelerator, module)
         self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
         ratio = config.r1_interval / (config.r1_interval + 1)  # StyleGAN2's correction for lazy regularisation
@@ -123,7 +138,7 @@ class GeneratorTrainer:
             self.generator.parameters(), lr=config.generator_rate, betas=(0.0, 0.99), fused=fused
         )
         self.discriminator_optimizer = torch.optim.Adam(
-            self.discriminator.parameters(),
+            self.judges.parameters(),
             lr=config.discriminator_rate * ratio,
             betas=(0.0, 0.99**ratio),
             fused=fused,
@@ -134,7 +149,7 @@ class GeneratorTrainer:
             for group in optimizer.param_groups
         ]
         self.generator_gradients = FlatGradients(self.generator.parameters())
-        self.discriminator_gradients = FlatGradients(self.discriminator.parameters())
+        self.discriminator_gradients = FlatGradients(self.judges.parameters())
         self.augment = AdaptiveAugmentation(config.augment_target, config.augment_ramp_images, device=self.device)
         vertices = torch.from_numpy(canonical_face())
         self.vertices = vertices[vertices[:, 2] > 0.06].to(self.device)
@@ -191,6 +206,12 @@ class GeneratorTrainer:
         """The photo as the neural renderer would show it: reduced to its side, filtered."""
         return F.interpolate(image, size=(self.side, self.side), mode="bilinear", antialias=True)
 
+    def _feature_logits(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """The second discriminator's maps of logits; none without one."""
+        if "feature_discriminator" not in self.judges:
+            return []
+        return self.judges["feature_discriminator"](self.features.taps(image.to(self.dtype)))
+
     def generator_pass(self, z, cameras, conditions):
         """Fakes from latents z [B, z_dim] at `cameras`, the mapping seeing `conditions`; the generator's gradient.
 
@@ -198,40 +219,47 @@ class GeneratorTrainer:
         """
         config, generator = self.config, self.generator
         generator.requires_grad_(True)
-        self.discriminator.requires_grad_(False)
+        self.judges.requires_grad_(False)
         ws = generator.mapping(z, conditions)
         with torch.no_grad():
             generator.w_avg.copy_(ws[:, 0].mean(dim=0).lerp(generator.w_avg, 0.998))
         planes = generator.planes(ws, noise="random", dtype=self.dtype)
         output = generator.synthesize(ws, cameras, planes=planes, resolution=self.side, jitter=True, dtype=self.dtype)
-        logits = self.discriminator(*self._judged(output.image, output.image_raw, cameras), dtype=self.dtype)
+        judged = self._judged(output.image, output.image_raw, cameras)
+        logits = self.discriminator(*judged, dtype=self.dtype)
         adversarial = F.softplus(-logits).mean()
+        by_features = self._feature_logits(judged[0])
         error = self.depth_error(output.depth, cameras, config.geometry_margin)
         variation = self.density_variation(planes)
         loss = adversarial + self.geometry_weight * error + config.density_weight * variation
+        loss = loss + config.feature_weight * sum(F.softplus(-x).mean() for x in by_features)
         figures = {
             "loss_generator": adversarial,
             "logits_fake": logits.mean(),
             "depth_error": error,
             "density_variation": variation,
-        }
+        } | {f"feature_logits_fake_{i}": x.mean() for i, x in enumerate(by_features)}
         fakes = (output.image.detach(), output.image_raw.detach())
         return self.generator_gradients.flatten(loss), fakes, {n: v.detach() for n, v in figures.items()}
 
     def discriminator_pass(self, image, image_raw, cameras, photo, photo_cameras):
         """The discriminator's gradient on fakes and photos; returns it, flat, and figures."""
-        self.discriminator.requires_grad_(True)
-        fake_logits = self.discriminator(*self._judged(image, image_raw, cameras), dtype=self.dtype)
-        judged = self._judged(photo, self._reduced(photo), photo_cameras)
-        logits = self.discriminator(*judged, dtype=self.dtype)
-        loss = F.softplus(fake_logits).mean() + F.softplus(-logits).mean()
-        figures = {"loss_discriminator": loss, "logits_real": logits.mean(), "sign_real": logits.sign().mean()}
+        self.judges.requires_grad_(True)
+        judged_fake = self._judged(image, image_raw, cameras)
+        judged_photo = self._judged(photo, self._reduced(photo), photo_cameras)
+        logits_fake = self.discriminator(*judged_fake, dtype=self.dtype)
+        logits = self.discriminator(*judged_photo, dtype=self.dtype)
+        adversarial = F.softplus(logits_fake).mean() + F.softplus(-logits).mean()
+        pairs = list(zip(self._feature_logits(judged_fake[0]), self._feature_logits(judged_photo[0]), strict=True))
+        loss = adversarial + sum(F.softplus(fake).mean() + F.softplus(-real).mean() for fake, real in pairs)
+        figures = {"loss_discriminator": adversarial, "logits_real": logits.mean(), "sign_real": logits.sign().mean()}
+        figures |= {f"feature_logits_real_{i}": real.mean() for i, (_, real) in enumerate(pairs)}
         return self.discriminator_gradients.flatten(loss), {n: v.detach() for n, v in figures.items()}
 
     def r1_pass(self, photo, cameras):
         """R1's gradient: squared gradient of the logits on photos with respect to image and raw image."""
         config = self.config
-        self.discriminator.requires_grad_(True)
+        self.judges.requires_grad_(True)
         image, image_raw, cameras = self._judged(photo, self._reduced(photo), cameras)
         image, image_raw = image.detach().requires_grad_(True), image_raw.detach().requires_grad_(True)
         # Not through the compiled call, which has no second derivative.
@@ -329,7 +357,7 @@ def train(config: GeneratorConfig, folder: str | os.PathLike, resume: bool = Fal
         models={
             "generator": trainer.average,
             "generator_raw": trainer.generator,
-            "discriminator": trainer.discriminator,
+            **trainer.judges,
         },
         optimizers={"generator": trainer.generator_optimizer, "discriminator": trainer.discriminator_optimizer},
         config=config,
