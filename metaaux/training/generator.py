@@ -331,8 +331,9 @@ class GeneratorTrainer:
         generator = torch.Generator().manual_seed(1)
         z = torch.randn(heads, self.average.config.z_dim, generator=generator).to(self.device)
         cameras = camera_from_pose(torch.zeros(heads), torch.zeros(heads)).to(self.device)
-        ws = self.average.mapping(z, cameras, truncation_psi)
-        return head_sheet(self.average, ws)
+        # Other shapes than the steps' are not worth a compilation.
+        with torch.compiler.set_stance("force_eager"):
+            return head_sheet(self.average, self.average.mapping(z, cameras, truncation_psi))
 
 
 def train(config: GeneratorConfig, folder: str | os.PathLike, resume: bool = False) -> Path:
