@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..models.identity import IdentityNetwork
-from .folders import ConversionSummary, check_target, load_tensors, read_state, tensors_of, write_networks
+from .folders import ConversionSummary, Converted, convert_file, load_tensors, read_state, tensors_of
 from .pickles import ConversionError
 
 _INPUT = {"0": "stem", "1": "stem_norm", "2": "stem_activation"}
@@ -33,13 +33,14 @@ def convert_arcface(source: str | Path, folder: str | Path, overwrite: bool = Fa
         FileExistsError: see `overwrite`.
         ConversionError: the file is hostile, damaged or of another kind; nothing has been written.
     """
-    check_target(folder, ("identity",), overwrite)
-    tensors = tensors_of(read_state(source), Path(source).name)
-    renamed = {_name(name): tensor for name, tensor in tensors.items()}
+    return convert_file(source, folder, ("identity",), overwrite, _convert)
+
+
+def _convert(source: Path) -> Converted:
+    renamed = {_name(name): tensor for name, tensor in tensors_of(read_state(source), "it").items()}
     with torch.device("meta"):
         network = IdentityNetwork()
-    load_tensors(network, renamed, Path(source).name)
-    return write_networks(folder, {"identity": network}, overwrite)
+    return Converted({"identity": load_tensors(network, renamed, "it")})
 
 
 def _name(name: str) -> str:

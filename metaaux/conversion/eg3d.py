@@ -10,7 +10,7 @@ import torch
 
 from ..models.discriminator import DualDiscriminator
 from ..models.eg3d import EG3DGenerator
-from .folders import ConversionSummary, check_target, load_tensors, write_networks
+from .folders import ConversionSummary, Converted, convert_file, load_tensors
 from .pickles import ConversionError, Record, child, module_tensors, read_pickle
 
 # Planes that the code of the released checkpoints looks up; see `EG3DGenerator`.
@@ -39,17 +39,16 @@ def convert_eg3d(
         FileExistsError: see `overwrite`.
         ConversionError: the file is hostile, damaged or of another kind; nothing has been written.
     """
-    check_target(folder, ("generator", "discriminator"), overwrite)
-    try:
-        networks, left_out, notes = _convert(read_pickle(source, on_progress))
-    except ConversionError as error:
-        raise ConversionError(f"{Path(source).name} cannot be converted: {error}") from None
-    summary = write_networks(folder, networks, overwrite)
-    summary.left_out, summary.notes = left_out, notes
-    return summary
+    return convert_file(
+        source,
+        folder,
+        ("generator", "discriminator"),
+        overwrite,
+        lambda path: _convert(read_pickle(path, on_progress)),
+    )
 
 
-def _convert(data: Any) -> tuple[dict[str, torch.nn.Module], list[str], list[str]]:
+def _convert(data: Any) -> Converted:
     if not isinstance(data, dict) or not isinstance(data.get("G_ema"), Record):
         raise ConversionError("it holds no generator G_ema")
     source = data["G_ema"]
@@ -76,7 +75,7 @@ def _convert(data: Any) -> tuple[dict[str, torch.nn.Module], list[str], list[str
         notes.append(
             f"the discriminator {getattr(judge, 'class_name', judge)} is of an unknown kind and was not taken"
         )
-    return networks, [str(name) for name in data if name not in taken], notes
+    return Converted(networks, [str(name) for name in data if name not in taken], notes)
 
 
 def generator_config(source: Record, notes: list[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 import pickle
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,19 +122,56 @@ def check_target(folder: str | Path, names: tuple[str, ...], overwrite: bool) ->
             raise FileExistsError(f"{target} exists already; choose another folder, or overwrite it (--overwrite)")
 
 
-def write_networks(
-    folder: str | Path, networks: Mapping[str, ModelMixin], overwrite: bool = False
+@dataclass
+class Converted:
+    """Networks by folder name; the rest as in `ConversionSummary`."""
+
+    networks: Mapping[str, ModelMixin]
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def convert_file(
+    source: str | Path,
+    folder: str | Path,
+    names: tuple[str, ...],
+    overwrite: bool,
+    convert: Callable[[Path], Converted],
 ) -> ConversionSummary:
+    """What every conversion does: looks for the file and the folders' names first, writes once all has been read.
+
+    Args:
+        source: the foreign file. folder: where the networks' folders are written.
+        names: of the folders that `convert` may make.
+        overwrite: replace folders of those names.
+        convert: reads the file.
+
+    Raises:
+        FileNotFoundError, FileExistsError: there is no such file; see `overwrite`.
+        ConversionError: as `convert` raised it, with the file's name in front.
+    """
+    source = Path(source)
+    check_target(folder, names, overwrite)
+    if not source.is_file():
+        raise FileNotFoundError(f"there is no file {source}")
+    try:
+        converted = convert(source)
+    except ConversionError as error:
+        raise ConversionError(f"{source.name} cannot be converted: {error}") from None
+    return _write(folder, converted, overwrite)
+
+
+def _write(folder: str | Path, converted: Converted, overwrite: bool = False) -> ConversionSummary:
     """Saves each network as `folder/name`: configuration and safetensors. Every folder is whole or absent.
 
     Raises:
         FileExistsError: a folder of that name is there already and `overwrite` is off.
     """
-    folder = Path(folder)
+    folder, networks = Path(folder), converted.networks
     check_target(folder, tuple(networks), overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".conversion-{secrets.token_hex(4)}"
-    summary = ConversionSummary(folder)
+    summary = ConversionSummary(folder, left_out=converted.left_out, notes=converted.notes)
     try:
         for name, network in networks.items():
             network.save_pretrained(temporary / name)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..models.perceptual import BACKBONES, LPIPS
-from .folders import ConversionSummary, check_target, load_tensors, read_state, tensors_of, write_networks
+from .folders import ConversionSummary, Converted, convert_file, load_tensors, read_state, tensors_of
 from .pickles import ConversionError
 
 # A tensor of the backbone by which it is recognised, and its shape.
@@ -38,8 +38,11 @@ def convert_lpips(
         FileExistsError: see `overwrite`.
         ConversionError: a file is hostile, damaged or of another kind; nothing has been written.
     """
-    check_target(folder, ("perceptual",), overwrite)
-    tensors = tensors_of(read_state(source), Path(source).name)
+    return convert_file(source, folder, ("perceptual",), overwrite, lambda path: _convert(path, linear))
+
+
+def _convert(source: Path, linear: str | Path | None) -> Converted:
+    tensors = tensors_of(read_state(source), "it")
     calibration = _calibration(tensors)
     if linear is not None:
         calibration = _calibration(tensors_of(read_state(linear), Path(linear).name))
@@ -50,17 +53,15 @@ def convert_lpips(
         (b for b, (name, shape) in _SIGNS.items() if name in features and features[name].shape == shape), None
     )
     if backbone is None:
-        raise ConversionError(f"{Path(source).name} holds none of torchvision's {', '.join(BACKBONES)} backbones")
+        raise ConversionError(f"it holds none of torchvision's {', '.join(BACKBONES)} backbones")
     with torch.device("meta"):
         model = LPIPS(backbone=backbone, calibrated=bool(calibration))
     load_tensors(model, features | calibration, f"the {backbone} backbone with {len(calibration)} linear layers")
     if any((weight < 0).any() for weight in calibration.values()):
         raise ConversionError("its linear layers have negative weights, which LPIPS' have not")
-    summary = write_networks(folder, {"perceptual": model}, overwrite)
-    summary.left_out = sorted({name.partition(".")[0] for name in tensors if not re.match(r"features\.|lin\d", name)})
-    if not calibration:
-        summary.notes.append("no linear layers were given: the distance is LPIPS' uncalibrated baseline")
-    return summary
+    left_out = sorted({name.partition(".")[0] for name in tensors if not re.match(r"features\.|lin\d", name)})
+    notes = [] if calibration else ["no linear layers were given: the distance is LPIPS' uncalibrated baseline"]
+    return Converted({"perceptual": model}, left_out, notes)
 
 
 def _calibration(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from .eg3d import (
     rename_tensors,
     setting,
 )
-from .folders import ConversionSummary, check_target, load_tensors, read_state, tensors_of, write_networks
+from .folders import ConversionSummary, Converted, convert_file, load_tensors, read_state, tensors_of
 from .pickles import ConversionError, Record, child, module_tensors, read_pickle
 
 
@@ -46,23 +46,14 @@ def convert_stylegan2(
         FileExistsError: see `overwrite`.
         ConversionError: the file is hostile, damaged or of another kind; nothing has been written.
     """
-    source = Path(source)
-    check_target(folder, ("generator", "discriminator"), overwrite)
-    if not source.is_file():
-        raise FileNotFoundError(f"there is no file {source}")
-    try:
-        if source.suffix == ".pkl":
-            networks, left_out, notes = _from_pickle(read_pickle(source, on_progress))
-        else:
-            networks, left_out, notes = _from_state(read_state(source))
-    except ConversionError as error:
-        raise ConversionError(f"{source.name} cannot be converted: {error}") from None
-    summary = write_networks(folder, networks, overwrite)
-    summary.left_out, summary.notes = left_out, notes
-    return summary
+
+    def convert(path: Path) -> Converted:
+        return _from_pickle(read_pickle(path, on_progress)) if path.suffix == ".pkl" else _from_state(read_state(path))
+
+    return convert_file(source, folder, ("generator", "discriminator"), overwrite, convert)
 
 
-def _from_pickle(data: Any) -> tuple[dict[str, torch.nn.Module], list[str], list[str]]:
+def _from_pickle(data: Any) -> Converted:
     if not isinstance(data, dict) or not isinstance(data.get("G_ema"), Record):
         raise ConversionError("it holds no generator G_ema")
     source = data["G_ema"]
@@ -74,12 +65,12 @@ def _from_pickle(data: Any) -> tuple[dict[str, torch.nn.Module], list[str], list
     arguments = _options(source, "synthesis_kwargs")
     clamp = clamp_of(child(source, "synthesis.b4.conv1"), number(arguments, "conv_clamp", float, 256.0))
     networks = {"generator": _generator(rename_tensors(tensors, _official_name), clamp)}
-    notes, taken = [], {"G_ema"}
+    taken = {"G_ema"}
     judge = data.get("D")
     if isinstance(judge, Record) and judge.class_name == "Discriminator":
         networks["discriminator"] = _discriminator(judge)
         taken.add("D")
-    return networks, [str(name) for name in data if name not in taken], notes
+    return Converted(networks, [str(name) for name in data if name not in taken])
 
 
 def _options(source: Record, name: str) -> Mapping[str, Any]:
@@ -123,7 +114,7 @@ def _official_name(name: str) -> str:
     return "backbone." + name.removeprefix("synthesis.") if name.startswith("synthesis.") else name
 
 
-def _from_state(state: Mapping[str, Any]) -> tuple[dict[str, torch.nn.Module], list[str], list[str]]:
+def _from_state(state: Mapping[str, Any]) -> Converted:
     """rosinality's layout: `g_ema` and `latent_avg`, or the generator's state dictionary alone."""
     left_out, notes = [], []
     weights, average = state, state.get("latent_avg")
@@ -145,7 +136,7 @@ def _from_state(state: Mapping[str, Any]) -> tuple[dict[str, torch.nn.Module], l
     if average.ndim > 1:  # one a layer, all alike, as encoders store it
         average = average.reshape(-1, average.shape[-1])[0]
     renamed["mapping_network.w_avg"] = average
-    return {"generator": _generator(renamed, None)}, left_out, notes
+    return Converted({"generator": _generator(renamed, None)}, left_out, notes)
 
 
 def _rosinality_name(name: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
