@@ -245,7 +245,7 @@ class TestTwoDimensionalModel:
         path = tmp_path / "head.safetensors"
         *_, last = flat_handlers.engine.invert(model, [crops[0]], [cameras[0]], 1, None, str(path))
         monkeypatch.setattr("metaaux.demo.handlers.save_picture", lambda image, name="view.png": image)
-        image, session, _ = flat_handlers.turn(Session(model, last.path, 5.0, 0.0), 10.0, 0.0, model)
+        image, session, _ = flat_handlers.turn(Session(model, last.path, 5.0, 0.0), 10.0, 0.0)
         assert image.tobytes() == last.image.tobytes() and session.model == model
 
     def test_steps_that_are_right_are_left_alone(self, flat_handlers):
@@ -285,7 +285,7 @@ class TestEditSliders:
         tiny_inversion.save(path)
         amounts = [0.0] * (NAMED_SLIDERS + FURTHER_SLIDERS)
         amounts[NAMED_SLIDERS] = 2.0
-        image, session, _ = handlers.turn(Session(model, str(path), 0.0, 0.0), 5.0, 0.0, model, *amounts)
+        image, session, _ = handlers.turn(Session(model, str(path), 0.0, 0.0), 5.0, 0.0, *amounts)
         inverter = handlers.engine.inverter(model)
         expected = inverter.render(tiny_inversion, yaw=5.0, pitch=0.0, edits={"pc1": 2.0})
         assert image.tobytes() == expected.tobytes() and session.edits == {"pc1": 2.0}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -103,7 +103,7 @@ class Handlers:
         with explained():
             inverter = self.engine.inverter(model)
         line = f'<span class="chip ready">{self._name(model)} · {self.engine.describe_device()}</span>'
-        slots = self._slots(model)
+        slots = _slots(inverter.directions)
         sliders = [
             gr.update(visible=False, value=0)
             if direction is None
@@ -203,7 +203,7 @@ class Handlers:
         compare = (save_picture(crop, "photo.png"), save_picture(image, "step.png"))
         return self._finished(status, compare, None, charts, model, kept, inversion.camera)
 
-    def turn(self, session: Session | None, yaw: float, pitch: float, model: str, *amounts: float) -> tuple:
+    def turn(self, session: Session | None, yaw: float, pitch: float, *amounts: float) -> tuple:
         """A slider was moved.
 
         Returns:
@@ -228,7 +228,6 @@ class Handlers:
     def orbit(
         self,
         session: Session | None,
-        model: str,
         *amounts: float,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple:
@@ -246,7 +245,6 @@ class Handlers:
     def mesh(
         self,
         session: Session | None,
-        model: str,
         *amounts: float,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple:
@@ -299,23 +297,24 @@ class Handlers:
             return show(self.engine, session, None, None, edits)
         return show(self.engine, session, yaw, pitch, edits)
 
-    def _slots(self, model: str) -> list[Direction | None]:
-        """The direction of each edit slider: those with a meaning first, the others behind them."""
-        directions = self.engine.inverter(model).directions.values()
-        named = [direction for direction in directions if direction.kind != "principal"]
-        shown = named[:NAMED_SLIDERS]
-        further = [direction for direction in directions if direction not in shown][:FURTHER_SLIDERS]
-        padding = [None] * EDIT_SLIDERS
-        return (shown + padding)[:NAMED_SLIDERS] + (further + padding)[:FURTHER_SLIDERS]
-
     def _edits(self, model: str, amounts: tuple[float, ...]) -> dict[str, float]:
-        slots = zip(self._slots(model), amounts)
+        directions = self.engine.inverter(model).directions
+        slots = zip(_slots(directions), amounts)
         edits = {direction.name: amount for direction, amount in slots if direction is not None}
-        return check_edits(edits, self.engine.inverter(model).directions)
+        return check_edits(edits, directions)
 
     @staticmethod
     def _name(model: str) -> str:
         return model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _slots(directions: Mapping[str, Direction]) -> list[Direction | None]:
+    """The direction of each edit slider: those with a meaning first, the others behind them."""
+    named = [direction for direction in directions.values() if direction.kind != "principal"]
+    shown = named[:NAMED_SLIDERS]
+    further = [direction for direction in directions.values() if direction not in shown][:FURTHER_SLIDERS]
+    padding = [None] * EDIT_SLIDERS
+    return (shown + padding)[:NAMED_SLIDERS] + (further + padding)[:FURTHER_SLIDERS]
 
 
 def _step_name(step: int) -> str:

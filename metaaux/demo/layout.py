@@ -233,7 +233,7 @@ def build_demo(settings: Settings | None = None) -> tuple[gr.Blocks, Engine]:
         gr.on(
             [slider.change for slider in (yaw, pitch, *edits)],
             handlers.turn,
-            [session, yaw, pitch, model, *edits],
+            [session, yaw, pitch, *edits],
             [view, session, picture_file],
             show_progress="hidden",
             trigger_mode="always_last",
@@ -264,7 +264,7 @@ def build_demo(settings: Settings | None = None) -> tuple[gr.Blocks, Engine]:
                 show_progress="hidden",
                 **private,
             )
-            made = shown.then(handler, [session, model, *edits], [player, file], show_progress_on=player, **heavy)
+            made = shown.then(handler, [session, *edits], [player, file], show_progress_on=player, **heavy)
             made.failure(
                 lambda: gr.update(visible=False), outputs=player, queue=False, show_progress="hidden", **private
             )
