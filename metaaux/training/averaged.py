@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class SampleSource:
         return w, image.clamp(-1, 1)
 
 
-class AveragedTrainer:
+class AveragedTrainer(ABC):
     """A network trained with AdamW beside a frozen generator, and its moving average, which is what is published.
 
     Args:
@@ -119,17 +120,17 @@ class AveragedTrainer:
             return self.network(image)
 
     @property
+    @abstractmethod
     def images_per_step(self) -> int:
         """Images that a step shows to all processes together."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compute(self, images: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Flat gradient and figures of a batch, at this point of the run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluate(self, run: TrainingRun) -> dict[str, float]:
         """Held-out figures of the average; sheets go to `run`. Called in the main process."""
-        raise NotImplementedError
 
     def step(self, images: int) -> dict[str, torch.Tensor]:
         """One update at this point of the run; returns figures."""

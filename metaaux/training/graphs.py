@@ -84,5 +84,7 @@ class FlatGradients:
 
 def _in_layout_of(parameter: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
     """`gradient` as a vector, in the order in which `parameter` lies in memory."""
-    flat = torch.zeros_like(parameter) if gradient is None else torch.empty_like(parameter).copy_(gradient)
+    flat = torch.zeros_like(parameter) if gradient is None else gradient
+    if flat.stride() != parameter.stride():
+        flat = torch.empty_like(parameter).copy_(flat)
     return flat.as_strided((flat.numel(),), (1,))
