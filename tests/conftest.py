@@ -177,6 +177,14 @@ def cameras():
 
 
 @pytest.fixture(scope="session")
+def batch(crops, cameras):
+    """Images [3, 3, S, S] and cameras [3, 25]."""
+    from metaaux.rendering import image_to_tensor
+
+    return torch.stack([image_to_tensor(crop) for crop in crops]), cameras
+
+
+@pytest.fixture(scope="session")
 def tiny_inversion(tiny_inverter, crops, cameras):
     """What the tiny pipeline makes of the second crop in two steps."""
     return tiny_inverter.invert(crops[1], steps=2, camera=cameras[1])

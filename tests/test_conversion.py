@@ -2,182 +2,34 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import struct
 import sys
-from collections import OrderedDict
-from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
-from eg3d_reference import GENERATORS, hashed, hashed_cameras, hashed_weights
+from eg3d_reference import hashed, hashed_cameras, hashed_weights
+from official_pickles import (
+    FILTER,
+    Persistent,
+    Runs,
+    assert_refused,
+    module,
+    module_state,
+    official_discriminator_name,
+    official_names,  # noqa: F401 (a fixture)
+    snapshot,
+    write,
+)
 from safetensors.torch import save_file
 
 from metaaux.conversion.arcface import convert_arcface
 from metaaux.conversion.eg3d import convert_eg3d
 from metaaux.conversion.lpips import convert_lpips
-from metaaux.conversion.pickles import ConversionError, read_pickle
 from metaaux.conversion.stylegan2 import convert_stylegan2
 from metaaux.models.discriminator import DualDiscriminator
 from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.identity import IdentityNetwork
 from metaaux.models.perceptual import LPIPS
 from metaaux.models.stylegan2 import StyleGAN2Generator
-
-# The form of the official pickles: modules are rebuilt by this function from a class's source text and its state.
-SOURCE_TEXT = "import torch\nfrom torch_utils import persistence\n\nclass Anything(torch.nn.Module):\n    pass\n"
-FILTER = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-FILTER = FILTER[:, None] * FILTER
-
-
-@pytest.fixture(autouse=True)
-def official_names(monkeypatch):
-    """Lets Python's pickler write the official names, which it only does if they can be imported."""
-    names = {
-        "torch_utils.persistence": ["_reconstruct_persistent_obj"],
-        "dnnlib.util": ["EasyDict"],
-        "training.triplane": ["OSGDecoder"],
-        "training.volumetric_rendering.renderer": ["ImportanceRenderer"],
-    }
-    for path, entries in names.items():
-        parts = path.split(".")
-        for end in range(1, len(parts) + 1):
-            name = ".".join(parts[:end])
-            monkeypatch.setitem(sys.modules, name, sys.modules.get(name) or ModuleType(name))
-        for entry in entries:
-            if entry[0] == "_":
-                made = lambda meta: pytest.fail("the official function was called")  # noqa: E731
-                made.__name__ = made.__qualname__ = entry
-                made.__module__ = path
-            else:
-                made = type(entry, (dict,) if entry == "EasyDict" else (), {"__module__": path})
-            monkeypatch.setattr(sys.modules[path], entry, made, raising=False)
-
-
-class Persistent:
-    """An object that is pickled as the official code pickles its modules."""
-
-    def __init__(self, class_name, state, source=SOURCE_TEXT):
-        self.meta = {"type": "class", "version": 6, "module_src": source, "class_name": class_name, "state": state}
-
-    def __reduce__(self):
-        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (self.meta,), None
-
-
-def module_state(tensors=(), **attributes):
-    """`__dict__` of a module with these parameters (names in dots make submodules)."""
-    state = {"training": False, "_parameters": OrderedDict(), "_buffers": OrderedDict(), "_modules": OrderedDict(),
-             "_non_persistent_buffers_set": set(), "_backward_hooks": OrderedDict(), **attributes}  # fmt: skip
-    for name, tensor in dict(tensors).items():
-        if name.endswith(("noise_const", "w_avg", "resample_filter")):
-            state["_buffers"][name] = tensor
-        else:
-            state["_parameters"][name] = torch.nn.Parameter(tensor)
-    return state
-
-
-def module(class_name, tensors, attributes=None, source=SOURCE_TEXT):
-    """A persistent module with submodules. `attributes`: {submodule: {name: value}}, "" for the module itself."""
-    attributes = attributes or {}
-    groups = {}
-    for name, tensor in tensors.items():
-        first, dot, rest = name.partition(".")
-        groups.setdefault(first if dot else None, {})[rest if dot else name] = tensor
-    state = module_state(groups.pop(None, {}), **attributes.get("", {}))
-    for name, part in groups.items():
-        below = {key.partition(".")[2]: v for key, v in attributes.items() if key.partition(".")[0] == name}
-        kind = attributes.get("classes", {}).get(name, "Layer")
-        state["_modules"][name] = module(kind, part, below, source)
-    return Persistent(class_name, state, source)
-
-
-def official_generator_name(name):
-    for ours, official in {
-        "mapping_network.layers.": "backbone.mapping.fc", "mapping_network.": "backbone.mapping.",
-        "backbone.": "backbone.synthesis.", "super_resolution.": "superresolution.",
-        "decoder.hidden.": "decoder.net.0.", "decoder.out.": "decoder.net.2.",
-    }.items():  # fmt: skip
-        if name.startswith(ours):
-            return official + name[len(ours) :]
-    return name
-
-
-def official_discriminator_name(name):
-    if name.startswith("mapping_network.layers."):
-        return "mapping.fc" + name.removeprefix("mapping_network.layers.")
-    if name.startswith("mapping_network."):
-        return "mapping." + name.removeprefix("mapping_network.")
-    return f"b4.{name}" if name.split(".")[0] in ("conv", "fc", "out") else name
-
-
-def snapshot(case=GENERATORS["2x"], source=SOURCE_TEXT, generator=None, **rendering):
-    """(contents of a pickle, the networks that it describes)."""
-    networks = (
-        EG3DGenerator(**case.config()).eval(),
-        DualDiscriminator(image_size=case.image_size, channel_base=512, channel_max=16, raw_size=64),
-    )
-    for network in networks:
-        network.load_state_dict(hashed_weights(network.state_dict()))
-    dictionary = sys.modules["dnnlib.util"].EasyDict
-    options = dict(
-        image_resolution=case.image_size, disparity_space_sampling=False, clamp_mode="softplus",
-        superresolution_module="training.superresolution.SuperresolutionHybrid2X",
-        c_gen_conditioning_zero=not case.pose_conditioning, c_scale=case.camera_scale, decoder_lr_mul=1.0,
-        superresolution_noise_mode="none", sr_antialias=case.antialias, depth_resolution=case.samples[0],
-        depth_resolution_importance=case.samples[1], ray_start=2.25, ray_end=np.float64(3.3), box_warp=1,
-    ) | rendering  # fmt: skip
-    options = dictionary(options)
-    arguments = dictionary(z_dim=512, w_dim=512, c_dim=25, img_resolution=case.image_size, img_channels=3,
-                           conv_clamp=None, sr_num_fp16_res=0, rendering_kwargs=options)  # fmt: skip
-    tensors = {official_generator_name(name): tensor for name, tensor in networks[0].state_dict().items()}
-    tensors |= {f"backbone.synthesis.b{r}.resample_filter": FILTER for r in (4, 256)}
-    made = generator or module(
-        "TriPlaneGenerator",
-        tensors,
-        {"": {"_init_kwargs": arguments, "rendering_kwargs": options, "neural_rendering_resolution": 64},
-         "classes": {"superresolution": "SuperresolutionHybrid2X"}},
-        source,
-    )  # fmt: skip
-    renderer = sys.modules["training.volumetric_rendering.renderer"].ImportanceRenderer()
-    renderer.__dict__ = module_state(
-        plane_axes=torch.tensor([[[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 0, 1], [0, 1, 0]],
-                                 [[0, 0, 1], [1, 0, 0], [0, 1, 0]]], dtype=torch.float32)
-    )  # fmt: skip
-    if generator is None:
-        made.meta["state"]["_modules"]["renderer"] = renderer
-    judge = module(
-        "DualDiscriminator",
-        {official_discriminator_name(name): tensor for name, tensor in networks[1].state_dict().items()},
-        {"": {"_init_kwargs": {"c_dim": 25, "img_resolution": case.image_size, "conv_clamp": 256}}},
-    )
-    return {"training_set_kwargs": dictionary(path="x.zip"), "G": made, "D": judge, "G_ema": made,
-            "augment_pipe": None}, networks  # fmt: skip
-
-
-def write(path, data, protocol=4):
-    with path.open("wb") as file:
-        pickle.dump(data, file, protocol=protocol)
-    return path
-
-
-class Runs:
-    """An object whose unpickling runs a command."""
-
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-def assert_refused(source, folder, match, convert=convert_eg3d, **options):
-    """The conversion fails with an error of that text, runs nothing and leaves nothing behind."""
-    with pytest.raises(ConversionError, match=match):
-        convert(source, folder / "out", **options)
-    assert not (folder / "out").exists()
-    assert not (folder / "ran").exists()
 
 
 class TestEG3D:
@@ -279,137 +131,6 @@ class TestEG3D:
     def test_no_file(self, tmp_path):
         with pytest.raises(FileNotFoundError):
             convert_eg3d(tmp_path / "none.pkl", tmp_path / "out")
-
-
-def legacy_storage(obj):
-    """torch.save's older format with `obj` in the place of the storage's description."""
-    parts = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, obj, ["0"])]
-    return b"".join(parts) + struct.pack("<q", 1) + b"\0\0\0\0"
-
-
-class LoadFromBytes:
-    """A tensor's storage as it is pickled, with any bytes."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __reduce__(self):
-        return torch.storage._load_from_bytes, (self.data,)
-
-
-class Call:
-    """A call of any importable function."""
-
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
-
-    def __reduce__(self):
-        return self.function, self.arguments
-
-
-class TestHostilePickles:
-    """Each would run a command if it were opened with pickle.load (or, for storages, if torch opened it)."""
-
-    @pytest.fixture
-    def command(self, tmp_path):
-        return f"touch {tmp_path / 'ran'}"
-
-    def test_the_command_would_run(self, tmp_path, command):
-        pickle.loads(pickle.dumps(Runs(command)))
-        assert (tmp_path / "ran").exists()
-
-    @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-    def test_reduce(self, tmp_path, command, protocol):
-        source = write(tmp_path / "model.pkl", {"G_ema": Runs(command)}, protocol)
-        assert_refused(source, tmp_path, r"names (posix|nt)\.system.*not run")
-
-    def test_beside_a_valid_model(self, tmp_path, command):
-        contents, _ = snapshot()
-        assert_refused(write(tmp_path / "model.pkl", contents | {"D": Runs(command)}), tmp_path, r"\.system")
-
-    def test_directly(self, tmp_path, command):
-        (tmp_path / "model.pkl").write_bytes(b"\x80\x02cos\nsystem\nX" + struct.pack("<I", len(command))
-                                             + command.encode() + b"\x85R.")  # fmt: skip
-        assert_refused(tmp_path / "model.pkl", tmp_path, r"names os\.system")
-
-    def test_older_operations(self, tmp_path, command):
-        (tmp_path / "model.pkl").write_bytes(b"\x80\x02(X" + struct.pack("<I", len(command)) + command.encode()
-                                             + b"ios\nsystem\n.")  # fmt: skip
-        assert_refused(tmp_path / "model.pkl", tmp_path, "operation INST")
-
-    @pytest.mark.parametrize(
-        ("text", "met"),
-        [
-            ("import os\nos.system({!r})", "os"),
-            ("from subprocess import run", "subprocess"),
-            ("import torch, importlib.util", "importlib.util"),
-            ("class A:\n    x = __import__('os').system({!r})", "__import__"),
-            ("eval({!r})", "eval"),
-            ("print(().__class__.__base__.__subclasses__())", "__subclasses__"),
-        ],
-    )
-    def test_source_text(self, tmp_path, command, text, met):
-        contents, _ = snapshot(source=text.format(command))
-        assert_refused(write(tmp_path / "model.pkl", contents), tmp_path, f"source text of class .* uses {met}")
-
-    def test_source_text_is_not_run(self, tmp_path):
-        contents, _ = snapshot(source=f"import torch\ntorch.save(1, {str(tmp_path / 'ran')!r})")
-        convert_eg3d(write(tmp_path / "model.pkl", contents), tmp_path / "out")
-        assert not (tmp_path / "ran").exists()
-
-    def test_storage_with_a_call(self, tmp_path, command):
-        source = write(tmp_path / "model.pkl", {"G_ema": LoadFromBytes(legacy_storage(Runs(command)))})
-        assert_refused(source, tmp_path, r"storage names (posix|nt)\.system")
-
-    def test_storage_that_is_a_pickle(self, tmp_path, command):
-        source = write(tmp_path / "model.pkl", {"G_ema": LoadFromBytes(pickle.dumps(Runs(command)))})
-        assert_refused(source, tmp_path, r"storage names (posix|nt)\.system")
-
-    def test_storage_in_a_storage(self, tmp_path, command):
-        inner = LoadFromBytes(legacy_storage(Runs(command)))
-        source = write(tmp_path / "model.pkl", {"G_ema": LoadFromBytes(legacy_storage(inner))})
-        assert_refused(source, tmp_path, r"storage names torch\.storage\._load_from_bytes")
-
-    def test_storage_that_is_a_zip_archive(self, tmp_path, command):
-        torch.save(Runs(command), tmp_path / "inner")
-        source = write(tmp_path / "model.pkl", {"G_ema": LoadFromBytes((tmp_path / "inner").read_bytes())})
-        assert_refused(source, tmp_path, "damaged pickle in a tensor's storage")
-
-    @pytest.mark.parametrize("function", [eval, getattr, __import__, torch.load, torch.hub.load, pickle.loads, open])
-    def test_functions(self, tmp_path, function):
-        source = write(tmp_path / "model.pkl", [Call(function, "print")])
-        assert_refused(source, tmp_path, f"names .*{function.__name__}, which")
-
-    def test_tensor_beyond_its_storage(self, tmp_path):
-        tensor = torch.arange(4.0)
-        wrong = Call(torch._utils._rebuild_tensor_v2, tensor._typed_storage(), 0, (100,), (1,), False, OrderedDict())
-        assert_refused(write(tmp_path / "model.pkl", [wrong]), tmp_path, "reaches beyond its storage")
-
-    def test_state_for_a_function(self, tmp_path):
-        (tmp_path / "model.pkl").write_bytes(
-            b"\x80\x02ctorch._utils\n_rebuild_parameter\n}X\x05\x00\x00\x00__x__K\x01sb."
-        )
-        assert_refused(tmp_path / "model.pkl", tmp_path, "a state of type dict for a Name")
-
-
-def test_numbers_and_tensors_survive(tmp_path):
-    data = {
-        "numbers": [1, -2.5, True, None, 2**70, np.float32(0.5), np.int64(-3)],
-        "containers": ({1, 2}, OrderedDict(a=(1,)), ["x"], b"raw"),
-        "half": torch.arange(6.0).half().view(2, 3).t(),
-        "whole": torch.tensor([[1, 2], [3, 4]]),
-        "none": torch.empty(0, 3),
-        "scalar": torch.tensor(2.5),
-    }
-    shared = torch.arange(10.0)
-    data["parts"] = [shared[2:5], shared[::3]]
-    for protocol in (2, 3, 4, 5):
-        read = read_pickle(write(tmp_path / "data.pkl", data, protocol))
-        assert read["numbers"] == [1, -2.5, True, None, 2**70, 0.5, -3]
-        assert read["containers"] == ({1, 2}, {"a": (1,)}, ["x"], b"raw")
-        for name in ("half", "whole", "none", "scalar"):
-            assert torch.equal(read[name], data[name]) and read[name].dtype == data[name].dtype
-        assert all(torch.equal(a, b) for a, b in zip(read["parts"], data["parts"]))
 
 
 STYLEGAN2 = {"z_dim": 16, "w_dim": 24, "mapping_layers": 3, "image_size": 32, "channel_base": 256, "channel_max": 16}
@@ -582,26 +303,6 @@ class TestArcFace:
     def test_other_files(self, tmp_path):
         torch.save({"body.0.res_layer.9.weight": torch.zeros(1)}, tmp_path / "model.pth")
         assert_refused(tmp_path / "model.pth", tmp_path, "unknown tensor", convert_arcface)
-
-
-@pytest.mark.parametrize("convert", [convert_stylegan2, convert_lpips, convert_arcface])
-class TestHostileTorchFiles:
-    def test_a_call(self, tmp_path, convert):
-        torch.save({"w": Runs(f"touch {tmp_path / 'ran'}")}, tmp_path / "model.pt")
-        assert_refused(tmp_path / "model.pt", tmp_path, r"(posix|nt)\.system|cannot be read as plain weights", convert)
-
-    def test_a_pickle(self, tmp_path, convert):
-        write(tmp_path / "model.pt", Runs(f"touch {tmp_path / 'ran'}"))
-        assert_refused(tmp_path / "model.pt", tmp_path, "cannot be read|damaged", convert)
-
-    def test_damaged(self, tmp_path, convert):
-        for name, data in (("model.pt", b"PK\x03\x04 no archive"), ("model.safetensors", b"\xff" * 20)):
-            (tmp_path / name).write_bytes(data)
-            assert_refused(tmp_path / name, tmp_path, name, convert)
-
-    def test_no_file(self, tmp_path, convert):
-        with pytest.raises(FileNotFoundError, match="there is no file"):
-            convert(tmp_path / "none.pt", tmp_path / "out")
 
 
 class TestCommand:

@@ -1,0 +1,162 @@
+"""The inversion methods that `evaluate` compares."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_stylegan2_2d import inverter as flat_inverter  # noqa: F401 (a fixture)
+
+from metaaux.evaluation.optimization import LatentSettings, TuningSettings, optimize_latent, tune_generator
+from metaaux.evaluation.registry import MethodOptions, inversion_loss, make_methods, reconstruction_loss
+from metaaux.models.auxiliary import AuxiliaryNetwork
+
+FAST = MethodOptions(latent=LatentSettings(steps=2), tuning_steps=2)
+
+
+@pytest.fixture(scope="module")
+def fingerprint_of():
+    def digest(module):
+        return [tensor.clone() for tensor in module.state_dict().values()]
+
+    return digest
+
+
+class TestOptimization:
+    def test_rate_rises_and_falls(self):
+        settings = LatentSettings(steps=100, learning_rate=0.5)
+        rates = [settings.rate(step) for step in range(100)]
+        assert rates[0] == 0 and rates[5] == rates[75] == pytest.approx(0.5)
+        assert rates[2] == pytest.approx(0.5 * 2 / 5) and rates[99] < 0.01
+        assert rates[87] > rates[88] > rates[99]
+
+    @pytest.mark.parametrize("space", ["w", "w+"])
+    def test_latent_code_comes_nearer_and_batch_changes_nothing(self, tiny_inverter, batch, space):
+        image, camera = batch
+        generator, loss = tiny_inverter.generator, reconstruction_loss(tiny_inverter)
+        settings = LatentSettings(steps=12, learning_rate=0.2)
+        w = optimize_latent(generator, loss, image[:2], camera[:2], settings, space)
+        assert w.shape == ((2, 16) if space == "w" else (2, generator.num_ws, 16)) and not w.requires_grad
+        alone = optimize_latent(generator, loss, image[1:2], camera[1:2], settings, space)
+        torch.testing.assert_close(w[1:], alone, atol=1e-3, rtol=1e-3)
+
+        def total(code):
+            output = generator.synthesize(code, camera[:2])
+            return loss(output.image, output.image_raw, image[:2], camera[:2])["total"]
+
+        assert (total(w) < total(generator.w_avg.expand(2, -1))).all()
+
+    def test_unknown_space(self, tiny_inverter, batch):
+        with pytest.raises(ValueError, match="'w' or 'w"):
+            optimize_latent(tiny_inverter.generator, None, *batch, LatentSettings(), "z")
+
+    def test_tuning_improves_a_copy_only(self, tiny_inverter, batch, fingerprint_of):
+        image, camera = batch[0][:1], batch[1][:1]
+        generator, loss = tiny_inverter.generator, reconstruction_loss(tiny_inverter)
+        before, w = fingerprint_of(generator), tiny_inverter.encoder(image)
+        tuned, steps = tune_generator(generator, loss, image, camera, w, TuningSettings(steps=8, learning_rate=1e-3))
+        assert steps == 8
+        assert all(torch.equal(a, b) for a, b in zip(before, fingerprint_of(generator)))
+        assert not any(parameter.requires_grad for parameter in tuned.parameters())
+        errors = [(g.synthesize(w, camera).image - image).square().mean() for g in (generator, tuned)]
+        assert errors[1] < errors[0]
+
+    def test_tuning_stops_at_the_distance(self, tiny_inverter, batch):
+        image, camera = batch[0][:1], batch[1][:1]
+        loss, w = reconstruction_loss(tiny_inverter), tiny_inverter.encoder(image)
+        settings = TuningSettings(steps=3, stop_distance=1e9)
+        assert tune_generator(tiny_inverter.generator, loss, image, camera, w, settings)[1] == 0
+        settings = TuningSettings(steps=3, stop_distance=-1.0)
+        assert tune_generator(tiny_inverter.generator, loss, image, camera, w, settings)[1] == 3
+
+    def test_divergence_is_an_error(self, tiny_inverter, batch):
+        image, camera = batch[0][:1], batch[1][:1]
+        settings = TuningSettings(steps=3, learning_rate=1e30)
+        with pytest.raises(FloatingPointError, match="lower the learning rate"):
+            tune_generator(
+                tiny_inverter.generator, reconstruction_loss(tiny_inverter), image, camera,
+                tiny_inverter.encoder(image), settings,
+            )  # fmt: skip
+
+    def test_perceptual_weight_is_in_units_of_lpips(self, tiny_inverter):
+        # The tiny pipeline has the paper's weight of 0.8, so its distance counts as LPIPS itself.
+        weights = reconstruction_loss(tiny_inverter).weights
+        assert (weights.mse, weights.perceptual, weights.adversarial) == (1, pytest.approx(1), 0)
+        assert inversion_loss(tiny_inverter).weights.perceptual == pytest.approx(0.8)
+
+
+class TestMethods:
+    def test_ours_is_what_the_pipeline_does(self, tiny_inverter, crops, batch):
+        method = make_methods(["metaaux"], tiny_inverter, MethodOptions(steps=2))[0]
+        found = method.invert(batch[0][1:2], batch[1][1:2])[0]
+        inversion = tiny_inverter.invert(crops[1], steps=2, camera=batch[1][1])
+        torch.testing.assert_close(found.w[0], inversion.w)
+        torch.testing.assert_close(found.offset_planes[0], inversion.offset_planes)
+        for layer, offset in inversion.weight_offsets.items():
+            torch.testing.assert_close(found.weight_offsets[layer], offset)
+
+    @pytest.mark.parametrize("name", ["metaaux", "metaaux-0", "encoder", "without_auxiliary"])
+    def test_batch_equals_photos_alone_and_own_view_is_the_image(self, tiny_inverter, batch, name):
+        method = make_methods([name], tiny_inverter, MethodOptions(steps=2, generator_rate=1e-4))[0]
+        together = method.invert(*batch)
+        for index, found in enumerate(together):
+            alone = method.invert(batch[0][index : index + 1], batch[1][index : index + 1])[0]
+            torch.testing.assert_close(found.image, alone.image, atol=2e-4, rtol=1e-3)
+            torch.testing.assert_close(found.views(batch[1][index : index + 1])[0], found.image, atol=1e-5, rtol=0)
+
+    def test_pti_keeps_its_pivot(self, tiny_inverter, batch):
+        pti, w = make_methods(["pti", "w"], tiny_inverter, FAST)
+        tuned, pivot = pti.invert(batch[0][:1], batch[1][:1])[0], w.invert(batch[0][:1], batch[1][:1])[0]
+        torch.testing.assert_close(tuned.w, pivot.w)
+        assert tuned.generator is not tiny_inverter.generator and pivot.generator is tiny_inverter.generator
+        assert not torch.equal(tuned.image, pivot.image)
+
+    def test_pti_stops_at_a_share_of_the_average_faces_distance(self, tiny_inverter, batch):
+        image, camera = batch[0][:1], batch[1][:1]
+        steps = [
+            make_methods(["pti"], tiny_inverter, replace(FAST, pti_stop_share=share))[0].invert(image, camera)[0]
+            for share in (100.0, None)
+        ]
+        assert [found.tuning_steps for found in steps] == [0, FAST.tuning_steps]
+
+    def test_networks_from_folders(self, tiny_inverter, tiny_components, batch, tmp_path):
+        tiny_components["auxiliary"].save_pretrained(tmp_path / "auxiliary")
+        tiny_components["encoder"].save_pretrained(tmp_path / "encoder")
+        folder = tmp_path / "auxiliary"
+        options = MethodOptions(steps=1, psp=tmp_path / "encoder", hyperinverter=folder, without_meta=folder)
+        names = ["psp", "hyperinverter", "without_meta", "encoder", "metaaux-0", "metaaux"]
+        images = [
+            method.invert(batch[0][:1], batch[1][:1])[0].image
+            for method in make_methods(names, tiny_inverter, options)
+        ]
+        for own, embedded in zip(images[:3], images[3:]):
+            torch.testing.assert_close(own, embedded)
+        assert not torch.equal(images[1], images[2])
+
+    def test_ablations_must_lack_their_module(self, tiny_inverter, tiny_components, batch, tmp_path):
+        config = AuxiliaryNetwork.config_for(tiny_components["generator"], **{
+            key: tiny_components["auxiliary"].config[key] for key in (
+                "backbone_layer_type", "backbone_depths", "backbone_embedding_size", "backbone_hidden_sizes",
+                "neck_channels", "hyper_channels", "offset_resolution", "offset_channels", "camera_channels",
+            )
+        })  # fmt: skip
+        flat, rigid = tmp_path / "without_2d", tmp_path / "without_3d"
+        AuxiliaryNetwork(**config | {"use_weight_offsets": False}).save_pretrained(flat)
+        AuxiliaryNetwork(**config | {"use_offset_planes": False}).save_pretrained(rigid)
+        options = MethodOptions(steps=1, without_2d=flat, without_3d=rigid)
+        first, second = make_methods(["without_2d", "without_3d"], tiny_inverter, options)
+        assert not first.invert(batch[0][:1], batch[1][:1])[0].weight_offsets
+        assert all(found.offset_planes is None for found in second.invert(*batch))
+        with pytest.raises(ValueError, match="3D module, not one without"):
+            make_methods(["without_3d"], tiny_inverter, MethodOptions(without_3d=flat))
+        with pytest.raises(ValueError, match="2D module, not one without"):
+            make_methods(["without_2d"], tiny_inverter, MethodOptions(without_2d=rigid))
+
+    @pytest.mark.parametrize(
+        ("names", "match"),
+        [(["nonsense"], "unknown methods"), ([], "once each"), (["w", "w"], "once each"), (["psp"], "--psp")],
+    )
+    def test_names(self, tiny_inverter, names, match):
+        with pytest.raises(ValueError, match=match):
+            make_methods(names, tiny_inverter)

@@ -1,0 +1,277 @@
+"""`MetaAuxInverter`: importing, loading, saving, the embedded model."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.parse
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from metaaux import MetaAuxInverter
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_python(code):
+    """Runs code in a fresh interpreter in the repository's root; returns its stdout."""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+class TestImport:
+    def test_importing_the_package_loads_no_framework(self):
+        heavy = "{'torch', 'diffusers', 'transformers', 'mediapipe', 'gradio'}"
+        assert run_python(f"import sys, metaaux; print(sorted({heavy} & set(sys.modules)))").strip() == "[]"
+
+    def test_public_names(self):
+        import metaaux
+
+        assert {"Head", "Inversion", "InversionFileError", "MetaAuxInverter"} <= set(dir(metaaux))
+        with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+            metaaux.Nonsense  # noqa: B018
+
+
+class TestLoading:
+    def test_round_trip(self, tiny_components, tiny_folder, tmp_path):
+        loaded = MetaAuxInverter.from_pretrained(tiny_folder)
+        loaded.save_pretrained(tmp_path)
+        again = MetaAuxInverter.from_pretrained(tmp_path)
+        for name, component in tiny_components.items():
+            state = getattr(again, name).state_dict()
+            assert all(torch.equal(tensor, state[key]) for key, tensor in component.state_dict().items()), name
+        assert again.fingerprint == loaded.fingerprint
+        assert again.config.inner_steps == 5 and again.config.weight_identity == 0.1
+
+    def test_components_are_ready_for_inference(self, tiny_inverter):
+        for component in tiny_inverter.components.values():
+            if component is not None:
+                assert not component.training
+                assert not any(parameter.requires_grad for parameter in component.parameters())
+
+    def test_settings_are_saved(self, tiny_components, tmp_path):
+        MetaAuxInverter(**tiny_components, inner_steps=3, crop_scale=0.93).save_pretrained(tmp_path)
+        loaded = MetaAuxInverter.from_pretrained(tmp_path)
+        assert (loaded.config.inner_steps, loaded.config.crop_scale) == (3, 0.93)
+        assert loaded.aligner.crop_scale == 0.93 and loaded.aligner.image_size == 32
+
+    def test_half_precision_files_load_as_float32(self, tiny_folder, tmp_path):
+        halved = MetaAuxInverter.from_pretrained(tiny_folder)
+        for component in halved.components.values():
+            if component is not None:
+                component.half()
+        halved.save_pretrained(tmp_path)
+        loaded = MetaAuxInverter.from_pretrained(tmp_path)
+        assert {p.dtype for c in loaded.components.values() if c for p in c.parameters()} == {torch.float32}
+        # The precision of the file makes another model of it no more than loading it in half precision does.
+        assert loaded.fingerprint == halved.fingerprint == MetaAuxInverter.from_pretrained(tiny_folder).fingerprint
+
+    def test_variant(self, tiny_components, tmp_path):
+        MetaAuxInverter(**tiny_components).save_pretrained(tmp_path, variant="fp16")
+        assert list(tmp_path.glob("generator/*.fp16.safetensors"))
+        assert MetaAuxInverter.from_pretrained(tmp_path, variant="fp16").generator.num_ws == 6
+
+    def test_bfloat16_is_for_generator_and_discriminator(self, tiny_folder, crops, cameras):
+        inverter = MetaAuxInverter.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+        inverter.set_progress_bar_config(disable=True)
+        assert {name: c.dtype for name, c in inverter.components.items() if c} == {
+            "generator": torch.bfloat16,
+            "discriminator": torch.bfloat16,
+            "encoder": torch.float32,
+            "auxiliary": torch.float32,
+            "identity": torch.float32,
+        }
+        inversion = inverter.invert(crops[0], steps=1, camera=cameras[0])
+        assert inverter.render(inversion, yaw=10).size == (32, 32)
+
+    def test_pickles_are_not_read(self, tiny_folder, tmp_path):
+        folder = tmp_path / "model"
+        shutil.copytree(tiny_folder, folder)
+        weights = folder / "encoder" / "diffusion_pytorch_model.safetensors"
+        torch.save({}, weights.with_suffix(".bin"))
+        weights.unlink()
+        with pytest.raises(OSError, match="safetensors"):
+            MetaAuxInverter.from_pretrained(folder)
+        with pytest.raises(ValueError, match="pickles"):
+            MetaAuxInverter.from_pretrained(tiny_folder, use_safetensors=False)
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            ({"encoder": ["os", "PathLike"]}, "names 'os' as the module of encoder"),
+            ({"surprise": ["metaaux_evil", "Model"]}, "names 'metaaux_evil'"),
+            ({"_class_name": "StableDiffusionPipeline"}, "holds no MetaAuxInverter"),
+        ],
+    )
+    def test_foreign_pipelines_are_refused(self, tiny_folder, tmp_path, change, match):
+        folder = tmp_path / "model"
+        shutil.copytree(tiny_folder, folder)
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | change))
+        with pytest.raises(ValueError, match=match):
+            MetaAuxInverter.from_pretrained(folder)
+
+    def test_empty_folder(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no model_index.json"):
+            MetaAuxInverter.from_pretrained(tmp_path)
+
+
+class TestHub:
+    """Loading by Hub id, from a cache filled as `huggingface_hub` fills it: no network."""
+
+    COMMIT = "0" * 40
+
+    def fill_cache(self, folder, cache):
+        repository = cache / "models--someone--some-model"
+        shutil.copytree(folder, repository / "snapshots" / self.COMMIT)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(self.COMMIT)
+        return repository / "snapshots" / self.COMMIT
+
+    def test_from_the_cache(self, tiny_folder, tmp_path, crops, cameras):
+        snapshot = self.fill_cache(tiny_folder, tmp_path)
+        options = {"cache_dir": tmp_path, "local_files_only": True}
+        assert Path(MetaAuxInverter.download("someone/some-model", **options)) == snapshot
+        inverter = MetaAuxInverter.from_pretrained("someone/some-model", **options)
+        inverter.set_progress_bar_config(disable=True)
+        assert inverter.invert(crops[0], steps=0, camera=cameras[0]).model == "someone/some-model"
+
+    def test_a_foreign_pipeline_in_the_cache(self, tiny_folder, tmp_path):
+        snapshot = self.fill_cache(tiny_folder, tmp_path)
+        index = json.loads((snapshot / "model_index.json").read_text())
+        (snapshot / "model_index.json").write_text(json.dumps(index | {"encoder": ["subprocess", "Popen"]}))
+        with pytest.raises(ValueError, match="names 'subprocess'"):
+            MetaAuxInverter.from_pretrained("someone/some-model", cache_dir=tmp_path, local_files_only=True)
+
+    def test_unknown_repository(self, tmp_path):
+        with pytest.raises(LocalEntryNotFoundError):
+            MetaAuxInverter.from_pretrained("someone/absent", cache_dir=tmp_path, local_files_only=True)
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub on this machine that serves one repository, someone/some-model, from the folder it yields."""
+    folder = tmp_path / "served"
+    commit, served = "1" * 40, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.answer(send_body=False)
+
+        def do_GET(self):
+            self.answer(send_body=True)
+
+        def answer(self, send_body):
+            path = urllib.parse.urlsplit(self.path).path
+            files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+            if path.startswith("/api/models/someone/some-model/tree/"):
+                body = [
+                    {"type": "file", "path": n, "size": p.stat().st_size, "oid": f"{i:040x}"}
+                    for i, (n, p) in enumerate(files.items())
+                ]
+                return self.reply(json.dumps(body).encode(), "application/json", send_body)
+            if path.startswith("/api/models/someone/some-model"):
+                body = {"id": "someone/some-model", "sha": commit, "siblings": [{"rfilename": n} for n in files]}
+                return self.reply(json.dumps(body).encode(), "application/json", send_body)
+            name = path.removeprefix(f"/someone/some-model/resolve/{commit}/")
+            if name not in files:
+                return self.send_error(404)
+            if send_body:
+                served.append(name)
+            self.reply(files[name].read_bytes(), "application/octet-stream", send_body)
+
+        def reply(self, body, kind, send_body):
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+            self.send_header("X-Repo-Commit", commit)
+            self.end_headers()
+            if send_body:
+                self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield folder, f"http://127.0.0.1:{server.server_port}", served
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class TestDownload:
+    """Loading by Hub id over HTTP, in a fresh interpreter, since the Hub's address is read at import."""
+
+    def load(self, hub, tmp_path, options=""):
+        _, address, served = hub
+        served.clear()
+        cache = tmp_path / "cache"
+        code = f"""
+import os
+os.environ |= {{"HF_ENDPOINT": {address!r}, "HF_HOME": {str(cache)!r}, "HF_HUB_DISABLE_XET": "1"}}
+from metaaux import MetaAuxInverter
+print(MetaAuxInverter.from_pretrained("someone/some-model"{options}).fingerprint)
+"""
+        return run_python(code).strip(), {name for name in served if name.endswith((".safetensors", ".bin", ".py"))}
+
+    def test_takes_what_it_needs_and_nothing_else(self, hub, tiny_components, tiny_inverter, tmp_path):
+        folder = hub[0]
+        inverter = MetaAuxInverter(**tiny_components)
+        inverter.save_pretrained(folder)
+        weights = {f"{name}/diffusion_pytorch_model.safetensors" for name in tiny_components}
+        inverter.save_pretrained(folder, variant="fp16")
+        (folder / "pipeline.py").write_text("raise SystemExit('remote code ran')")
+        (folder / "generator" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+
+        fingerprint, served = self.load(hub, tmp_path)
+        assert fingerprint == tiny_inverter.fingerprint
+        assert served == weights
+
+    def test_variant_where_there_is_one(self, hub, tiny_components, tmp_path):
+        folder = hub[0]
+        inverter = MetaAuxInverter(**tiny_components)
+        inverter.save_pretrained(folder, variant="fp16")
+        # One component has no such variant: its plain file is taken.
+        variant = folder / "encoder" / "diffusion_pytorch_model.fp16.safetensors"
+        variant.rename(variant.with_name("diffusion_pytorch_model.safetensors"))
+        _, served = self.load(hub, tmp_path, ', variant="fp16"')
+        assert served == {
+            f"{name}/diffusion_pytorch_model{'' if name == 'encoder' else '.fp16'}.safetensors"
+            for name in tiny_components
+        }
+
+
+class TestEmbeddedModel:
+    def test_loads_and_inverts_offline(self):
+        """The default model works without a network: every attempt to open a socket fails."""
+        code = """
+import socket
+def refuse(*args, **kwargs):
+    raise AssertionError("the network was used")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import skimage.data
+from metaaux import MetaAuxInverter
+inverter = MetaAuxInverter.from_pretrained()
+inverter.set_progress_bar_config(disable=True)
+inversion = inverter.invert(skimage.data.astronaut(), steps=2)
+assert inverter.render(inversion, yaw=15).size == (inverter.generator.config.image_size,) * 2
+print(inversion.model, inversion.steps[-1]["mse"] < inversion.steps[0]["mse"])
+"""
+        assert run_python(code).split() == ["metaaux-mini", "True"]
+
+    def test_size(self):
+        files = list((ROOT / "hub_configs" / "metaaux-mini").rglob("*.safetensors"))
+        assert files and sum(file.stat().st_size for file in files) <= 40 * 2**20
+        assert max(file.stat().st_size for file in files) <= 16 * 2**20
