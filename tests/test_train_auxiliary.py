@@ -209,6 +209,18 @@ def test_plain_objective_is_the_loss_of_the_prediction(networks, tasks, tiny_com
     torch.testing.assert_close(figures["mse"], (view.image - tasks.image).square().mean())
 
 
+def test_inner_loop_with_a_generator_in_half_precision(networks, tasks, tiny_components):
+    auxiliary = tiny_components["auxiliary"]
+    rates = {name: torch.tensor(1e-3) for name in auxiliary.adaptable_parameters()}
+    images = {}
+    for dtype in (None, torch.bfloat16):
+        leaves = {n: p.detach().clone().requires_grad_() for n, p in auxiliary.adaptable_parameters().items()}
+        inner = InnerLoop(2, rates, 0.5, None, differentiable=False, keep_graph=False, dtype=dtype)
+        images[dtype] = adapt_tasks(networks, auxiliary, tasks, leaves, inner)[1][-1].image
+    difference = (images[None] - images[torch.bfloat16]).abs()
+    assert 0 < difference.max() < 0.05
+
+
 def test_calibrated_rates_move_each_tensor_by_the_same_fraction(networks, tasks, tiny_components):
     from accelerate import Accelerator
 

@@ -51,7 +51,8 @@ class AuxiliaryConfig:
         warmup_images: images over which the learning rate rises at first.
         max_gradient_norm: clipping of the optimiser's gradient.
         average_images: half-life of the averaged network that is saved as `auxiliary_average`; 0: none.
-        precision: "bf16" (on CUDA) or "fp32" for the plain phase; the meta phase and the CPU compute in fp32.
+        precision: "bf16" or "fp32", of the generator and, in the plain phase, of the auxiliary network. A CPU computes
+            in fp32.
         resolution: rays a side for the objective; `None`: the generator's. inner_resolution: of the inner loop.
         inner_steps: K of the inner loop.
         inner_max_gradient_norm: clipping in Eq. 5, stored in the network; `None` keeps the network's.
@@ -124,14 +125,14 @@ def meta_objective(
     rates = auxiliary.inner_rates()
     if not config.learn_rates:
         rates = {name: rate.detach() for name, rate in rates.items()}
-    second_order = config.order == "second"
+    dtype = _reduced_precision(config, tasks.image)
     inner = InnerLoop(
         config.inner_steps, rates, auxiliary.config.inner_max_gradient_norm, config.inner_resolution,
-        differentiable=second_order, keep_graph=config.multi_step_weight > 0,
+        differentiable=config.order == "second", keep_graph=config.multi_step_weight > 0, dtype=dtype,
     )  # fmt: skip
     adapted, outputs = adapt_tasks(networks, auxiliary, tasks, auxiliary.adaptable_parameters(), inner)
     offsets = predict_tasks(auxiliary, adapted, tasks)
-    last = synthesize_tasks(networks.generator, tasks, offsets, config.resolution)
+    last = synthesize_tasks(networks.generator, tasks, offsets, config.resolution, dtype=dtype)
 
     reference = networks.outer_loss.reference(tasks.image)
     losses = _outer(networks, last, reference, tasks)
@@ -144,6 +145,11 @@ def meta_objective(
     return objective, figures | {name: value.mean() for name, value in losses.items()}
 
 
+def _reduced_precision(config: AuxiliaryConfig, tensor: torch.Tensor) -> torch.dtype | None:
+    """bfloat16 where the settings ask for it and the tensor's device gains by it."""
+    return torch.bfloat16 if config.precision == "bf16" and tensor.is_cuda else None
+
+
 def _outer(networks: FrozenNetworks, output: GeneratorOutput, reference: Reference, tasks: Tasks):
     return networks.outer_loss(output.image, output.image_raw, reference, tasks.camera)
 
@@ -152,15 +158,13 @@ def plain_objective(
     networks: FrozenNetworks, auxiliary: AuxiliaryNetwork, tasks: Tasks, config: AuxiliaryConfig
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Eq. 8 of the prediction before any gradient step; and figures of it."""
-    half = config.precision == "bf16" and tasks.image.is_cuda
-    with torch.autocast(tasks.image.device.type, dtype=torch.bfloat16) if half else contextlib.nullcontext():
+    dtype = _reduced_precision(config, tasks.image)
+    with torch.autocast(tasks.image.device.type, dtype=dtype) if dtype else contextlib.nullcontext():
         offsets = auxiliary(tasks.image, tasks.camera, tasks.planes)
     offsets = AuxiliaryOutput(
         {name: offset.float() for name, offset in offsets.weight_offsets.items()}, offsets.offset_planes
     )
-    output = synthesize_tasks(
-        networks.generator, tasks, offsets, config.resolution, dtype=torch.bfloat16 if half else None
-    )
+    output = synthesize_tasks(networks.generator, tasks, offsets, config.resolution, dtype=dtype)
     losses = _outer(networks, output, networks.outer_loss.reference(tasks.image), tasks)
     figures = {name: value.mean() for name, value in losses.items()}
     return figures["total"], figures
@@ -392,7 +396,7 @@ def _mean_over_parts(function, image, camera, size: int) -> tuple[torch.Tensor, 
 @torch.no_grad()
 def _samples(generator: EG3DGenerator, cameras: torch.Tensor, config: AuxiliaryConfig) -> torch.Tensor:
     z = torch.randn(len(cameras), generator.config.z_dim, device=cameras.device)
-    dtype = torch.bfloat16 if config.precision == "bf16" and cameras.is_cuda else None
+    dtype = _reduced_precision(config, cameras)
     return generator.synthesize(generator.mapping(z, cameras), cameras, dtype=dtype).image.clamp(-1, 1)
 
 

@@ -43,7 +43,8 @@ class Tasks:
 
 @dataclass
 class InnerLoop:
-    """Settings of `adapt_tasks`: K steps, their rates by tensor, clipping, rays a side, order of differentiation."""
+    """Settings of `adapt_tasks`: K steps, their rates by tensor, clipping, rays a side, order of differentiation, and
+    the generator's precision (`None`: its own)."""
 
     steps: int
     rates: Mapping[str, torch.Tensor]
@@ -51,6 +52,7 @@ class InnerLoop:
     resolution: int | None
     differentiable: bool
     keep_graph: bool
+    dtype: torch.dtype | None = None
 
 
 @torch.no_grad()
@@ -111,7 +113,7 @@ def adapt_tasks(
     outputs = []
     for _ in range(inner.steps):
         offsets = predict_tasks(auxiliary, stacked, tasks)
-        output = synthesize_tasks(networks.generator, tasks, offsets, inner.resolution, lookup)
+        output = synthesize_tasks(networks.generator, tasks, offsets, inner.resolution, lookup, inner.dtype)
         losses = networks.inner_loss(output.image, output.image_raw, reference, tasks.camera)
         # The sum's gradient holds each task's own: no task's loss depends on another's parameters.
         gradients = torch.autograd.grad(
