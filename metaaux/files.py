@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
@@ -28,3 +29,13 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def forget_origin(folder: str | os.PathLike) -> None:
+    """Takes the path that a network was loaded from, which diffusers notes as `_name_or_path`, out of the JSON
+    configurations in `folder` and its folders: it says nothing to others, and may say what it should not."""
+    for path in [*Path(folder).glob("*.json"), *Path(folder).glob("*/*.json")]:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

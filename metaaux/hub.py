@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .files import atomic_path
+from .files import atomic_path, forget_origin
 from .model_card import CARD, generated_card, updated_card
 
 #: Name of the checkpoint that comes with the package.
@@ -282,6 +282,7 @@ class HubMixin:
         super(HubMixin, pipeline).save_pretrained(
             save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs
         )
+        forget_origin(save_directory)
         with atomic_path(Path(save_directory, CARD)) as temporary:
             temporary.write_text(self.card or generated_card(self), encoding="utf-8")
 

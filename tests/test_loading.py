@@ -52,6 +52,12 @@ class TestLoading:
         assert again.fingerprint == loaded.fingerprint
         assert again.config.inner_steps == 5 and again.config.weight_identity == 0.1
 
+    def test_saved_configurations_hold_no_path(self, tiny_folder, tmp_path):
+        MetaAuxInverter.from_pretrained(tiny_folder).save_pretrained(tmp_path)
+        written = list(tmp_path.rglob("*.json"))
+        assert len(written) > 5
+        assert not [path for path in written if str(tiny_folder) in path.read_text()]
+
     def test_components_are_ready_for_inference(self, tiny_inverter):
         for component in tiny_inverter.components.values():
             if component is not None:

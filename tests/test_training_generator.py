@@ -103,6 +103,9 @@ class TestRun:
         trainer = GeneratorTrainer(config, Accelerator())
         published = weights(checkpoint)
         assert all(torch.equal(published[k], v) for k, v in trainer.generator.state_dict().items())
+        config.total_images = 8
+        goes_on = train(config, tmp_path / "more")
+        assert str(checkpoint) not in (goes_on / "generator" / "config.json").read_text()
 
     def test_second_discriminator_on_features(self, tmp_path):
         features = tmp_path / "features.safetensors"

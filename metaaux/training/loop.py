@@ -21,6 +21,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
+from ..files import forget_origin
+
 SHARD_SIZE = "15MB"
 
 
@@ -255,6 +257,7 @@ class TrainingRun:
             shutil.rmtree(temporary, ignore_errors=True)
             for name, model in self.models.items():
                 model.save_pretrained(temporary / name, max_shard_size=SHARD_SIZE)
+            forget_origin(temporary)
             for name, optimizer in self.optimizers.items():
                 (temporary / "optimizers" / name).mkdir(parents=True)
                 save_torch_state_dict(
