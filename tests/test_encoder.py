@@ -17,8 +17,10 @@ import metaaux.training
 from metaaux.faces.cameras import camera_from_pose
 from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.encoder import LatentEncoder
+from metaaux.models.psp import PSPEncoder
 from metaaux.training.averaged import warmup_cosine
 from metaaux.training.encoder import (
+    ARCHITECTURES,
     EncoderConfig,
     EncoderTrainer,
     LatentDistribution,
@@ -107,6 +109,13 @@ class TestModel:
         encoder = LatentEncoder(image_size=128, w_dim=512, num_ws=14, **config.encoder)
         assert sum(p.numel() for p in encoder.parameters()) <= 2_500_000
 
+    @pytest.mark.parametrize("name", ["psp", "styletransformer"])
+    def test_baselines(self, name):
+        config = load_config(EncoderConfig, CONFIGS / "baselines" / f"encoder-{name}-mini.yaml")
+        encoder = ARCHITECTURES[name](image_size=128, w_dim=256, num_ws=12, **config.encoder)
+        assert config.architecture == name and encoder.latent_space == "w+"
+        assert encoder(images(1, 128)).shape == (1, 12, 256)
+
     def test_save_and_load(self, tmp_path):
         encoder = tiny_encoder()
         encoder.set_latent_statistics(torch.rand(24), torch.rand(24))
@@ -180,6 +189,32 @@ def figures(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "figures.jsonl").read_text().splitlines()]
 
 
+class TestPSP:
+    def tiny(self, **changes):
+        torch.manual_seed(0)
+        sizes = {key: TINY[key] for key in ("image_size", "input_size", "w_dim", "widths", "depths", "width")}
+        return PSPEncoder(**sizes | {"num_ws": 9} | changes)
+
+    def test_untrained_encoder_gives_the_average_face_in_every_layer(self):
+        encoder = self.tiny()
+        encoder.set_latent_statistics(torch.linspace(-1, 1, 24), torch.ones(24))
+        assert torch.equal(encoder(images()), torch.linspace(-1, 1, 24).expand(3, 9, -1))
+
+    def test_layers_read_the_pyramid_as_in_the_paper(self):
+        assert self.tiny().levels == [0, 0, 0, 1, 1, 1, 1, 2, 2]
+
+    def test_every_parameter_gets_a_gradient(self):
+        encoder = self.tiny()
+        for head in encoder.heads:
+            torch.nn.init.normal_(head.to_offset.weight)
+        encoder(images()).square().sum().backward()
+        assert [n for n, p in encoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+    def test_sizes_that_do_not_fit(self):
+        with pytest.raises(ValueError, match="four stages"):
+            self.tiny(widths=(16, 16))
+
+
 class TestTraining:
     def test_the_losses_fall(self, training_settings, tmp_path):
         config = EncoderConfig(**training_settings, total_images=240, interval_images=80, latent_only_images=80)
@@ -233,19 +268,26 @@ class TestTraining:
         assert checkpoint.name == "checkpoint-128"  # the clock is looked at every 16 steps
         assert "val/mse" in figures(tmp_path)[0]
 
-    def test_wplus(self, training_settings, tmp_path, tiny_components):
+    @pytest.mark.parametrize("architecture", ["styletransformer", "psp"])
+    def test_wplus(self, training_settings, tmp_path, tiny_components, architecture):
         generator = tiny_components["generator"]
         num_ws, size = generator.num_ws, generator.config.image_size
         settings = training_settings | {"latent_only_images": 0, "total_images": 16, "interval_images": 16}
-        settings["encoder"] = settings["encoder"] | {"space": "w+", "num_queries": num_ws}
+        if architecture == "psp":
+            sizes = {key: settings["encoder"][key] for key in ("input_size", "widths", "depths", "width")}
+            settings |= {"architecture": "psp", "encoder": sizes}
+        else:
+            settings["encoder"] = settings["encoder"] | {"space": "w+", "num_queries": num_ws}
         checkpoint = train(EncoderConfig(**settings), tmp_path)
-        assert LatentEncoder.from_pretrained(checkpoint / "encoder")(images(1, size)).shape[:2] == (1, num_ws)
+        encoder = ARCHITECTURES[architecture].from_pretrained(checkpoint / "encoder")
+        assert encoder(images(1, size)).shape[:2] == (1, num_ws)
 
     @pytest.mark.parametrize(
         "change, message",
         [
             ({"discriminator": None}, "weight_perceptual needs"),
             ({"rendered_samples": 5}, "rendered_samples=5"),
+            ({"architecture": "resnet"}, "styletransformer, psp, got 'resnet'"),
         ],
     )
     def test_settings_that_do_not_fit(self, training_settings, tmp_path, change, message):

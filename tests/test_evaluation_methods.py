@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import IMAGE_SIZE
 from test_stylegan2_2d import inverter as flat_inverter  # noqa: F401 (a fixture)
 
 from metaaux.evaluation.optimization import LatentSettings, TuningSettings, optimize_latent, tune_generator
 from metaaux.evaluation.registry import MethodOptions, inversion_loss, make_methods, reconstruction_loss
 from metaaux.models.auxiliary import AuxiliaryNetwork
+from metaaux.models.psp import PSPEncoder
 
 FAST = MethodOptions(latent=LatentSettings(steps=2), tuning_steps=2)
 
@@ -124,8 +126,9 @@ class TestMethods:
         tiny_components["auxiliary"].save_pretrained(tmp_path / "auxiliary")
         tiny_components["encoder"].save_pretrained(tmp_path / "encoder")
         folder = tmp_path / "auxiliary"
-        options = MethodOptions(steps=1, psp=tmp_path / "encoder", hyperinverter=folder, without_meta=folder)
-        names = ["psp", "hyperinverter", "without_meta", "encoder", "metaaux-0", "metaaux"]
+        encoder = tmp_path / "encoder"
+        options = MethodOptions(steps=1, styletransformer=encoder, hyperinverter=folder, without_meta=folder)
+        names = ["styletransformer", "hyperinverter", "without_meta", "encoder", "metaaux-0", "metaaux"]
         images = [
             method.invert(batch[0][:1], batch[1][:1])[0].image
             for method in make_methods(names, tiny_inverter, options)
@@ -133,6 +136,21 @@ class TestMethods:
         for own, embedded in zip(images[:3], images[3:]):
             torch.testing.assert_close(own, embedded)
         assert not torch.equal(images[1], images[2])
+        with pytest.raises(ValueError, match="holds a LatentEncoder, psp needs a PSPEncoder"):
+            make_methods(["psp"], tiny_inverter, MethodOptions(psp=encoder))
+
+    def test_psp_from_a_folder(self, tiny_inverter, batch, tmp_path):
+        generator = tiny_inverter.generator
+        encoder = PSPEncoder(
+            image_size=IMAGE_SIZE, input_size=32, w_dim=generator.config.w_dim, num_ws=generator.num_ws,
+            widths=(16, 16, 16, 16), depths=(1, 1, 1, 1), width=16,
+        )  # fmt: skip
+        encoder.set_latent_statistics(generator.w_avg, torch.ones_like(generator.w_avg))
+        encoder.save_pretrained(tmp_path)
+        psp = make_methods(["psp"], tiny_inverter, MethodOptions(psp=tmp_path))[0]
+        image = psp.invert(*batch)[0].image
+        average = generator.synthesize(generator.w_avg[None], batch[1][:1]).image
+        torch.testing.assert_close(image, average[0].clamp(-1, 1))
 
     def test_ablations_must_lack_their_module(self, tiny_inverter, tiny_components, batch, tmp_path):
         config = AuxiliaryNetwork.config_for(tiny_components["generator"], **{

@@ -317,9 +317,19 @@ def test_configuration_errors(folders, tiny_components, tmp_path):
         train(tiny_config(folders, tiny_components, phase="meta", batch=3), tmp_path / "run")
 
 
-@pytest.mark.parametrize("phase", ["plain", "meta"])
-def test_shipped_configurations_are_valid(phase):
-    config = load_config(AuxiliaryConfig, CONFIGS / f"auxiliary-{phase}-mini.yaml")
+@pytest.mark.parametrize(
+    "path",
+    [
+        "auxiliary-plain-mini.yaml",
+        "auxiliary-meta-mini.yaml",
+        "baselines/auxiliary-hyperinverter-mini.yaml",
+        "baselines/auxiliary-without-2d-mini.yaml",
+        "baselines/auxiliary-without-3d-mini.yaml",
+    ],
+)
+def test_shipped_configurations_are_valid(path):
+    config = load_config(AuxiliaryConfig, CONFIGS / path)
+    phase = "meta" if "meta" in path else "plain"
     assert config.phase == phase
     assert config.batch % config.tasks_per_pass == 0
     LossWeights(**config.inner_loss), LossWeights(**config.outer_loss)

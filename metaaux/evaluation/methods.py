@@ -16,7 +16,7 @@ import torch
 from ..adaptation import InversionLoss, adapt
 from ..models.auxiliary import AuxiliaryNetwork
 from ..models.eg3d import EG3DGenerator
-from ..models.encoder import LatentEncoder
+from ..models.encoder import ImageEncoder, LatentEncoder
 from ..training.tasks import FrozenNetworks, InnerLoop, Tasks, adapt_tasks, make_tasks, predict_tasks
 from .optimization import LatentSettings, TuningSettings, optimize_latent, tune_generator
 
@@ -97,12 +97,12 @@ class EncoderMethod(InversionMethod):
         source: where the encoder came from, for the records.
     """
 
-    def __init__(self, name: str, label: str, generator: EG3DGenerator, encoder: LatentEncoder, source: str):
+    def __init__(self, name: str, label: str, generator: EG3DGenerator, encoder: ImageEncoder, source: str):
         self.name, self.label, self.source = name, label, source
         self.generator, self.encoder = generator, encoder
 
     def settings(self) -> dict[str, Any]:
-        return {"encoder": self.source, "space": self.encoder.config.space}
+        return {"encoder": self.source, "space": self.encoder.latent_space}
 
     @torch.no_grad()
     def invert(self, image: torch.Tensor, camera: torch.Tensor) -> list[Reconstruction]:

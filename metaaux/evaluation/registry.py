@@ -13,6 +13,7 @@ from ..adaptation import InversionLoss, LossWeights
 from ..models.auxiliary import AuxiliaryNetwork
 from ..models.encoder import LatentEncoder
 from ..models.perceptual import DiscriminatorPerceptualDistance
+from ..models.psp import PSPEncoder
 from ..training.tasks import FrozenNetworks
 from .methods import (
     AuxiliaryAdaptation,
@@ -116,7 +117,11 @@ def _make_method(name: str, inverter: MetaAuxInverter, options: MethodOptions) -
     if name == "encoder":
         return EncoderMethod(name, label, generator, encoder, "pipeline")
     if name in ("psp", "styletransformer"):
-        network = LatentEncoder.from_pretrained(getattr(options, name))
+        architecture = PSPEncoder if name == "psp" else LatentEncoder
+        found = architecture.load_config(getattr(options, name)).get("_class_name")
+        if found != architecture.__name__:
+            raise ValueError(f"{getattr(options, name)} holds a {found}, {name} needs a {architecture.__name__}")
+        network = architecture.from_pretrained(getattr(options, name))
         expected = {"image_size": generator.config.image_size, "w_dim": generator.config.w_dim}
         _check_config(getattr(options, name), network, expected | {"num_ws": generator.num_ws})
         return EncoderMethod(name, label, generator, _frozen(network, inverter), str(getattr(options, name)))
@@ -174,7 +179,7 @@ def _perceptual(inverter: MetaAuxInverter):
 
 
 def _frozen(network: torch.nn.Module, inverter: MetaAuxInverter) -> torch.nn.Module:
-    return network.to(inverter.device, torch.float32).eval().requires_grad_(False)
+    return network.to(inverter.device).float().eval().requires_grad_(False)
 
 
 def _check_config(folder: str | os.PathLike, network: torch.nn.Module, expected: Mapping[str, Any]) -> None:

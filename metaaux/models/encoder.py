@@ -7,6 +7,7 @@ from them, coarse to fine, in transformer blocks. The encoder is trained first a
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -120,11 +121,66 @@ class StyleTransformerBlock(nn.Module):
         return queries + self.feed_forward(queries)
 
 
-class LatentEncoder(ModelMixin, ConfigMixin):
+class ImageEncoder(ModelMixin, ConfigMixin, ABC):
+    """What encoders of all kinds share: codes are offsets from the generator's average latent code, in its standard
+    deviations. The buffers `w_avg` and `w_std` [w_dim] are the generator's (`set_latent_statistics`).
+
+    Subclasses have `image_size`, `input_size` and `w_dim` in their configuration and make the offsets in `offsets`.
+    """
+
+    def __init__(self, input_size: int, widths: Sequence[int], depths: Sequence[int], width: int, w_dim: int):
+        super().__init__()
+        if input_size % 16:
+            raise ValueError(f"input_size must be a multiple of 16, got {input_size}.")
+        if len(widths) != 4 or len(depths) != 4:
+            raise ValueError(f"widths and depths need four stages each, got {list(widths)} and {list(depths)}.")
+        if any(channels % 16 for channels in (*widths, width)):
+            raise ValueError(f"widths {list(widths)} and width {width} must be divisible by 16.")
+        self.pyramid = FeaturePyramid(widths, depths, width)
+        self.register_buffer("w_avg", torch.zeros(w_dim))
+        self.register_buffer("w_std", torch.ones(w_dim))
+
+    @torch.no_grad()
+    def set_latent_statistics(self, w_avg: torch.Tensor, w_std: torch.Tensor) -> None:
+        """Stores the mean and standard deviation [w_dim] of the generator's latent codes.
+
+        Raises:
+            ValueError: if either is of another shape.
+        """
+        for name, value in (("w_avg", w_avg), ("w_std", w_std)):
+            if value.shape != self.w_avg.shape:
+                raise ValueError(f"{name} must be of shape {list(self.w_avg.shape)}, got {list(value.shape)}.")
+        self.w_avg.copy_(w_avg)
+        self.w_std.copy_(w_std)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Latent codes (float32) of images [B, 3, image_size, image_size] in [-1, 1]: [B, w_dim], or [B, num_ws,
+        w_dim] in "w+".
+
+        Raises:
+            ValueError: for images of another size.
+        """
+        size = self.config.image_size
+        if image.ndim != 4 or tuple(image.shape[1:]) != (3, size, size):
+            raise ValueError(f"The encoder takes images [B, 3, {size}, {size}], got {list(image.shape)}.")
+        if self.config.input_size != size:
+            image = resize_antialiased(image, self.config.input_size).to(image.dtype)
+        return self.w_avg.float() + self.w_std.float() * self.offsets(self.pyramid(image)).float()
+
+    @property
+    @abstractmethod
+    def latent_space(self) -> str:
+        """ "w": one code for all layers, or "w+": one a layer."""
+
+    @abstractmethod
+    def offsets(self, pyramid: list[torch.Tensor]) -> torch.Tensor:
+        """Features of the three levels (see `FeaturePyramid`) → offsets [B, w_dim] or [B, num_ws, w_dim]."""
+
+
+class LatentEncoder(ImageEncoder):
     """Predicts a generator's latent code from an aligned image, as an offset from its average latent code.
 
-    The buffers `w_avg` and `w_std` [w_dim] are the generator's (`set_latent_statistics`). The last layer starts at
-    zero: an untrained encoder answers `w_avg`, the average face.
+    The last layer starts at zero: an untrained encoder answers `w_avg`, the average face.
 
     Args:
         image_size: side of the images it is given.
@@ -162,21 +218,13 @@ class LatentEncoder(ModelMixin, ConfigMixin):
         num_heads: int = 8,
         expansion: int = 2,
     ):
-        super().__init__()
+        super().__init__(input_size, widths, depths, width, w_dim)
         if space not in ("w", "w+"):
             raise ValueError(f"Unknown latent space {space!r}: choose 'w' or 'w+'.")
         if space == "w+" and num_queries != num_ws:
             raise ValueError(f"In 'w+' num_queries must be num_ws={num_ws}, got num_queries={num_queries}.")
-        if input_size % 16:
-            raise ValueError(f"input_size must be a multiple of 16, got {input_size}.")
-        if len(widths) != 4 or len(depths) != 4:
-            raise ValueError(f"widths and depths need four stages each, got {list(widths)} and {list(depths)}.")
-        if any(channels % 16 for channels in (*widths, width)) or width % num_heads:
-            raise ValueError(
-                f"widths {list(widths)} and width {width} must be divisible by 16, width by num_heads={num_heads} too."
-            )
-
-        self.pyramid = FeaturePyramid(widths, depths, width)
+        if width % num_heads:
+            raise ValueError(f"width {width} must be divisible by num_heads={num_heads}.")
         self.token_norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         self.queries = nn.Parameter(torch.randn(num_queries, width))
         self.blocks = nn.ModuleList(StyleTransformerBlock(width, num_heads, 3, expansion) for _ in range(num_blocks))
@@ -184,46 +232,24 @@ class LatentEncoder(ModelMixin, ConfigMixin):
         self.to_offset = nn.Linear(width * num_queries if space == "w" else width, w_dim)
         nn.init.zeros_(self.to_offset.weight)
         nn.init.zeros_(self.to_offset.bias)
-        self.register_buffer("w_avg", torch.zeros(w_dim))
-        self.register_buffer("w_std", torch.ones(w_dim))
 
-    @torch.no_grad()
-    def set_latent_statistics(self, w_avg: torch.Tensor, w_std: torch.Tensor) -> None:
-        """Stores the mean and standard deviation [w_dim] of the generator's latent codes.
+    @property
+    def latent_space(self) -> str:
+        """See `ImageEncoder`."""
+        return self.config.space
 
-        Raises:
-            ValueError: if either is of another shape.
-        """
-        for name, value in (("w_avg", w_avg), ("w_std", w_std)):
-            if value.shape != self.w_avg.shape:
-                raise ValueError(f"{name} must be of shape {list(self.w_avg.shape)}, got {list(value.shape)}.")
-        self.w_avg.copy_(w_avg)
-        self.w_std.copy_(w_std)
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Latent codes (float32) of images [B, 3, image_size, image_size] in [-1, 1]: [B, w_dim], or [B, num_ws,
-        w_dim] in "w+".
-
-        Raises:
-            ValueError: for images of another size.
-        """
-        size = self.config.image_size
-        if image.ndim != 4 or tuple(image.shape[1:]) != (3, size, size):
-            raise ValueError(f"The encoder takes images [B, 3, {size}, {size}], got {list(image.shape)}.")
-        if self.config.input_size != size:
-            image = resize_antialiased(image, self.config.input_size).to(image.dtype)
-
+    def offsets(self, pyramid: list[torch.Tensor]) -> torch.Tensor:
+        """See `ImageEncoder`."""
         levels = []
-        for level, norm in zip(self.pyramid(image), self.token_norms):
+        for level, norm in zip(pyramid, self.token_norms):
             tokens = norm(level.flatten(2).transpose(1, 2))
             levels.append(tokens + position_encoding(*level.shape[2:], level.shape[1], tokens))
-        queries = self.queries.expand(image.shape[0], -1, -1)
+        queries = self.queries.expand(len(pyramid[0]), -1, -1)
         for block in self.blocks:
             queries = block(queries, levels)
         queries = self.out_norm(queries)
 
-        offset = self.to_offset(queries.flatten(1) if self.config.space == "w" else queries)
-        return self.w_avg.float() + self.w_std.float() * offset.float()
+        return self.to_offset(queries.flatten(1) if self.config.space == "w" else queries)
 
 
 def position_encoding(height: int, width: int, channels: int, like: torch.Tensor) -> torch.Tensor:

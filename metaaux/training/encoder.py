@@ -22,9 +22,10 @@ from torch import nn
 from ..faces.cameras import camera_from_pose, mirror_camera
 from ..models.discriminator import DualDiscriminator
 from ..models.eg3d import EG3DGenerator
-from ..models.encoder import LatentEncoder
+from ..models.encoder import ImageEncoder, LatentEncoder
 from ..models.identity import IdentityNetwork
 from ..models.perceptual import LPIPS, DiscriminatorPerceptualDistance
+from ..models.psp import PSPEncoder
 from .averaged import AveragedTrainer, SampleSource, per_process, train_averaged
 from .data import FaceDataset, to_signed
 from .graphs import CapturedFunction
@@ -45,7 +46,8 @@ class EncoderConfig:
         perceptual_features: safetensors file of SqueezeNet 1.1 features with folded normalisation.
         identity: folder of an identity network.
         initial_encoder: folder of an encoder to go on from, such as that of the generator's earlier state.
-        encoder: without one, options of `LatentEncoder` beside image_size, w_dim and num_ws, the generator's.
+        architecture: "styletransformer" (`LatentEncoder`) or "psp" (`PSPEncoder`).
+        encoder: without an initial one, options of that class beside image_size, w_dim and num_ws, the generator's.
         total_images: length of the training, photos and samples both counted.
         latent_only_images: of them, those at the start that are all samples, learnt by regression alone.
         coarse_images: of them, those at the start that are rendered with `coarse_resolution` rays a side, not with the
@@ -72,6 +74,7 @@ class EncoderConfig:
     perceptual_features: str | None = None
     identity: str | None = None
     initial_encoder: str | None = None
+    architecture: str = "styletransformer"
     encoder: dict = field(default_factory=dict)
     total_images: int = 600_000
     latent_only_images: int = 150_000
@@ -96,6 +99,9 @@ class EncoderConfig:
     interval_images: int = 100_000
     max_seconds: float | None = None
     seed: int = 0
+
+
+ARCHITECTURES = {"styletransformer": LatentEncoder, "psp": PSPEncoder}
 
 
 class LatentDistribution:
@@ -196,7 +202,7 @@ class EncoderEvaluation:
         self.w, self.samples = samples.pictures(conditions, cameras, None)
 
     @torch.no_grad()
-    def figures(self, encoder: LatentEncoder) -> dict[str, float]:
+    def figures(self, encoder: ImageEncoder) -> dict[str, float]:
         """Losses on the photos, their codes' `mahalanobis`, and the `latent` error on samples."""
         predicted = encoder(self.photos)
         image = self.generator.synthesize(predicted, self.cameras, dtype=self.dtype).image
@@ -206,7 +212,7 @@ class EncoderEvaluation:
         return figures
 
     @torch.no_grad()
-    def sheet(self, encoder: LatentEncoder, columns: int = 16) -> Image.Image:
+    def sheet(self, encoder: ImageEncoder, columns: int = 16) -> Image.Image:
         """`columns` photos, their reconstructions, and those with the head turned by 25 degrees."""
         photos, cameras = self.photos[:columns], self.cameras[:columns]
         w = encoder(photos)
@@ -227,16 +233,19 @@ class EncoderTrainer(AveragedTrainer):
         self.loss = ReconstructionLoss(config, self.device, self.dtype)
         cameras = torch.cat([self.dataset.cameras, mirror_camera(self.dataset.cameras)]).to(self.device)
         self.distribution = LatentDistribution(self.generator, cameras, seed=config.seed)
+        if config.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {config.architecture!r}")
+        architecture = ARCHITECTURES[config.architecture]
         if config.initial_encoder is None:
             generator = self.generator
-            encoder = LatentEncoder(
+            encoder = architecture(
                 image_size=generator.config.image_size,
                 w_dim=generator.config.w_dim,
                 num_ws=generator.num_ws,
                 **config.encoder,
             )
         else:
-            encoder = LatentEncoder.from_pretrained(config.initial_encoder, torch_dtype=torch.float32)
+            encoder = architecture.from_pretrained(config.initial_encoder, torch_dtype=torch.float32)
         encoder.set_latent_statistics(self.distribution.w_avg.cpu(), self.distribution.w_std.cpu())
         self.adopt(encoder)
         self.phase: tuple | None = None
