@@ -46,10 +46,13 @@ MEANINGS = {
     "eyes_open": "opens the eyes",
     "face_width": "wider face",
 }
-# Steps in standard deviations of the samples along a direction at which its effect is measured.
-_STEPS = (-3.0, -2.0, -1.0, 1.0, 2.0, 3.0)
-# Of w, so that three steps stay among the heads that the generator was trained for.
-_LARGEST_SCALE = 1.25
+# Deviations of the samples along a direction from whose effect its scale is estimated.
+_PROBES = (-2.0, -1.0, 1.0, 2.0)
+# Amounts, in steps of the scale, at which the effect is measured then.
+_AMOUNTS = (-3.0, -2.0, -1.0, 1.0, 2.0, 3.0)
+# A step goes no further than so many deviations, so that three stay among the heads that the generator was trained
+# for. Along directions in which heads hardly vary, this share of the mean distance between two heads is safe too.
+_LARGEST_SCALE, _LARGEST_SHARE = 1.25, 1 / 12
 # Regularisation of the support vector machine, for w divided by its overall deviation; chosen by cross-validation.
 _SVM_C = (1e-5, 1e-4, 1e-3, 1e-2)
 
@@ -337,56 +340,82 @@ def _pose_normals(w: np.ndarray, pose: np.ndarray) -> list[np.ndarray]:
     return [solution[:, i] / np.linalg.norm(solution[:, i]) for i in range(2) if explained[i] > max(0.05, chance)]
 
 
-@torch.no_grad()
-def _calibrate(generator, attributes, identity, config, name, normal, deviation, w, base, spread) -> dict:
-    """Effect of steps along a normal on `w` [M, w_dim], and from it scale and range.
+@dataclass(eq=False)
+class _Movable:
+    """Heads that are moved along directions: their codes w [M, w_dim], and measured values [M, attributes] and
+    identity vectors [M, D] (or `None`) at rest; `distance` is the mean one between two samples' codes."""
 
-    `base` = (values [M, attributes], identity vectors or None) of the unmoved heads. A step of 1 shall change the
-    attribute by `spread`, its deviation among the samples, unless that takes more than `_LARGEST_SCALE` deviations of
-    w or changes the identity too much. The range ends where the attribute turns back or faces are lost.
+    generator: EG3DGenerator
+    attributes: Attributes
+    identity: IdentityNetwork | None
+    config: DirectionsConfig
+    w: torch.Tensor
+    distance: float
+
+    def __post_init__(self):
+        self.values, self.vectors = self._look(self.w)
+
+    @torch.no_grad()
+    def _look(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        images = torch.cat([_frontal(self.generator, part, self.config) for part in w.split(self.config.batch)])
+        vectors = None
+        if self.identity is not None:
+            parts = images.clamp(-1, 1).split(self.config.batch)
+            vectors = torch.cat([self.identity(part) for part in parts])
+        return self.attributes.start(images)(), vectors
+
+    def effect(self, column: int, shift: torch.Tensor) -> dict[str, float]:
+        """Of adding `shift` [w_dim] to w: mean `change` of the attribute in that column, share of the faces still
+        `found`, mean `identity` cosine with the head at rest."""
+        values, vectors = self._look(self.w + shift)
+        values, before = values[:, column], self.values[:, column]
+        entry = {
+            "change": float((values - before).nanmean()),
+            "found": float((~(values.isnan() & ~before.isnan())).float().mean()),
+        }
+        if vectors is not None:
+            entry["identity"] = float((vectors * self.vectors).sum(1).mean())
+        return entry
+
+
+def _calibrate(heads: _Movable, name: str, normal: np.ndarray, deviation: float, spread: float) -> dict:
+    """Scale and range of a direction, from what steps along its normal do to heads.
+
+    A step of 1 shall change the attribute by `spread`, its deviation among the samples, unless that goes too far (see
+    `_LARGEST_SCALE`) or changes the identity too much. The range ends where the attribute turns back or faces are
+    lost.
 
     Raises:
         ValueError: the heads do not change as the attribute says.
     """
-    column = attributes.names.index(name)
-    effects = []
-    for step in _STEPS:
-        moved = w + step * deviation * torch.from_numpy(normal).to(w)
-        images = torch.cat([_frontal(generator, part, config) for part in moved.split(config.batch)])
-        values = attributes.start(images)()[:, column]
-        entry = {"step": step, "change": float((values - base[0][:, column]).nanmean())}
-        entry["found"] = float((~(values.isnan() & ~base[0][:, column].isnan())).float().mean())
-        if identity is not None:
-            entry["identity"] = float((_embed(identity, images, config) * base[1]).sum(1).mean())
-        effects.append(entry)
-    near = [entry for entry in effects if abs(entry["step"]) <= 2]
-    slope = sum(entry["step"] * entry["change"] for entry in near) / sum(entry["step"] ** 2 for entry in near)
+    column = heads.attributes.names.index(name)
+    normal = torch.from_numpy(normal).to(heads.w)
+    probes = {step: heads.effect(column, step * deviation * normal)["change"] for step in _PROBES}
+    slope = sum(step * change for step, change in probes.items()) / sum(step**2 for step in probes)
     if not slope > 0:
         raise ValueError(f"heads moved along it do not get more of it ({slope:.3g} a deviation)")
     for step, sign in ((1.0, "more"), (-1.0, "less")):
-        (change,) = (entry["change"] for entry in effects if entry["step"] == step)
-        if not change * step > 0:
-            raise ValueError(f"heads moved by a deviation toward {sign} of it change by {change:.3g} instead")
-    scale = min(spread / slope, _LARGEST_SCALE)
-    for sign in (1, -1) if identity is not None else ():
-        side = sorted((abs(e["step"]), e["identity"]) for e in effects if e["step"] * sign > 0)
-        steps, kept = zip((0.0, 1.0), *side)
-        # Identities fall along the way; np.interp wants them to rise.
-        scale = min(scale, float(np.interp(config.min_identity, kept[::-1], steps[::-1])))
+        if not probes[step] * step > 0:
+            raise ValueError(f"heads moved by a deviation toward {sign} of it change by {probes[step]:.3g} instead")
+    scale = min(spread / slope * deviation, max(_LARGEST_SCALE * deviation, _LARGEST_SHARE * heads.distance))
+    if heads.identity is not None:
+        for sign in (-1, 1):
+            kept = heads.effect(column, sign * scale * normal)["identity"]
+            if kept < heads.config.min_identity:
+                # What is lost grows about linearly at first.
+                scale *= (1 - heads.config.min_identity) / (1 - kept)
+    effects = {amount: heads.effect(column, amount * scale * normal) for amount in _AMOUNTS}
     limits = {}
     for sign in (-1, 1):
         reached, last = 0.0, 0.0
-        for entry in sorted((e for e in effects if e["step"] * sign > 0), key=lambda e: abs(e["step"])):
+        for amount in sorted(a * sign for a in effects if a * sign > 0):
+            entry = effects[sign * amount]
             if entry["change"] * sign <= last or entry["found"] < 0.95:
                 break
-            reached, last = abs(entry["step"]), entry["change"] * sign
-        limits[sign] = sign * min(3.0, max(1.0, reached / scale))
-    return {"scale": scale * deviation, "low": limits[-1], "high": limits[1], "slope": slope, "effects": effects}
-
-
-@torch.no_grad()
-def _embed(identity, images, config) -> torch.Tensor:
-    return torch.cat([identity(part.clamp(-1, 1)) for part in images.split(config.batch)])
+            reached, last = amount, entry["change"] * sign
+        limits[sign] = sign * max(1.0, reached)
+    effects = [{"amount": amount, **entry} for amount, entry in effects.items()]
+    return {"scale": scale, "low": limits[-1], "high": limits[1], "slope": slope, "effects": effects}
 
 
 def _load_samples(folder: Path, config: DirectionsConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -421,10 +450,11 @@ def _finish(generator, attributes, config, folder) -> None:
     columns = [attributes.names.index(name) for name in found]
     complete = np.flatnonzero(np.isfinite(values[:, columns]).all(1))[-config.calibration :]
     heads = torch.from_numpy(w[complete]).float().to(device)
-    base = None
+    movable = None
     if found:
-        images = torch.cat([_frontal(generator, part, config) for part in heads.split(config.batch)])
-        base = attributes.start(images)(), None if identity is None else _embed(identity, images, config)
+        # Of independent samples, the mean squared distance is twice the sum of the variances.
+        distance = float(np.sqrt(2 * w.var(0).sum()))
+        movable = _Movable(generator, attributes, identity, config, heads, distance)
     directions = []
     for name, (normal, accuracy) in tqdm(found.items(), unit="direction"):
         try:
@@ -438,7 +468,7 @@ def _finish(generator, attributes, config, folder) -> None:
             spread = float(np.nanstd(values[:, attributes.names.index(name)]))
             deviation = float((w @ freed).std())
             figures |= {"spread": spread, "deviation": deviation}
-            figures |= _calibrate(generator, attributes, identity, config, name, freed, deviation, heads, base, spread)
+            figures |= _calibrate(movable, name, freed, deviation, spread)
         except ValueError as error:
             report["left_out"][name] = str(error)
             continue
