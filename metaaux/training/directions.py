@@ -8,36 +8,29 @@ direction. What each direction really does is then measured by moving heads alon
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import json
-import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from ..evaluation.attributes import AgeGenderNetwork
 from ..faces.cameras import camera_from_pose
-from ..faces.measures import MEASURES, face_measures
+from ..faces.measures import MEASURES
 from ..files import atomic_path
 from ..inversion import generator_fingerprint
 from ..models.directions import Direction, LatentDirections
 from ..models.eg3d import EG3DGenerator
 from ..models.identity import IdentityNetwork
+from .attributes import NETWORK_ATTRIBUTES, Attributes
 from .sheets import grid
 
-#: Attributes that the network of `DirectionsConfig.attributes` judges; the others are `faces.measures.MEASURES`.
-NETWORK_ATTRIBUTES = ("age", "gender")
 MEANINGS = {
     "age": "older",
     "gender": "more masculine",
@@ -113,66 +106,6 @@ class DirectionsConfig:
         for name in ("extremes", "held_out"):
             if not 0 < getattr(self, name) <= 0.5:
                 raise ValueError(f"{name} must be a share above 0 and at most 0.5, got {getattr(self, name)}")
-
-
-@functools.cache
-def _detector():
-    from ..faces.detection import FaceDetector
-
-    return FaceDetector()
-
-
-def _measure_picture(pixels: np.ndarray) -> list[float]:
-    """Measures of the largest face of an RGB picture [S, S, 3], not-a-numbers where there is none."""
-    faces = _detector().detect(Image.fromarray(pixels))
-    return list(face_measures(faces[0].landmarks).values()) if faces else [float("nan")] * len(MEASURES)
-
-
-class Attributes:
-    """Measures attributes of rendered heads; closes its worker processes with `close`.
-
-    Args:
-        network: path of the age and gender network, or `None` to leave these two out.
-        workers: as in `DirectionsConfig`.
-        device: of the network.
-
-    Landmarks need MediaPipe; without it, attributes measured by them are left out with a warning.
-    """
-
-    def __init__(self, network: str | None, workers: int | None, device: torch.device):
-        self.network = None if network is None else AgeGenderNetwork.from_file(network).to(device)
-        self.landmarks = importlib.util.find_spec("mediapipe") is not None
-        if not self.landmarks:
-            warnings.warn(f"mediapipe is not installed: no directions for {', '.join(MEASURES)}", stacklevel=2)
-        workers = workers or os.cpu_count() or 1
-        self._pool = None
-        if self.landmarks and workers > 1:
-            # Spawned: a fork of a process that runs threads may lock up.
-            self._pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Attributes in the order of the columns that `start` yields."""
-        return (*(NETWORK_ATTRIBUTES if self.network else ()), *(MEASURES if self.landmarks else ()))
-
-    @torch.no_grad()
-    def start(self, images: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Begins to measure images [B, 3, S, S] in [-1, 1]; what it returns waits for the values [B, attributes],
-        float32 on the CPU, not-a-numbers where no face is found. Rendering may go on in the meantime."""
-        columns = []
-        if self.network is not None:
-            columns = [column.float().cpu()[:, None] for column in self.network(images)]
-        if not self.landmarks:
-            return lambda: torch.cat([*columns, torch.empty(len(images), 0)], dim=1)
-        pixels = (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-        pictures = list(pixels.permute(0, 2, 3, 1).cpu().numpy())
-        measured = self._pool.map(_measure_picture, pictures) if self._pool else map(_measure_picture, pictures)
-        return lambda: torch.cat([*columns, torch.tensor(list(measured)).float()], dim=1)
-
-    def close(self) -> None:
-        """Ends the worker processes."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
 
 
 def train(config: DirectionsConfig, run_folder: str | os.PathLike, resume: bool = False) -> None:

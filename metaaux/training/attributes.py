@@ -1,0 +1,81 @@
+"""Attributes of rendered heads, for the search for directions: by the age and gender network and by landmarks."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import multiprocessing
+import os
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..evaluation.attributes import AgeGenderNetwork
+from ..faces.measures import MEASURES, face_measures
+
+#: Attributes that the age and gender network judges; the others are `faces.measures.MEASURES`.
+NETWORK_ATTRIBUTES = ("age", "gender")
+
+
+@functools.cache
+def _detector():
+    from ..faces.detection import FaceDetector
+
+    return FaceDetector()
+
+
+def _measure_picture(pixels: np.ndarray) -> list[float]:
+    """Measures of the largest face of an RGB picture [S, S, 3], not-a-numbers where there is none."""
+    faces = _detector().detect(Image.fromarray(pixels))
+    return list(face_measures(faces[0].landmarks).values()) if faces else [float("nan")] * len(MEASURES)
+
+
+class Attributes:
+    """Measures attributes of rendered heads; closes its worker processes with `close`.
+
+    Args:
+        network: path of the age and gender network, or `None` to leave these two out.
+        workers: as in `DirectionsConfig`.
+        device: of the network.
+
+    Landmarks need MediaPipe; without it, attributes measured by them are left out with a warning.
+    """
+
+    def __init__(self, network: str | None, workers: int | None, device: torch.device):
+        self.network = None if network is None else AgeGenderNetwork.from_file(network).to(device)
+        self.landmarks = importlib.util.find_spec("mediapipe") is not None
+        if not self.landmarks:
+            warnings.warn(f"mediapipe is not installed: no directions for {', '.join(MEASURES)}", stacklevel=2)
+        workers = workers or os.cpu_count() or 1
+        self._pool = None
+        if self.landmarks and workers > 1:
+            # Spawned: a fork of a process that runs threads may lock up.
+            self._pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Attributes in the order of the columns that `start` yields."""
+        return (*(NETWORK_ATTRIBUTES if self.network else ()), *(MEASURES if self.landmarks else ()))
+
+    @torch.no_grad()
+    def start(self, images: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begins to measure images [B, 3, S, S] in [-1, 1]; what it returns waits for the values [B, attributes],
+        float32 on the CPU, not-a-numbers where no face is found. Rendering may go on in the meantime."""
+        columns = []
+        if self.network is not None:
+            columns = [column.float().cpu()[:, None] for column in self.network(images)]
+        if not self.landmarks:
+            return lambda: torch.cat([*columns, torch.empty(len(images), 0)], dim=1)
+        pixels = (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+        pictures = list(pixels.permute(0, 2, 3, 1).cpu().numpy())
+        measured = self._pool.map(_measure_picture, pictures) if self._pool else map(_measure_picture, pictures)
+        return lambda: torch.cat([*columns, torch.tensor(list(measured)).float()], dim=1)
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
