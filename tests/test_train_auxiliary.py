@@ -322,7 +322,6 @@ def test_configuration_errors(folders, tiny_components, tmp_path):
     [
         "auxiliary-plain-mini.yaml",
         "auxiliary-meta-mini.yaml",
-        "baselines/auxiliary-hyperinverter-mini.yaml",
         "baselines/auxiliary-without-2d-mini.yaml",
         "baselines/auxiliary-without-3d-mini.yaml",
     ],

@@ -170,7 +170,7 @@ class ImageEncoder(ModelMixin, ConfigMixin, ABC):
     @property
     @abstractmethod
     def latent_space(self) -> str:
-        """ "w": one code for all layers, or "w+": one a layer."""
+        """One code for all layers, "w", or one a layer, "w+"."""
 
     @abstractmethod
     def offsets(self, pyramid: list[torch.Tensor]) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from .perceptual import unit_channels
+from .stylegan2 import LRELU_SLOPE
 
 
 class FeatureHead(nn.Module):
@@ -24,8 +25,8 @@ class FeatureHead(nn.Module):
         self.out = spectral_norm(nn.Conv2d(width, 1, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.leaky_relu(self.squeeze(x), 0.2)
-        return self.out(F.leaky_relu(self.conv(x), 0.2))
+        x = F.leaky_relu(self.squeeze(x), LRELU_SLOPE)
+        return self.out(F.leaky_relu(self.conv(x), LRELU_SLOPE))
 
 
 class FeatureDiscriminator(ModelMixin, ConfigMixin):
