@@ -76,10 +76,24 @@ def upload(page, path):
     page.wait_for_selector("#crop .crop-card", timeout=SLOW)
 
 
-def invert(page, steps):
+def open_settings(page):
+    """Opens the settings and waits until they can be changed.
+
+    The first time an accordion opens, Gradio sets its components once more to their first values, some frames later:
+    what a script had filled in by then is lost.
+    """
     page.get_by_text("Settings", exact=True).click()
-    page.locator("#steps input[type=number]").fill(str(steps))
-    page.locator("#steps input[type=number]").press("Tab")
+    page.locator("#steps input[type=number]").wait_for()
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    page.wait_for_timeout(500)
+
+
+def invert(page, steps):
+    open_settings(page)
+    number = page.locator("#steps input[type=number]")
+    number.fill(str(steps))
+    number.press("Tab")
+    expect(number).to_have_value(str(steps))
     page.get_by_text("Settings", exact=True).click()
     page.locator("#invert:not([disabled])").click(timeout=SLOW)
 
