@@ -252,6 +252,7 @@ def adapt(
     learning_rate: float | None = None,
     learning_rates: Mapping[str, torch.Tensor | float] | None = None,
     max_gradient_norm: float | None = None,
+    flip_share: float = 1.0,
     on_step: StepCallback | None = None,
 ) -> AdaptationResult:
     """Adapt the auxiliary network to the photos of one person by N gradient steps (Eq. 5).
@@ -270,14 +271,20 @@ def adapt(
         learning_rate: one α for all tensors. Default: the rates stored in the auxiliary network.
         learning_rates: α per tensor name, in place of `learning_rate`.
         max_gradient_norm: gradients of a larger norm are scaled down to it. Default: the auxiliary network's.
+        flip_share: part of the steps, from the first on and at least one, whose loss holds Eq. 12; the others are the
+            photo's alone. In the paper it is all of them.
         on_step: called as (step, image [P, 3, S, S], losses) for step -1 (the encoder alone, Δθ = 0), 0 (the
             prediction before any gradient step) and 1 … N (after each); losses as in `AdaptationResult.steps`.
 
     Raises:
-        ValueError: shapes do not fit together, `steps` is negative, or names are missing in `learning_rates`.
+        ValueError: shapes do not fit together, `steps` is negative, `flip_share` is not above 0 and at most 1, or
+            names are missing in `learning_rates`.
         FloatingPointError: the loss became infinite or not a number.
     """
     _check_inputs(generator, target, w, camera, steps)
+    if not 0 < flip_share <= 1:
+        raise ValueError(f"flip_share is {flip_share}, expected a part of the steps above 0 and at most 1")
+    flip_steps = max(1, math.ceil(flip_share * steps - 1e-6)) if flip_share < 1 else math.inf
     with torch.inference_mode(False), torch.enable_grad():
         # A tensor made in inference mode cannot be saved for backward; a clone made here can.
         target, w, camera = (tensor.detach().clone() for tensor in (target, w, camera))
@@ -288,15 +295,16 @@ def adapt(
         rates = _inner_rates(network, parameters, learning_rate, learning_rates)
         if max_gradient_norm is None:
             max_gradient_norm = network.config.inner_max_gradient_norm
-        session = _Session(generator, network, loss, target, w, camera, on_step)
+        session = _Session(generator, network, loss, target, w, camera, flip_steps, on_step)
         return session.run(parameters, rates, steps, max_gradient_norm)
 
 
 class _Session:
     """The constants of one `adapt` call and its loop."""
 
-    def __init__(self, generator, network, loss, target, w, camera, on_step):
+    def __init__(self, generator, network, loss, target, w, camera, flip_steps, on_step):
         self.generator, self.network, self.loss, self.on_step = generator, network, loss, on_step
+        self.flip_steps = flip_steps
         self.target, self.camera, self.w = target, camera, w
         self.reports: list[dict[str, float]] = []
         self.started = self._now()
@@ -310,7 +318,7 @@ class _Session:
 
     def run(self, parameters, rates, steps, max_gradient_norm) -> AdaptationResult:
         with torch.no_grad():
-            image, losses = self._losses({}, None, self.base_planes)
+            image, losses = self._losses(-1, {}, None, self.base_planes)
         self._report(-1, image, losses)
 
         for step in range(steps + 1):
@@ -318,7 +326,7 @@ class _Session:
             with torch.set_grad_enabled(not last):
                 offsets = self._predict(parameters)
                 planes = self.generator.planes(self.w, weight_offsets=offsets.weight_offsets)
-                image, losses = self._losses(offsets.weight_offsets, offsets.offset_planes, planes)
+                image, losses = self._losses(step, offsets.weight_offsets, offsets.offset_planes, planes)
             self._report(step, image, losses)
             if not last:
                 gradients = torch.autograd.grad(losses["total"], list(parameters.values()))
@@ -344,10 +352,10 @@ class _Session:
         offset_planes = None if output.offset_planes is None else output.offset_planes.mean(0, keepdim=True)
         return AuxiliaryOutput(weight_offsets, offset_planes)
 
-    def _losses(self, weight_offsets, offset_planes, planes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _losses(self, step, weight_offsets, offset_planes, planes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         output = self._synthesize(self.camera, weight_offsets, offset_planes, planes)
         losses = self.loss(output.image, output.image_raw, self.reference, self.camera)
-        if self.flipped is not None:
+        if self.flipped is not None and step < self.flip_steps:
             reference, camera = self.flipped
             view = self._synthesize(camera, weight_offsets, offset_planes, planes)
             losses["flip"] = self.loss.flip(view.image, view.image_raw, reference, camera)

@@ -75,6 +75,8 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
         weight_flip_perceptual: λ_1 of Eq. 12, used where `invert` applies the flip loss. Default: as
             `weight_perceptual`.
         weight_flip_adversarial: λ_2 of Eq. 12. Default: as `weight_adversarial`.
+        flip_share: part of the gradient steps, the first ones, whose loss holds Eq. 12; with the others alone to end
+            on, the photo's own view loses less for the same gain of the mirrored one. In the paper it is all of them.
         flip_yaw: photos turned further than this many degrees get the flip loss by themselves. `None`: only where
             `invert` is asked for it.
         crop_scale: framing of the aligned crop, as [`~metaaux.faces.alignment.FaceAligner`] takes it: that of the
@@ -99,6 +101,7 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
         weight_adversarial: float = 0.005,
         weight_flip_perceptual: float | None = None,
         weight_flip_adversarial: float | None = None,
+        flip_share: float = 1.0,
         flip_yaw: float | None = 15.0,
         crop_scale: float = 1.0,
     ):
@@ -120,6 +123,7 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
             weight_adversarial=weight_adversarial,
             weight_flip_perceptual=weight_flip_perceptual,
             weight_flip_adversarial=weight_flip_adversarial,
+            flip_share=flip_share,
             flip_yaw=flip_yaw,
             crop_scale=crop_scale,
         )
@@ -233,6 +237,7 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
                 cameras,
                 steps=steps,
                 learning_rate=self.config.inner_learning_rate,
+                flip_share=self.config.flip_share,
                 on_step=report,
             )
         return Inversion(

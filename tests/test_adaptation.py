@@ -113,6 +113,23 @@ def test_flip_loss_sees_the_mirrored_camera(case):
     assert "flip" not in run(case, steps=0).steps[0]
 
 
+def test_flip_loss_in_the_first_steps_alone(case):
+    loss = InversionLoss(LossWeights(flip_perceptual=0.5), case.distance, case.identity, case.discriminator)
+    shared = run(case, steps=3, loss=loss, flip_share=0.6).steps
+    assert ["flip" in step for step in shared] == [True, True, True, False, False]
+    # Up to there it is as ever; a step without the loss leads elsewhere.
+    whole = run(case, steps=3, loss=loss).steps
+    assert all("flip" in step for step in whole)
+    assert [step["mse"] for step in shared[:4]] == [step["mse"] for step in whole[:4]]
+    assert shared[4]["mse"] != whole[4]["mse"]
+    assert shared[3]["total"] == pytest.approx(whole[3]["total"] - whole[3]["flip"], rel=1e-6)
+    few = run(case, steps=1, loss=loss, flip_share=0.1).steps
+    assert "flip" in few[1]
+    for wrong in (0, -1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="flip_share"):
+            run(case, flip_share=wrong)
+
+
 def test_gradient_step_is_eq_5_and_clips_by_task():
     parameters = {"a": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.tensor([5.0, 6.0])}
     gradients = {"a": torch.tensor([[3.0, 0.0], [0.0, 0.3]]), "b": torch.tensor([4.0, 0.4])}

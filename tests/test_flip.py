@@ -82,6 +82,16 @@ class TestInvert:
             losses.append(total(on) - total(off))
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
+    def test_share_of_the_steps(self, tiny_components, crops, cameras):
+        errors = []
+        for share in (0.5, 1.0):
+            inverter = MetaAuxInverter(**tiny_components, flip_share=share)
+            inverter.set_progress_bar_config(disable=True)
+            inversion = inverter.invert(crops[1], steps=2, camera=cameras[1], flip=True)
+            errors.append([step["mse"] for step in inversion.steps])
+        assert errors[0][:3] == errors[1][:3]
+        assert errors[0][3] != errors[1][3]
+
     def test_a_checkpoint_without_flip_weights(self, tiny_components, crops, cameras):
         inverter = MetaAuxInverter(**tiny_components, weight_flip_perceptual=0.0, weight_flip_adversarial=0.0)
         with pytest.raises(ValueError, match="weight_flip_perceptual"):
