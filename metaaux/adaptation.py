@@ -281,9 +281,7 @@ def adapt(
             names are missing in `learning_rates`.
         FloatingPointError: the loss became infinite or not a number.
     """
-    _check_inputs(generator, target, w, camera, steps)
-    if not 0 < flip_share <= 1:
-        raise ValueError(f"flip_share is {flip_share}, expected a part of the steps above 0 and at most 1")
+    _check_inputs(generator, target, w, camera, steps, flip_share)
     flip_steps = max(1, math.ceil(flip_share * steps - 1e-6)) if flip_share < 1 else math.inf
     with torch.inference_mode(False), torch.enable_grad():
         # A tensor made in inference mode cannot be saved for backward; a clone made here can.
@@ -407,7 +405,7 @@ def _inner_rates(network, parameters, learning_rate, learning_rates) -> dict[str
     return {name: rate.detach() for name, rate in network.inner_rates().items()}
 
 
-def _check_inputs(generator, target, w, camera, steps) -> None:
+def _check_inputs(generator, target, w, camera, steps, flip_share) -> None:
     size = generator.config.image_size
     if target.ndim != 4 or len(target) < 1 or target.shape[1:] != (3, size, size):
         raise ValueError(
@@ -422,3 +420,5 @@ def _check_inputs(generator, target, w, camera, steps) -> None:
         )
     if steps < 0:
         raise ValueError(f"steps is {steps}, expected 0 or more")
+    if not 0 < flip_share <= 1:
+        raise ValueError(f"flip_share is {flip_share}, expected a part of the steps above 0 and at most 1")

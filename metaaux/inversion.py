@@ -104,7 +104,7 @@ class Inversion:
         """Reads an inversion that [`Inversion.save`] wrote; made for files from strangers.
 
         Size, layout, names, shapes, dtypes, finiteness and metadata are checked before anything is returned.
-        Whether layers and sizes fit a generator is checked by the pipeline before its first use.
+        Whether layers and sizes fit a generator is for `check_fits` to say.
 
         Args:
             path: the file.
@@ -122,6 +122,37 @@ class Inversion:
             return cls._parse(data, fingerprint)
         except InversionFileError as error:
             raise InversionFileError(f"{path.name} cannot be used as an inversion: {error}") from None
+
+    def check_fits(self, generator: torch.nn.Module, fingerprint: str) -> None:
+        """Checks that a generator can render it: its own one, with a code and layers of these shapes.
+
+        Args:
+            generator: an `EG3DGenerator` or `StyleGAN2Generator`.
+            fingerprint: its `generator_fingerprint`, which is not computed here since that reads all weights.
+
+        Raises:
+            ValueError: it was made with another generator, or a shape is not what this one takes.
+        """
+        if self.fingerprint != fingerprint:
+            raise ValueError(
+                f"this inversion was made with the model {self.model!r} (fingerprint {self.fingerprint[:12]}…), not "
+                f"with this one (fingerprint {fingerprint[:12]}…); load the model that it was made with"
+            )
+        w_dim, num_ws = generator.config.w_dim, generator.num_ws
+        if tuple(self.w.shape) not in ((w_dim,), (num_ws, w_dim)):
+            raise ValueError(
+                f"the inversion's w has shape {list(self.w.shape)}, this generator takes [{w_dim}] or "
+                f"[{num_ws}, {w_dim}]"
+            )
+        shapes = generator.modulated_layers
+        for layer, offset in self.weight_offsets.items():
+            if layer not in shapes:
+                raise ValueError(f"the inversion adapts a layer {layer!r}, which this generator does not have")
+            if tuple(offset.shape) != (*shapes[layer], 1, 1):
+                raise ValueError(
+                    f"the inversion's offset of {layer} has shape {list(offset.shape)}, this generator's layer takes "
+                    f"{[*shapes[layer], 1, 1]}"
+                )
 
     @classmethod
     def _parse(cls, data: bytes, fingerprint: str | None) -> Inversion:

@@ -259,7 +259,7 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
             ValueError: the file is not a valid inversion file or was made with another model.
         """
         inversion = Inversion.load(path, fingerprint=self.fingerprint)
-        self._check_inversion(inversion)
+        inversion.check_fits(self.generator, self.fingerprint)
         return inversion
 
     @torch.no_grad()
@@ -274,7 +274,7 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
             ValueError: the inversion belongs to another generator, or an edit that this checkpoint lacks or that is no
                 number within ±20.
         """
-        self._check_inversion(inversion)
+        inversion.check_fits(self.generator, self.fingerprint)
         device = self.device
         ws = apply_edits(inversion.w[None], self.directions, edits).to(device)
         weight_offsets = {layer: offset.to(device) for layer, offset in inversion.weight_offsets.items()}
@@ -465,29 +465,6 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
                 f"the components {training} are in training mode, in which a call could change them; put them into "
                 "eval mode with .eval() first (from_pretrained does)"
             )
-
-    def _check_inversion(self, inversion: Inversion) -> None:
-        if inversion.fingerprint != self.fingerprint:
-            raise ValueError(
-                f"this inversion was made with the model {inversion.model!r} (fingerprint "
-                f"{inversion.fingerprint[:12]}…), not with this one (fingerprint {self.fingerprint[:12]}…); load the "
-                "model that it was made with"
-            )
-        config, num_ws = self.generator.config, self.generator.num_ws
-        if tuple(inversion.w.shape) not in ((config.w_dim,), (num_ws, config.w_dim)):
-            raise ValueError(
-                f"the inversion's w has shape {list(inversion.w.shape)}, this generator takes [{config.w_dim}] or "
-                f"[{num_ws}, {config.w_dim}]"
-            )
-        shapes = self.generator.modulated_layers
-        for layer, offset in inversion.weight_offsets.items():
-            if layer not in shapes:
-                raise ValueError(f"the inversion adapts a layer {layer!r}, which this generator does not have")
-            if tuple(offset.shape) != (*shapes[layer], 1, 1):
-                raise ValueError(
-                    f"the inversion's offset of {layer} has shape {list(offset.shape)}, this generator's layer takes "
-                    f"{[*shapes[layer], 1, 1]}"
-                )
 
 
 def _either(value: float | None, default: float) -> float:
