@@ -196,21 +196,22 @@ from metaaux.models import renderer, triplane_cuda
 
 torch.manual_seed(0)
 torch.set_default_device(sys.argv[1])
-for axes, last, dtype, tolerance in (
-    (("xy", "xz", "zx"), False, torch.float32, 1e-5),
-    (("xy", "xz", "zy"), True, torch.float32, 1e-5),
-    (("yz", "zx", "xy"), True, torch.bfloat16, 2e-2),
+for axes, last, channels, dtype, tolerance in (
+    (("xy", "xz", "zx"), False, 4, torch.float32, 1e-5),
+    (("xy", "xz", "zy"), True, 4, torch.float32, 1e-5),
+    (("xy", "xz", "zy"), False, 3, torch.float32, 1e-5),
+    (("yz", "zx", "xy"), True, 4, torch.bfloat16, 2e-2),
 ):
-    image = torch.randn(2, 12, 6, 10)
+    image = torch.randn(2, 3 * channels, 6, 10)
     if last:
         image = image.contiguous(memory_format=torch.channels_last)
     image = image.to(dtype)
     points = (torch.rand(2, 70, 3) * 2 - 1) * 1.3  # more than one block, some outside
     points[:, :3] = torch.tensor([[1.0, 1, 1], [-1, -1, -1], [1e9, -1e9, 0]])
-    seed = torch.randn(2, 70, 4).to(dtype).float()
+    seed = torch.randn(2, 70, channels).to(dtype).float()
 
     def derive(lookup, dtype):
-        planes = image.to(dtype).unflatten(1, (3, 4)).detach().requires_grad_()
+        planes = image.to(dtype).unflatten(1, (3, channels)).detach().requires_grad_()
         where = points.clone().requires_grad_()
         value = lookup(planes, where)
         value.backward(seed.to(value.dtype))
@@ -353,6 +354,17 @@ def test_output_shapes(generator, ws, tiny_cameras):
     rendering = generator.render(generator.planes(ws), tiny_cameras)
     assert rendering.features.shape == (2, 4, 8, 8) and rendering.opacity.shape == (2, 1, 8, 8)
     assert 0 <= rendering.opacity.min() and rendering.opacity.max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_channels_of_a_pixel_are_adjacent(generator, ws, tiny_cameras, batch):
+    """The layout in which look-ups and convolutions are fast; results do not depend on it."""
+    planes = generator.planes(ws[:batch])
+    assert planes.stride(2) == 1
+    features = generator.render(planes, tiny_cameras[:batch]).features
+    kernel = torch.ones(5, features.shape[1], 1, 1)
+    for maps in (upsample2d(features.contiguous()), F.conv2d(features, kernel)):
+        assert maps.stride(1) == 1
 
 
 def test_cached_planes_give_the_same_picture(generator, ws, tiny_cameras):

@@ -224,13 +224,7 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
             # Eq. 4: Δp is the sum of the planes' look-ups, sample_planes' mean times their number.
             if isinstance(offset_planes, torch.Tensor):
                 offset_planes = offset_planes.float()
-            deformation = renderer.sample_planes(
-                offset_planes,
-                points,
-                config.plane_axes,
-                config.box_size,
-                "gather" if lookup == "gather" else "grid_sample",
-            )
+            deformation = renderer.sample_planes(offset_planes, points, config.plane_axes, config.box_size, lookup)
             points = points + deformation * len(config.plane_axes)
         features = renderer.sample_planes(planes, points, config.plane_axes, config.box_size, lookup)
         return self.decoder(features.to(dtype))
@@ -286,12 +280,9 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
             colours, distance, opacity = march(
                 planes, offset_planes=offset_planes, directions=directions, depths=depths
             )
-        features = (colours * 2 - 1).transpose(1, 2).reshape(batch, -1, side, side)
-        return Rendering(
-            features.contiguous(memory_format=torch.channels_last),
-            distance.reshape(batch, 1, side, side),
-            opacity.reshape(batch, 1, side, side),
-        )
+        # Not by contiguous(): at a batch of one it is content with strides that convolutions do not recognise.
+        features = (colours * 2 - 1).unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        return Rendering(features, distance.reshape(batch, 1, side, side), opacity.reshape(batch, 1, side, side))
 
     def _march(
         self, planes, offset_planes, origins, directions, depths, lookup, dtype, jitter, uniform=None, limits=None

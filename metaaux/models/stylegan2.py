@@ -50,17 +50,19 @@ def blur2d(x: torch.Tensor, padding: int, gain: float = 1.0) -> torch.Tensor:
 
 
 def upsample2d(x: torch.Tensor) -> torch.Tensor:
-    """Upsample [B, C, H, W] by 2 with the [1, 3, 3, 1] kernel and zero borders → [B, C, 2H, 2W].
+    """Upsample [B, C, H, W] by 2 with the [1, 3, 3, 1] kernel and zero borders → [B, C, 2H, 2W] in `channels_last`.
 
     Zero insertion followed by this kernel gives each output ¾ of its nearest and ¼ of its next nearest input.
     """
-    x = F.pad(x, (1, 1, 1, 1))
-    for dim in (2, 3):
+    # Interleaving makes new memory, which would be laid out by channels were these not the last axis: a tri-plane
+    # look-up, which reads all channels of a pixel, takes five times as long then.
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    for dim in (1, 2):
         n = x.shape[dim] - 2
         before, nearest, after = (x.narrow(dim, start, n) for start in range(3))
         nearest = nearest * 0.75
         x = torch.stack((nearest + before * 0.25, nearest + after * 0.25), dim=dim + 1).flatten(dim, dim + 1)
-    return x
+    return x.permute(0, 3, 1, 2)
 
 
 def downsample2d(x: torch.Tensor) -> torch.Tensor:

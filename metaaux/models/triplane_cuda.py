@@ -2,7 +2,7 @@
 
 One pass reads the four corners on every plane and writes their mean, where `grid_sample` writes and re-reads a tensor
 of planes × samples × channels; the backward pass adds into the planes with coalesced atomics. Where Triton or CUDA is
-missing, or for planes whose channels are not a power of two, `renderer.sample_planes` uses `grid_sample`.
+missing, `renderer.sample_planes` uses `grid_sample`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 try:
     import triton
@@ -22,8 +23,7 @@ BLOCK = 64
 
 def is_supported(planes: torch.Tensor, plane_axes: Sequence[str]) -> bool:
     """Whether the fused look-up can run on `planes` [B, 3, C, H, W]."""
-    channels = planes.shape[2]
-    return triton is not None and planes.is_cuda and len(plane_axes) == 3 and channels & (channels - 1) == 0
+    return triton is not None and planes.is_cuda and len(plane_axes) == 3
 
 
 if triton is not None:
@@ -212,4 +212,9 @@ def sample_planes(
     Once differentiable in planes (accumulated in float32) and points.
     """
     axes = tuple("xyz".index(a) for pair in plane_axes for a in pair)
-    return _SamplePlanes.apply(planes, points.float(), axes, dtype or planes.dtype)
+    channels = planes.shape[2]
+    missing = (1 << (channels - 1).bit_length()) - channels
+    if missing:  # Triton's blocks have powers of two as sides
+        planes = F.pad(planes.movedim(2, -1), (0, missing)).movedim(-1, 2)
+    features = _SamplePlanes.apply(planes, points.float(), axes, dtype or planes.dtype)
+    return features[..., :channels] if missing else features
