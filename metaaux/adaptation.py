@@ -212,16 +212,25 @@ def gradient_step(
     gradients: Mapping[str, torch.Tensor],
     rates: Mapping[str, torch.Tensor | float],
     max_gradient_norm: float | None = None,
+    momentum: float = 0.0,
+    velocity: Mapping[str, torch.Tensor] | None = None,
     stacked: bool = False,
-) -> dict[str, torch.Tensor]:
-    """Eq. 5: θ_i = θ - α ∇L, differentiable with regard to all its inputs.
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Eq. 5 with Polyak's momentum: v' = μ v + ∇L, θ' = θ - α v'; differentiable with regard to all its inputs.
+
+    μ = 0 is Eq. 5 itself.
 
     Args:
-        parameters: by name; with `stacked` every tensor has a leading dimension of tasks.
+        parameters: θ by name; with `stacked` every tensor has a leading dimension of tasks.
         gradients: the same names and shapes.
         rates: α of each tensor.
         max_gradient_norm: gradients of a larger norm (over all tensors, of each task alone) are scaled down to it.
+        momentum: μ.
+        velocity: v, as the step before returned it; `None` before the first.
         stacked: see `parameters`.
+
+    Returns:
+        θ' and v'.
     """
     scale = None
     if max_gradient_norm is not None:
@@ -232,13 +241,16 @@ def gradient_step(
         # The constant keeps the square root's derivative finite at a gradient of zero.
         norm = (torch.stack(squares).sum(0) + 1e-12).sqrt()
         scale = (max_gradient_norm / norm).clamp(max=1)
-    adapted = {}
+    adapted, moved = {}, {}
     for name, parameter in parameters.items():
-        gradient = gradients[name]
+        change = gradients[name]
         if scale is not None:
-            gradient = gradient * scale.view(scale.shape + (1,) * (gradient.ndim - scale.ndim))
-        adapted[name] = parameter - rates[name] * gradient
-    return adapted
+            change = change * scale.view(scale.shape + (1,) * (change.ndim - scale.ndim))
+        if momentum and velocity is not None:
+            change = change + momentum * velocity[name]
+        moved[name] = change
+        adapted[name] = parameter - rates[name] * change
+    return adapted, moved
 
 
 def adapt(
@@ -255,10 +267,11 @@ def adapt(
     flip_share: float = 1.0,
     on_step: StepCallback | None = None,
 ) -> AdaptationResult:
-    """Adapt the auxiliary network to the photos of one person by N gradient steps (Eq. 5).
+    """Adapt the auxiliary network to the photos of one person by N gradient steps (Eq. 5, `gradient_step`).
 
-    Works inside `no_grad` and `inference_mode` too. The auxiliary network predicts from each photo and the
-    predictions are averaged; the loss is the mean over the photos, so that the rates suit any number of them.
+    The steps have the momentum that is stored in the auxiliary network. Works inside `no_grad` and `inference_mode`
+    too. The auxiliary network predicts from each photo and the predictions are averaged; the loss is the mean over the
+    photos, so that the rates suit any number of them.
 
     Args:
         generator: an `EG3DGenerator`, in eval mode; not changed. Freeze it (`requires_grad_(False)`) to save memory.
@@ -315,6 +328,7 @@ class _Session:
             self.base_planes = generator.planes(w)
 
     def run(self, parameters, rates, steps, max_gradient_norm) -> AdaptationResult:
+        momentum, velocity = self.network.config.inner_momentum, None
         with torch.no_grad():
             image, losses = self._losses(-1, {}, None, self.base_planes)
         self._report(-1, image, losses)
@@ -329,8 +343,9 @@ class _Session:
             if not last:
                 gradients = torch.autograd.grad(losses["total"], list(parameters.values()))
                 with torch.no_grad():
-                    parameters = gradient_step(
-                        parameters, dict(zip(parameters, gradients, strict=True)), rates, max_gradient_norm
+                    named = dict(zip(parameters, gradients, strict=True))
+                    parameters, velocity = gradient_step(
+                        parameters, named, rates, max_gradient_norm, momentum, velocity
                     )
                 parameters = {name: parameter.requires_grad_() for name, parameter in parameters.items()}
 

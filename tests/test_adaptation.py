@@ -134,14 +134,16 @@ def test_gradient_step_is_eq_5_and_clips_by_task():
     parameters = {"a": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.tensor([5.0, 6.0])}
     gradients = {"a": torch.tensor([[3.0, 0.0], [0.0, 0.3]]), "b": torch.tensor([4.0, 0.4])}
     rates = {"a": 0.1, "b": torch.tensor(0.01)}
-    plain = gradient_step(parameters, gradients, rates)
+    plain, velocity = gradient_step(parameters, gradients, rates)
     torch.testing.assert_close(plain["a"], torch.tensor([[0.7, 2.0], [3.0, 3.97]]))
     torch.testing.assert_close(plain["b"], torch.tensor([4.96, 5.996]))
+    again, _ = gradient_step(plain, gradients, rates, momentum=0.5, velocity=velocity)
+    torch.testing.assert_close(again["a"], plain["a"] - 0.1 * 1.5 * gradients["a"])
     # Of two stacked tasks the first's gradient has norm 5, the second's 0.5, which is below the limit.
-    clipped = gradient_step(parameters, gradients, rates, max_gradient_norm=1.0, stacked=True)
+    clipped, _ = gradient_step(parameters, gradients, rates, max_gradient_norm=1.0, stacked=True)
     torch.testing.assert_close(clipped["a"], torch.tensor([[0.94, 2.0], [3.0, 3.97]]))
     torch.testing.assert_close(clipped["b"], torch.tensor([4.992, 5.996]))
-    whole = gradient_step(parameters, gradients, rates, max_gradient_norm=1.0)
+    whole, _ = gradient_step(parameters, gradients, rates, max_gradient_norm=1.0)
     moved = torch.cat([((parameters[n] - whole[n]) / rates[n]).flatten() for n in parameters])
     assert moved.norm().item() == pytest.approx(1.0, rel=1e-5)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from metaaux.adaptation import InversionLoss, LossWeights, adapt
+from metaaux.adaptation import InversionLoss, LossWeights, adapt, private_view
 from metaaux.models.auxiliary import AuxiliaryNetwork
 from metaaux.models.discriminator import DualDiscriminator
 from metaaux.models.eg3d import EG3DGenerator
@@ -176,18 +176,19 @@ def test_second_order_gradient_equals_finite_differences_and_first_order_does_no
 
 def test_tasks_side_by_side_come_out_as_alone(networks, tasks, tiny_components):
     """The batched inner loop of training and `adapt` of inference are the same algorithm."""
-    auxiliary = tiny_components["auxiliary"]
+    auxiliary = private_view(tiny_components["auxiliary"])
+    auxiliary.register_to_config(inner_momentum=0.4, inner_max_gradient_norm=0.5)
     rates = {name: torch.tensor(1e-3) for name in auxiliary.adaptable_parameters()}
     leaves = {n: p.detach().clone().requires_grad_() for n, p in auxiliary.adaptable_parameters().items()}
-    inner = InnerLoop(2, rates, 0.5, None, differentiable=False, keep_graph=False)
-    adapted, outputs = adapt_tasks(networks, auxiliary, tasks, leaves, inner)
+    inner = InnerLoop.of(auxiliary, 2, rates=rates)
+    adapted, outputs, _ = adapt_tasks(networks, auxiliary, tasks, leaves, inner)
     offsets = predict_tasks(auxiliary, adapted, tasks)
     for i in range(2):
         part = slice(i, i + 1)
         images = {}
         result = adapt(
             networks.generator, auxiliary, networks.inner_loss, tasks.image[part], tasks.w[part], tasks.camera[part],
-            steps=2, learning_rates=rates, max_gradient_norm=0.5,
+            steps=2, learning_rates=rates,
             on_step=lambda step, image, _, images=images: images.update({step: image}),
         )  # fmt: skip
         for name, parameter in result.parameters.items():
@@ -196,6 +197,35 @@ def test_tasks_side_by_side_come_out_as_alone(networks, tasks, tiny_components):
             torch.testing.assert_close(outputs[step].image[part], images[step], atol=1e-4, rtol=1e-3)
         for name, offset in result.weight_offsets.items():
             torch.testing.assert_close(offsets.weight_offsets[name][i], offset, atol=1e-5, rtol=1e-3)
+
+
+def test_losses_on_the_way_have_first_order_gradients(smooth_problem):
+    """Their gradients come from those that the steps take, and equal what derives with these for constants."""
+    networks, auxiliary, tasks = smooth_problem
+    parameters = auxiliary.adaptable_parameters()
+    name = "hypernetworks.backbone-b8-conv1.bias"
+
+    def losses():
+        return adapt_tasks(networks, auxiliary, tasks, parameters, InnerLoop.of(auxiliary, 2, rates=rates))[2]
+
+    rates = auxiliary.inner_rates()
+    before, after = losses()
+    offsets = auxiliary(tasks.image, tasks.camera, tasks.planes)
+    output = networks.generator.synthesize(tasks.w, tasks.camera, **vars(offsets))
+    direct = networks.inner_loss(output.image, output.image_raw, tasks.image, tasks.camera)["total"].mean()
+    torch.testing.assert_close(before, direct)
+    expected = torch.autograd.grad(direct, list(parameters.values()))
+    gradients = torch.autograd.grad(before, list(parameters.values()), retain_graph=True)
+    for gradient, value in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, value)
+
+    # The first step's gradient does not depend on its rate, so here the derivative is the whole one.
+    slope = torch.autograd.grad(after, rates[name])[0]
+    values = []
+    for step in (1e-4, -1e-4):
+        rates = {**auxiliary.inner_rates(), name: auxiliary.inner_rates()[name] + step}
+        values.append(losses()[1].item())
+    assert slope.item() == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-3)
 
 
 def test_plain_objective_is_the_loss_of_the_prediction(networks, tasks, tiny_components, folders):
@@ -215,7 +245,7 @@ def test_inner_loop_with_a_generator_in_half_precision(networks, tasks, tiny_com
     images = {}
     for dtype in (None, torch.bfloat16):
         leaves = {n: p.detach().clone().requires_grad_() for n, p in auxiliary.adaptable_parameters().items()}
-        inner = InnerLoop(2, rates, 0.5, None, differentiable=False, keep_graph=False, dtype=dtype)
+        inner = InnerLoop(2, rates, 0.5, dtype=dtype)
         images[dtype] = adapt_tasks(networks, auxiliary, tasks, leaves, inner)[1][-1].image
     difference = (images[None] - images[torch.bfloat16]).abs()
     assert 0 < difference.max() < 0.05

@@ -266,14 +266,11 @@ class AuxiliaryAdaptation(InversionMethod):
         networks, auxiliary = self.networks, self.auxiliary
         tasks = make_tasks(networks, image, camera)
         parameters = {name: p.detach().requires_grad_() for name, p in auxiliary.adaptable_parameters().items()}
-        rates = {name: rate.detach() for name, rate in auxiliary.inner_rates().items()}
+        inner = InnerLoop.of(auxiliary, self.steps)
         if self.learning_rate is not None:
-            rates = dict.fromkeys(rates, torch.tensor(self.learning_rate, device=image.device))
-        inner = InnerLoop(
-            self.steps, rates, auxiliary.config.inner_max_gradient_norm, None, differentiable=False, keep_graph=False
-        )
+            inner.rates = dict.fromkeys(inner.rates, torch.tensor(self.learning_rate, device=image.device))
         with torch.enable_grad():
-            adapted, _ = adapt_tasks(networks, auxiliary, tasks, parameters, inner)
+            adapted, _, _ = adapt_tasks(networks, auxiliary, tasks, parameters, inner)
         with torch.no_grad():
             offsets = predict_tasks(auxiliary, adapted, tasks)
             return [self._of_task(tasks, offsets, index) for index in range(len(image))]

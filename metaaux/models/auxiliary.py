@@ -42,10 +42,10 @@ class AuxiliaryOutput:
 class HyperNetwork(nn.Module):
     """H_j: the residual weights of one convolution, δ = A(z)·B(z)ᵀ/√rank + D.
 
-    As in HyperStyle, strided convolutions reduce the image features to a vector z. A [C_out, rank] and B [C_in, rank]
-    are linear in z; D [C_out, C_in] is the bias of the last layer: what suits all photos, and the full-rank part that
-    gradient steps on one photo can move freely. A and D start at zero and B does not, so δ is zero and yet A and D
-    have gradients.
+    As in HyperStyle, strided convolutions reduce the image features to a vector z (`reduce_features`). A [C_out, rank]
+    and B [C_in, rank] are linear in z; D [C_out, C_in] is the bias of the last layer: what suits all photos, and the
+    full-rank part that gradient steps on one photo can move freely. A and D start at zero and B does not, so δ is zero
+    and yet A and D have gradients.
 
     Args:
         in_channels: channels of the image features.
@@ -68,15 +68,30 @@ class HyperNetwork(nn.Module):
         nn.init.zeros_(self.to_a.weight)
         nn.init.zeros_(self.to_a.bias)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Features [B, in_channels, h, w] → δ [B, C_out, C_in, 1, 1]."""
-        for conv in self.convs:
-            features = F.leaky_relu(conv(features), LRELU_SLOPE)
-        z = features.mean(dim=(2, 3))
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        """z [B, channels] → δ [B, C_out, C_in, 1, 1]."""
         a = self.to_a(z).unflatten(1, (self.out_features, self.rank))
         b = self.to_b(z).unflatten(1, (self.in_features, self.rank))
         delta = a @ b.transpose(1, 2) / math.sqrt(self.rank) + self.bias
         return delta[..., None, None]
+
+
+def reduce_features(features: torch.Tensor, hypernetworks: Sequence[HyperNetwork]) -> torch.Tensor:
+    """Image features [B, C, h, w] → z of each of J hypernetworks [J, B, channels], through their convolutions.
+
+    Written as matrix products of patches for all hypernetworks at once: where each task has weights of its own, dozens
+    of tiny convolutions would take a GPU several times as long.
+    """
+    count = len(hypernetworks)
+    x = features[:, None]  # the first convolutions share their input
+    for convs in zip(*(hypernetwork.convs for hypernetwork in hypernetworks), strict=True):
+        batch, inputs, _, height, width = x.shape
+        patches = F.unfold(x.flatten(0, 1), 3, padding=1, stride=2).unflatten(0, (batch, inputs))
+        weight = torch.stack([conv.weight.flatten(1) for conv in convs])
+        bias = torch.stack([conv.bias for conv in convs])
+        x = F.leaky_relu(weight @ patches + bias[..., None], LRELU_SLOPE)
+        x = x.unflatten(-1, ((height + 1) // 2, (width + 1) // 2))
+    return x.mean(dim=(3, 4)).expand(-1, count, -1).transpose(0, 1)
 
 
 class OffsetPlaneNetwork(nn.Module):
@@ -148,8 +163,8 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
     A ResNet (batch normalisation, transformers' `ResNetBackbone`) gives the image features. Run it in eval mode for
     inference and adaptation: a single photo has no batch statistics.
 
-    With its weights the network stores how it is to be adapted: one learning rate a tensor (`inner_rates`) and the
-    norm to which gradients are clipped (`config.inner_max_gradient_norm`).
+    With its weights the network stores how it is to be adapted: one learning rate a tensor (`inner_rates`), the norm
+    to which gradients are clipped (`config.inner_max_gradient_norm`) and the momentum (`config.inner_momentum`).
 
     Args:
         layer_shapes: {generator layer: [C_out, C_in]} of the convolutions that get offsets (`config_for` fills it).
@@ -174,6 +189,7 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         offset_bound: largest displacement |Δp| as a fraction of the box.
         inner_learning_rate: α of Eq. 5 at the start, for all tensors.
         inner_max_gradient_norm: clipping of the gradient in Eq. 5; `None`: off.
+        inner_momentum: μ of the steps' momentum; 0: Eq. 5 itself.
 
     Raises:
         ValueError: sizes do not fit together, or both modules are switched off.
@@ -204,6 +220,7 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         offset_bound: float = 0.05,
         inner_learning_rate: float = 0.01,
         inner_max_gradient_norm: float | None = None,
+        inner_momentum: float = 0.0,
     ):
         super().__init__()
         if not use_weight_offsets and not use_offset_planes:
@@ -300,8 +317,11 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         if image.ndim != 4 or image.shape[1:] != (3, size, size):
             raise ValueError(f"image is {tuple(image.shape)}, expected [B, 3, {size}, {size}]")
         features = F.leaky_relu(self.neck(self.backbone(image).feature_maps[-1]), LRELU_SLOPE)
-        weight_offsets = {name: self.hypernetworks[name.replace(".", "-")](features) for name in self.layer_names}
-        offset_planes = None
+        weight_offsets, offset_planes = {}, None
+        if self.layer_names:
+            hypernetworks = [self.hypernetworks[name.replace(".", "-")] for name in self.layer_names]
+            codes = reduce_features(features, hypernetworks)
+            weight_offsets = {n: h(z) for n, h, z in zip(self.layer_names, hypernetworks, codes, strict=True)}
         if self.offset_network is not None:
             self._check_3d_inputs(image, cameras, planes)
             offset_planes = self.offset_network(features, cameras, planes)

@@ -56,9 +56,10 @@ class AuxiliaryConfig:
         resolution: rays a side for the objective; `None`: the generator's. inner_resolution: of the inner loop.
         inner_steps: K of the inner loop.
         inner_max_gradient_norm: clipping in Eq. 5, stored in the network; `None` keeps the network's.
+        inner_momentum: μ of `adaptation.gradient_step`, likewise.
         order: "second" differentiates through the inner gradients (MAML), "first" takes them for constants.
         tasks_per_pass: tasks of a process whose inner loops run side by side; less needs less memory.
-        multi_step_weight: share of the objective that is put on the states before the last (MAML++).
+        multi_step_weight: share of the objective that is put on the inner loss of the states before the last (MAML++).
         learn_rates: whether the inner learning rates are learnt too, with `rates_learning_rate`.
         calibrate_rates: where positive, the inner rates are set such that a step changes each tensor by this fraction
             of its root mean square: at the start of the meta phase, and at each interval of the plain phase.
@@ -95,6 +96,7 @@ class AuxiliaryConfig:
     inner_resolution: int | None = None
     inner_steps: int = 5
     inner_max_gradient_norm: float | None = None
+    inner_momentum: float | None = None
     order: str = "second"
     tasks_per_pass: int = 8
     multi_step_weight: float = 0.2
@@ -120,17 +122,18 @@ def meta_objective(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Eq. 6 for a batch of tasks, differentiable with regard to θ^Aux and the inner rates; and figures of it.
 
-    With `config.multi_step_weight` the states before the last step share that part of the objective.
+    With `config.multi_step_weight` the states before the last step share that part of the objective, by their inner
+    loss, whose gradient the inner loop has computed anyway.
     """
     rates = auxiliary.inner_rates()
     if not config.learn_rates:
         rates = {name: rate.detach() for name, rate in rates.items()}
     dtype = _reduced_precision(config, tasks.image)
-    inner = InnerLoop(
-        config.inner_steps, rates, auxiliary.config.inner_max_gradient_norm, config.inner_resolution,
-        differentiable=config.order == "second", keep_graph=config.multi_step_weight > 0, dtype=dtype,
+    inner = InnerLoop.of(
+        auxiliary, config.inner_steps, rates=rates, resolution=config.inner_resolution,
+        differentiable=config.order == "second", dtype=dtype,
     )  # fmt: skip
-    adapted, outputs = adapt_tasks(networks, auxiliary, tasks, auxiliary.adaptable_parameters(), inner)
+    adapted, outputs, earlier = adapt_tasks(networks, auxiliary, tasks, auxiliary.adaptable_parameters(), inner)
     offsets = predict_tasks(auxiliary, adapted, tasks)
     last = synthesize_tasks(networks.generator, tasks, offsets, config.resolution, dtype=dtype)
 
@@ -138,7 +141,6 @@ def meta_objective(
     losses = _outer(networks, last, reference, tasks)
     objective = (1 - config.multi_step_weight) * losses["total"].mean()
     if config.multi_step_weight > 0:
-        earlier = [_outer(networks, output, reference, tasks)["total"].mean() for output in outputs]
         objective = objective + config.multi_step_weight * torch.stack(earlier).mean()
     first_mse = (outputs[0].image.detach() - tasks.image).square().mean()
     figures = {"objective": objective, "mse_before": first_mse}
@@ -221,16 +223,13 @@ class Validation:
     def measure(self, auxiliary: AuxiliaryNetwork) -> tuple[dict[str, float], Image.Image]:
         """MSE at steps -1, 0 and K, and a sheet of the first eight photos; `auxiliary` must be in eval mode."""
         config, generator = self.config, self.networks.generator
-        inner = InnerLoop(
-            config.inner_steps, {name: rate.detach() for name, rate in auxiliary.inner_rates().items()},
-            auxiliary.config.inner_max_gradient_norm, None, differentiable=False, keep_graph=False,
-        )  # fmt: skip
+        inner = InnerLoop.of(auxiliary, config.inner_steps)
         images: dict[int, list[torch.Tensor]] = {-1: [], 0: [], config.inner_steps: []}
         for tasks in make_tasks(self.networks, self.image, self.camera).split(config.tasks_per_pass):
             with torch.no_grad():
                 images[-1].append(generator.synthesize(tasks.w, tasks.camera, planes=tasks.planes).image)
             parameters = {n: p.detach().requires_grad_() for n, p in auxiliary.adaptable_parameters().items()}
-            adapted, outputs = adapt_tasks(self.networks, auxiliary, tasks, parameters, inner)
+            adapted, outputs, _ = adapt_tasks(self.networks, auxiliary, tasks, parameters, inner)
             images[0].append(outputs[0].image.detach())
             with torch.no_grad():
                 last = synthesize_tasks(generator, tasks, predict_tasks(auxiliary, adapted, tasks), None)
@@ -270,8 +269,9 @@ def make_auxiliary(config: AuxiliaryConfig, generator: EG3DGenerator) -> Auxilia
         auxiliary = AuxiliaryNetwork(**arguments)
     else:
         auxiliary = AuxiliaryNetwork.from_pretrained(config.initial_auxiliary)
-    if config.inner_max_gradient_norm is not None:
-        auxiliary.register_to_config(inner_max_gradient_norm=config.inner_max_gradient_norm)
+    for name in ("inner_max_gradient_norm", "inner_momentum"):
+        if getattr(config, name) is not None:
+            auxiliary.register_to_config(**{name: getattr(config, name)})
     return auxiliary
 
 

@@ -43,16 +43,27 @@ class Tasks:
 
 @dataclass
 class InnerLoop:
-    """Settings of `adapt_tasks`: K steps, their rates by tensor, clipping, rays a side, order of differentiation, and
-    the generator's precision (`None`: its own)."""
+    """Settings of `adapt_tasks`: K steps, their rates by tensor, clipping and momentum (`gradient_step`), rays a side
+    (`None`: the generator's), whether derivatives of the inner gradients are kept, and the generator's precision
+    (`None`: its own)."""
 
     steps: int
     rates: Mapping[str, torch.Tensor]
-    max_gradient_norm: float | None
-    resolution: int | None
-    differentiable: bool
-    keep_graph: bool
+    max_gradient_norm: float | None = None
+    momentum: float = 0.0
+    resolution: int | None = None
+    differentiable: bool = False
     dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, auxiliary: AuxiliaryNetwork, steps: int, **changes) -> InnerLoop:
+        """As the network is adapted to a photo: its own rates, as constants, clipping and momentum; with `changes`."""
+        settings = {
+            "rates": {name: rate.detach() for name, rate in auxiliary.inner_rates().items()},
+            "max_gradient_norm": auxiliary.config.inner_max_gradient_norm,
+            "momentum": auxiliary.config.inner_momentum,
+        }
+        return cls(steps, **{**settings, **changes})
 
 
 @torch.no_grad()
@@ -95,32 +106,39 @@ def adapt_tasks(
     tasks: Tasks,
     parameters: Mapping[str, torch.Tensor],
     inner: InnerLoop,
-) -> tuple[dict[str, torch.Tensor], list[GeneratorOutput]]:
+) -> tuple[dict[str, torch.Tensor], list[GeneratorOutput], list[torch.Tensor]]:
     """The inner loop of Alg. 1 for many tasks side by side; each comes out as `adaptation.adapt` alone would make it.
 
     Args:
         parameters: θ^Aux, shared by the tasks.
-        inner: its settings; `differentiable` keeps the derivatives of the inner gradients, `keep_graph` those of the
-            reconstructions on the way.
+        inner: its settings; `differentiable` keeps the derivatives of the inner gradients.
 
     Returns:
-        θ_i^Aux with a leading dimension of tasks, and the reconstructions before each of the steps.
+        θ_i^Aux with a leading dimension of tasks; the reconstructions before each of the steps; the mean inner loss of
+        each of these, differentiable with regard to `parameters` and rates. Without `inner.differentiable` this
+        derivative takes inner gradients for constants and costs no backward pass of its own.
     """
     count = len(tasks.image)
     lookup = "gather" if inner.differentiable else "auto"  # only gathers can be differentiated twice on CUDA
     reference = networks.inner_loss.reference(tasks.image)
     stacked = {name: parameter.expand(count, *parameter.shape) for name, parameter in parameters.items()}
-    outputs = []
+    outputs, means, velocity = [], [], None
     for _ in range(inner.steps):
         offsets = predict_tasks(auxiliary, stacked, tasks)
         output = synthesize_tasks(networks.generator, tasks, offsets, inner.resolution, lookup, inner.dtype)
-        losses = networks.inner_loss(output.image, output.image_raw, reference, tasks.camera)
+        total = networks.inner_loss(output.image, output.image_raw, reference, tasks.camera)["total"]
         # The sum's gradient holds each task's own: no task's loss depends on another's parameters.
-        gradients = torch.autograd.grad(
-            losses["total"].sum(), list(stacked.values()), create_graph=inner.differentiable,
-            retain_graph=inner.differentiable or inner.keep_graph,
+        gradients = torch.autograd.grad(total.sum(), list(stacked.values()), create_graph=inner.differentiable)
+        means.append(total.mean() if inner.differentiable else _with_gradients(total, stacked.values(), gradients))
+        stacked, velocity = gradient_step(
+            stacked, dict(zip(stacked, gradients, strict=True)), inner.rates, inner.max_gradient_norm, inner.momentum,
+            velocity, stacked=True,
         )  # fmt: skip
-        named = dict(zip(stacked, gradients, strict=True))
-        stacked = gradient_step(stacked, named, inner.rates, inner.max_gradient_norm, stacked=True)
         outputs.append(output)
-    return stacked, outputs
+    return stacked, outputs, means
+
+
+def _with_gradients(total, parameters, gradients) -> torch.Tensor:
+    """The mean of `total` [B] with `gradients` of its sum, already known, in place of what made it."""
+    linear = sum((gradient.detach() * p).sum() for p, gradient in zip(parameters, gradients, strict=True)) / len(total)
+    return total.detach().mean() + linear - linear.detach()
