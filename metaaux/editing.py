@@ -35,14 +35,15 @@ def check_edits(directions: Mapping[str, Direction], edits: Mapping[str, float] 
 
 
 def apply_edits(
-    w: torch.Tensor, directions: Mapping[str, Direction], edits: Mapping[str, float] | None
+    w: torch.Tensor, directions: Mapping[str, Direction], edits: Mapping[str, float] | None, adapted: bool = False
 ) -> torch.Tensor:
     """Moves a latent code along several directions at once.
 
     Args:
         w: [..., w_dim], in W or W+; every entry of W+ is moved alike.
         directions: those of the checkpoint, by name.
-        edits: amounts by name; a direction's step of 1 is its `scale` long.
+        edits: amounts by name; a direction's step of 1 is its `scale` long, `gain` times that with `adapted`.
+        adapted: whether the code is that of a head with weights adapted to a photo.
 
     Raises:
         ValueError: as `check_edits`, or a direction of another length than w.
@@ -51,5 +52,6 @@ def apply_edits(
         direction = directions[name]
         if direction.normal.shape[-1] != w.shape[-1]:
             raise ValueError(f"direction {name} has {direction.normal.shape[-1]} values, w has {w.shape[-1]}")
-        w = w + value * direction.scale * direction.normal.to(w)
+        step = direction.scale * (direction.gain if adapted else 1)
+        w = w + value * step * direction.normal.to(w)
     return w

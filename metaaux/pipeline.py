@@ -276,7 +276,7 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
         """
         inversion.check_fits(self.generator, self.fingerprint)
         device = self.device
-        ws = apply_edits(inversion.w[None], self.directions, edits).to(device)
+        ws = apply_edits(inversion.w[None], self.directions, edits, bool(inversion.weight_offsets)).to(device)
         weight_offsets = {layer: offset.to(device) for layer, offset in inversion.weight_offsets.items()}
         return Head(
             ws=ws,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ class TestLatentDirections:
         assert list(loaded) == ["age", "smile"]
         for name, expected in two.items():
             torch.testing.assert_close(loaded[name].normal, expected.normal)
-            fields = ("name", "kind", "scale", "low", "high", "accuracy", "meaning")
+            fields = ("name", "kind", "scale", "low", "high", "accuracy", "meaning", "gain")
             assert [getattr(loaded[name], f) for f in fields] == [getattr(expected, f) for f in fields]
 
     def test_half_precision_keeps_the_strength(self, tmp_path):
@@ -97,6 +98,7 @@ class TestLatentDirections:
             ({"kind": "magic"}, "kind must be one of"),
             ({"scale": 0.0}, "scale must be positive"),
             ({"scale": math.nan}, "scale must be positive"),
+            ({"gain": 0.0}, "gain must be positive"),
             ({"low": 0.5}, "must hold 0 inside"),
             ({"high": math.inf}, "must hold 0 inside"),
             ({"accuracy": 1.5}, "between 0 and 1"),
@@ -143,6 +145,16 @@ class TestPipeline:
         assert edited_inverter.render(head, yaw=5) == edited_inverter.render(tiny_inversion, yaw=5, edits={"age": 2})
         orbit = edited_inverter.orbit(tiny_inversion, edits={"age": 2}, path=[(5, 0), (-5, 0)])
         assert orbit == [edited_inverter.render(head, yaw=yaw, pitch=0) for yaw in (5, -5)]
+
+    def test_gain_of_adapted_heads(self, tiny_folder, edited_inverter, tiny_inversion):
+        gained = [replace(known, gain=2.0) for known in edited_inverter.directions.values()]
+        component = LatentDirections.from_directions(gained)
+        stronger = MetaAuxInverter.from_pretrained(tiny_folder, latent_directions=component)
+        adapted = stronger.prepare(tiny_inversion, {"age": 1})
+        torch.testing.assert_close(adapted.ws, edited_inverter.prepare(tiny_inversion, {"age": 2}).ws)
+        own_weights = replace(tiny_inversion, weight_offsets={}, offset_planes=None)
+        same = [inverter.prepare(own_weights, {"age": 1}).ws for inverter in (stronger, edited_inverter)]
+        assert torch.equal(*same)
 
     def test_unknown_names(self, edited_inverter, tiny_inversion):
         with pytest.raises(ValueError, match="unknown edit 'hair'; this model's directions: age, smile"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,6 +65,20 @@ def test_results_are_mean_changes(directed_inverter, face_zip, attribute_file, t
     assert 0 <= details["monotone"]["age"] <= 1
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "| Edit | encoder (W) | Ours |" and lines[2].startswith("| age -3 | ")
+
+
+def test_gain_is_for_adapted_heads(tiny_components, directed_inverter, face_zip, attribute_file, tmp_path):
+    gained = LatentDirections.from_directions([replace(d, gain=2.0) for d in directed_inverter.directions.values()])
+    found = {}
+    for name, component in (("plain", directed_inverter.latent_directions), ("gained", gained)):
+        inverter = MetaAuxInverter(**tiny_components, latent_directions=component.eval())
+        evaluation = make_evaluation(inverter, face_zip, attribute_file, tmp_path / name)
+        evaluation.run()
+        results = evaluation.summarize()
+        found[name] = results["methods"]
+        assert results["directions"]["age"]["gain"] == inverter.directions["age"].gain
+    assert found["gained"]["encoder"] == found["plain"]["encoder"]
+    assert found["gained"]["metaaux"]["age"]["1"] == pytest.approx(found["plain"]["metaaux"]["age"]["2"], rel=1e-3)
 
 
 def test_shards_and_resumption(directed_inverter, face_zip, attribute_file, tmp_path):

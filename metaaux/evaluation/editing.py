@@ -35,7 +35,8 @@ class EditingEvaluation:
     """Runs and resumes Table 2 in a folder: `settings.json`, `records/`, then `results.json` and `table.md`.
 
     Each photo is inverted by each method; its code is moved by α along the checkpoint's directions "age" and "gender"
-    and rendered at the photo's camera with the weights that the inversion found. The change is that of the attribute
+    and rendered at the photo's camera with the weights that the inversion found; where those are offsets, with the
+    directions' `gain`, as the pipeline has it. The change is that of the attribute
     network's judgement against the unedited reconstruction: years of age, and P(male).
 
     Args:
@@ -85,6 +86,7 @@ class EditingEvaluation:
             "weights": weights_digest(inverter),
             "photos": photos.digest,
             "measures": sorted(self.measures),
+            "gains": {name: self.directions[name].gain for name in (*ATTRIBUTES, *self.measures)},
             "methods": {method.name: method.settings() for method in methods},
         }
         self.records = Records(folder, settings, shard)
@@ -121,12 +123,13 @@ class EditingEvaluation:
         """For each attribute its value at each α, 0 included, and the identity that is left."""
         base = reconstruction.image[None]
         embedding = self.inverter.identity(base)
+        adapted = bool(reconstruction.weight_offsets)
         values: dict[str, dict[str, float | None]] = {}
         identity: dict[str, dict[str, float]] = {}
         for name in (*ATTRIBUTES, *self.measures):
             values[name], identity[name] = {"0": self._value(name, base)}, {}
             for alpha in ALPHAS:
-                w = apply_edits(reconstruction.w, self.directions, {name: alpha})
+                w = apply_edits(reconstruction.w, self.directions, {name: alpha}, adapted)
                 image = reconstruction.views(reconstruction.camera, w=w)
                 values[name][str(alpha)] = self._value(name, image)
                 identity[name][str(alpha)] = F.cosine_similarity(embedding, self.inverter.identity(image)).item()
@@ -174,7 +177,10 @@ class EditingEvaluation:
             "device": device_name(self.inverter.device),
             "model": str(self.inverter.name_or_path or "pipeline"),
             "fingerprint": self.inverter.fingerprint,
-            "directions": {name: {"scale": self.directions[name].scale} for name in (*ATTRIBUTES, *self.measures)},
+            "directions": {
+                name: {"scale": self.directions[name].scale, "gain": self.directions[name].gain}
+                for name in (*ATTRIBUTES, *self.measures)
+            },
             "versions": {"metaaux": __version__, "torch": torch.__version__},
         }
         write_json(results, self.folder / "results.json")

@@ -24,6 +24,7 @@ KINDS = ("interfacegan", "principal")
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _KEYS = {"name", "kind", "scale", "low", "high", "accuracy", "meaning"}
+_OPTIONAL_KEYS = {"gain"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,8 @@ class Direction:
         low, high: values between which faces stay faces, low < 0 < high.
         accuracy: share of held-out samples on the right side of the boundary, 0 to 1; `None` for principal components.
         meaning: what a positive value does, in a few words; "" where nobody has looked.
+        gain: factor on a step for adapted heads. Weights adapted to a photo answer less to a change of w than the
+            generator's own, on which scales are found; the gain makes a step as visible on both. 1 where not measured.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Direction:
     high: float
     accuracy: float | None
     meaning: str
+    gain: float = 1.0
 
 
 class LatentDirections(ModelMixin, ConfigMixin):
@@ -56,7 +60,7 @@ class LatentDirections(ModelMixin, ConfigMixin):
     Args:
         w_dim: length of w.
         directions: for each direction a dictionary with the keys `name`, `kind`, `scale`, `low`, `high`, `accuracy`
-            and `meaning`, as in [`Direction`].
+            and `meaning` and, if wanted, `gain`, as in [`Direction`].
         generator: [`~metaaux.MetaAuxInverter.fingerprint`] of the generator that they were found in; "" if unknown.
 
     Raises:
@@ -87,7 +91,9 @@ class LatentDirections(ModelMixin, ConfigMixin):
         normals = torch.stack([direction.normal.detach().float().cpu() for direction in directions])
         if not torch.allclose(normals.norm(dim=1), torch.ones(len(normals)), atol=1e-3):
             raise ValueError("directions must have unit normals; their lengths belong into their scales")
-        entries = [{key: getattr(direction, key) for key in sorted(_KEYS)} for direction in directions]
+        entries = [
+            {key: getattr(direction, key) for key in sorted(_KEYS | _OPTIONAL_KEYS)} for direction in directions
+        ]
         component = cls(w_dim=normals.shape[1], directions=entries, generator=generator)
         with torch.no_grad():
             component.normals.copy_(normals)
@@ -109,7 +115,7 @@ class LatentDirections(ModelMixin, ConfigMixin):
 
 
 def _check_entry(entry: Mapping[str, Any]) -> None:
-    if entry.keys() != _KEYS:
+    if entry.keys() - _OPTIONAL_KEYS != _KEYS:
         raise ValueError(f"a latent direction has the keys {sorted(_KEYS)}, got {sorted(entry)}")
     name = entry["name"]
     if not isinstance(name, str) or _NAME.fullmatch(name) is None:
@@ -121,6 +127,9 @@ def _check_entry(entry: Mapping[str, Any]) -> None:
     low, high, scale = (float(entry[key]) for key in ("low", "high", "scale"))
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"direction {name}: scale must be positive, got {scale}")
+    gain = float(entry.get("gain", 1))
+    if not (math.isfinite(gain) and gain > 0):
+        raise ValueError(f"direction {name}: gain must be positive, got {gain}")
     if not (math.isfinite(high - low) and low < 0 < high):
         raise ValueError(f"direction {name}: its range must hold 0 inside, got {low} to {high}")
     if entry["accuracy"] is not None and not 0 <= entry["accuracy"] <= 1:
