@@ -17,6 +17,7 @@ from PIL import Image
 from test_stylegan2_2d import inverter as flat_inverter  # noqa: F401 (a fixture)
 
 from metaaux.cli import main
+from metaaux.evaluation import reconstruction
 from metaaux.evaluation.methods import EncoderMethod
 from metaaux.evaluation.metrics import ReconstructionMetrics
 from metaaux.evaluation.optimization import LatentSettings
@@ -171,6 +172,22 @@ class TestEvaluation:
         whole.run()
         expected = whole.summarize()["methods"]["encoder"]
         assert {**resumed, "seconds": 0} == {**expected, "seconds": 0}
+
+    def test_a_shard_that_ends_during_anothers_summary(self, tiny_inverter, face_zip, tmp_path, monkeypatch):
+        first, second = (make_evaluation(tiny_inverter, face_zip, tmp_path, shard=(number, 2)) for number in (1, 2))
+        first.run()
+        write_table = reconstruction.write_text
+
+        def write_late(text, path):
+            monkeypatch.undo()
+            second.run()
+            second.summarize()
+            write_table(text, path)
+
+        monkeypatch.setattr(reconstruction, "write_text", write_late)
+        assert first.summarize()["complete"]
+        assert json.loads((tmp_path / "results.json").read_text())["complete"]
+        assert "Not all photos" not in (tmp_path / "table.md").read_text(encoding="utf-8")
 
     def test_failures_are_counted(self, tiny_inverter, face_zip, tmp_path, capsys):
         broken = tmp_path / "broken.zip"

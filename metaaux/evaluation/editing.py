@@ -149,6 +149,13 @@ class EditingEvaluation:
         the share of photos on which the attribute rises with every step of α, the changes of what landmarks measure
         (over the `n` photos on which they were found at every α), and `n` and `failed`.
         """
+        results = self._summarize()
+        if not results["complete"] and self.records.complete([m.name for m in self.methods], len(self.photos)):
+            # Another shard ended meanwhile, and its summary of all may have been overwritten.
+            results = self._summarize()
+        return results
+
+    def _summarize(self) -> dict[str, Any]:
         results: dict[str, Any] = {"methods": {}, "details": {}}
         for method in self.methods:
             records = {i: r for i, r in self.records.read(method.name).items() if i < len(self.photos)}
@@ -172,7 +179,7 @@ class EditingEvaluation:
                 "settings": method.settings(),
             }
         results |= {
-            "complete": sum(d["n"] for d in results["details"].values()) == len(self.photos) * len(self.methods),
+            "complete": all(details["n"] == len(self.photos) for details in results["details"].values()),
             "photos": len(self.photos),
             "device": device_name(self.inverter.device),
             "model": str(self.inverter.name_or_path or "pipeline"),

@@ -186,6 +186,13 @@ class ReconstructionEvaluation:
 
         A method's means are over the photos that it did not fail on; `n` counts all, `failed` those without result.
         """
+        results = self._summarize()
+        if not results["complete"] and self.records.complete([m.name for m in self.methods], len(self.photos)):
+            # Another shard ended meanwhile, and its summary of all may have been overwritten.
+            results = self._summarize()
+        return results
+
+    def _summarize(self) -> dict[str, Any]:
         results: dict[str, Any] = {"methods": {}, "details": {}}
         real: dict[int, torch.Tensor] = {}
         for method in self.methods:
@@ -206,9 +213,8 @@ class ReconstructionEvaluation:
                 "tuning_steps": mean_of(good, "tuning_steps"),
                 "settings": method.settings(),
             }
-        expected = len(self.photos) * len(self.methods)
         results |= {
-            "complete": sum(figures["n"] for figures in results["methods"].values()) == expected,
+            "complete": all(figures["n"] == len(self.photos) for figures in results["methods"].values()),
             "photos": len(self.photos),
             "metrics": self.metrics.names | {"frechet": None if self.features is None else self.features.name},
             "device": device_name(self.device),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,10 @@ class Records:
                     record = json.loads(line)
                     records[record["index"]] = record
         return records
+
+    def complete(self, methods: Iterable[str], photos: int) -> bool:
+        """Whether each of the methods has a record of each of the first `photos` photos."""
+        return all(sum(index < photos for index in self.read(method)) == photos for method in methods)
 
     def append(self, method: str, record: dict[str, Any]) -> None:
         """Adds a record, which must have the photo's `index`; on disk when this returns."""
