@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from eg3d_reference import CORRECT_AXES, RELEASED_AXES, hashed, hashed_cameras, hashed_weights
 
-from metaaux.models import renderer
+from metaaux.models import renderer, stylegan2
 from metaaux.models.discriminator import minibatch_deviation
 from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.stylegan2 import blur2d, downsample2d, modulated_conv2d, upsample2d
@@ -92,6 +92,15 @@ def test_blur_is_filtering(padding, gain):
     x = torch.randn(2, 3, 5, 9)
     expected = convolve(F.pad(x, (padding,) * 4), KERNEL * gain**2)
     torch.testing.assert_close(blur2d(x, padding, gain), expected)
+    # As on GPUs, here on the CPU.
+    x = x.contiguous(memory_format=torch.channels_last)
+    sliced = stylegan2._blur_by_slices(x, padding, gain)
+    torch.testing.assert_close(sliced, expected)
+    assert sliced.is_contiguous(memory_format=torch.channels_last)
+    large = torch.full((1, 1, 6, 6), 3000.0, dtype=torch.float16)
+    torch.testing.assert_close(
+        stylegan2._blur_by_slices(large, 0, gain), torch.full((1, 1, 3, 3), 3000 * gain**2).half()
+    )
 
 
 @pytest.mark.parametrize("upsample", [False, True])
