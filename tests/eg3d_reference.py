@@ -154,3 +154,7 @@ def subsample(outputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 value = value[:, :, ::5]
         stored[name] = value.contiguous()
     return stored
+
+
+def inner_points(batch, count, reach):
+    return (torch.rand(batch, count, 3) * 2 - 1) * reach

@@ -1,0 +1,105 @@
+"""StyleGAN2's building blocks, each against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from metaaux.models import stylegan2
+from metaaux.models.discriminator import minibatch_deviation
+from metaaux.models.stylegan2 import blur2d, downsample2d, modulated_conv2d, upsample2d
+
+KERNEL = torch.outer(torch.tensor([1.0, 3, 3, 1]), torch.tensor([1.0, 3, 3, 1])) / 64
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def convolve(x, kernel, stride=1):
+    """True convolution of every channel."""
+    channels = x.shape[1]
+    return F.conv2d(x, kernel.flip(0, 1).expand(channels, 1, 4, 4), stride=stride, groups=channels)
+
+
+def insert_zeros(x):
+    wide = x.new_zeros(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
+    wide[..., ::2, ::2] = x
+    return wide
+
+
+@pytest.mark.parametrize("size", [(4, 4), (7, 10), (1, 3)])
+def test_upsample_is_zero_insertion_and_filtering(size):
+    x = torch.randn(2, 3, *size)
+    torch.testing.assert_close(upsample2d(x), convolve(F.pad(insert_zeros(x), (2, 1, 2, 1)), 4 * KERNEL))
+
+
+@pytest.mark.parametrize("size", [(4, 4), (6, 10)])
+def test_downsample_is_filtering_and_decimation(size):
+    x = torch.randn(2, 3, *size)
+    torch.testing.assert_close(downsample2d(x), convolve(F.pad(x, (1, 1, 1, 1)), KERNEL, stride=2))
+
+
+@pytest.mark.parametrize(("padding", "gain"), [(1, 2.0), (2, 1.0)])
+def test_blur_is_filtering(padding, gain):
+    x = torch.randn(2, 3, 5, 9)
+    expected = convolve(F.pad(x, (padding,) * 4), KERNEL * gain**2)
+    torch.testing.assert_close(blur2d(x, padding, gain), expected)
+    # As on GPUs, here on the CPU.
+    x = x.contiguous(memory_format=torch.channels_last)
+    sliced = stylegan2._blur_by_slices(x, padding, gain)
+    torch.testing.assert_close(sliced, expected)
+    assert sliced.is_contiguous(memory_format=torch.channels_last)
+    large = torch.full((1, 1, 6, 6), 3000.0, dtype=torch.float16)
+    torch.testing.assert_close(
+        stylegan2._blur_by_slices(large, 0, gain), torch.full((1, 1, 3, 3), 3000 * gain**2).half()
+    )
+
+
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("demodulate", [False, True])
+def test_modulated_convolution_is_one_convolution_per_sample(upsample, demodulate):
+    x, weight, styles = torch.randn(3, 4, 6, 6), torch.randn(5, 4, 3, 3), torch.randn(3, 4) + 1
+    y = modulated_conv2d(x, weight, styles, demodulate, upsample)
+    for i in range(3):
+        modulated = weight * styles[i, :, None, None]
+        if demodulate:
+            modulated = modulated / modulated.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
+        if upsample:
+            expected = F.conv_transpose2d(x[i : i + 1], modulated.transpose(0, 1), stride=2)
+        else:
+            expected = F.conv2d(x[i : i + 1], modulated, padding=1)
+        torch.testing.assert_close(y[i : i + 1], expected, rtol=1e-4, atol=1e-5)
+        alone = modulated_conv2d(x[i : i + 1], weight, styles[i : i + 1], demodulate, upsample)
+        torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_offset_multiplies_the_weight(upsample, per_sample):
+    x, weight, styles = torch.randn(2, 4, 6, 6), torch.randn(5, 4, 3, 3), torch.randn(2, 4)
+    offset = 0.5 * torch.randn(2, 5, 4, 1, 1)
+    y = modulated_conv2d(x, weight, styles, True, upsample, offset if per_sample else offset[0])
+    for i in range(2):
+        edited = weight * (1 + (offset[i] if per_sample else offset[0]))
+        expected = modulated_conv2d(x[i : i + 1], edited, styles[i : i + 1], True, upsample)
+        torch.testing.assert_close(y[i : i + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_half_precision_survives_large_weights_and_styles(per_sample):
+    x, weight, styles = torch.randn(2, 64, 6, 6), 3e4 * torch.randn(5, 64, 3, 3), 3e4 * torch.randn(2, 64)
+    offset = torch.zeros(2, 5, 64, 1, 1) if per_sample else None
+    y = modulated_conv2d(x.half(), weight, styles, offset=offset)
+    torch.testing.assert_close(y.float(), modulated_conv2d(x, weight, styles), rtol=0, atol=1e-2)
+
+
+def test_deviation_channel_sees_only_its_group():
+    x = torch.randn(8, 3, 4, 4)
+    channel = minibatch_deviation(x, 4)[:, 3]
+    for start in (0, 1):  # groups interleave: samples 0, 2, 4, 6 and 1, 3, 5, 7
+        group = x[start::2]
+        expected = (group.var(dim=0, unbiased=False) + 1e-8).sqrt().mean()
+        torch.testing.assert_close(channel[start::2], expected.expand(4, 4, 4))
