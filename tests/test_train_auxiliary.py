@@ -206,7 +206,9 @@ def test_losses_on_the_way_have_first_order_gradients(smooth_problem):
     name = "hypernetworks.backbone-b8-conv1.bias"
 
     def losses():
-        return adapt_tasks(networks, auxiliary, tasks, parameters, InnerLoop.of(auxiliary, 2, rates=rates))[2]
+        return adapt_tasks(
+            networks, auxiliary, tasks, parameters, InnerLoop.of(auxiliary, 2, rates=rates, losses=True)
+        )[2]
 
     rates = auxiliary.inner_rates()
     before, after = losses()

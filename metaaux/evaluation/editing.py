@@ -36,8 +36,8 @@ class EditingEvaluation:
 
     Each photo is inverted by each method; its code is moved by α along the checkpoint's directions "age" and "gender"
     and rendered at the photo's camera with the weights that the inversion found; where those are offsets, with the
-    directions' `gain`, as the pipeline has it. The change is that of the attribute
-    network's judgement against the unedited reconstruction: years of age, and P(male).
+    directions' `gain`, as the pipeline has it. The change is that of the attribute network's judgement against the
+    unedited reconstruction: years of age, and P(male).
 
     Args:
         inverter: the pipeline; its `directions` must hold "age" and "gender".
@@ -73,8 +73,9 @@ class EditingEvaluation:
         self.shard, self.progress = shard, progress
         self.directions = inverter.directions
         self.measures = tuple(measures)
+        self.names = (*ATTRIBUTES, *self.measures)
         self.detector = FaceDetector() if self.measures else None
-        missing = [name for name in (*ATTRIBUTES, *self.measures) if name not in self.directions]
+        missing = [name for name in self.names if name not in self.directions]
         if missing:
             raise ValueError(
                 f"this checkpoint has no direction for {missing} (it has: {', '.join(self.directions) or 'none'}); "
@@ -86,7 +87,7 @@ class EditingEvaluation:
             "weights": weights_digest(inverter),
             "photos": photos.digest,
             "measures": sorted(self.measures),
-            "gains": {name: self.directions[name].gain for name in (*ATTRIBUTES, *self.measures)},
+            "gains": {name: self.directions[name].gain for name in self.names},
             "methods": {method.name: method.settings() for method in methods},
         }
         self.records = Records(folder, settings, shard)
@@ -126,7 +127,7 @@ class EditingEvaluation:
         adapted = bool(reconstruction.weight_offsets)
         values: dict[str, dict[str, float | None]] = {}
         identity: dict[str, dict[str, float]] = {}
-        for name in (*ATTRIBUTES, *self.measures):
+        for name in self.names:
             values[name], identity[name] = {"0": self._value(name, base)}, {}
             for alpha in ALPHAS:
                 w = apply_edits(reconstruction.w, self.directions, {name: alpha}, adapted)
@@ -149,18 +150,14 @@ class EditingEvaluation:
         the share of photos on which the attribute rises with every step of α, the changes of what landmarks measure
         (over the `n` photos on which they were found at every α), and `n` and `failed`.
         """
-        results = self._summarize()
-        if not results["complete"] and self.records.complete([m.name for m in self.methods], len(self.photos)):
-            # Another shard ended meanwhile, and its summary of all may have been overwritten.
-            results = self._summarize()
-        return results
+        return self.records.summarize(self._write_summary, [m.name for m in self.methods], len(self.photos))
 
-    def _summarize(self) -> dict[str, Any]:
+    def _write_summary(self) -> dict[str, Any]:
         results: dict[str, Any] = {"methods": {}, "details": {}}
         for method in self.methods:
             records = {i: r for i, r in self.records.read(method.name).items() if i < len(self.photos)}
             good = [record for record in records.values() if record["failed"] is None]
-            curves = {name: _curves(good, name) for name in (*ATTRIBUTES, *self.measures)}
+            curves = {name: _curves(good, name) for name in self.names}
             results["methods"][method.name] = {name: _changes(curves[name]) for name in ATTRIBUTES}
             results["details"][method.name] = {
                 "identity": {
@@ -185,8 +182,7 @@ class EditingEvaluation:
             "model": str(self.inverter.name_or_path or "pipeline"),
             "fingerprint": self.inverter.fingerprint,
             "directions": {
-                name: {"scale": self.directions[name].scale, "gain": self.directions[name].gain}
-                for name in (*ATTRIBUTES, *self.measures)
+                name: {"scale": self.directions[name].scale, "gain": self.directions[name].gain} for name in self.names
             },
             "versions": {"metaaux": __version__, "torch": torch.__version__},
         }

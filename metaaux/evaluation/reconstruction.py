@@ -186,13 +186,9 @@ class ReconstructionEvaluation:
 
         A method's means are over the photos that it did not fail on; `n` counts all, `failed` those without result.
         """
-        results = self._summarize()
-        if not results["complete"] and self.records.complete([m.name for m in self.methods], len(self.photos)):
-            # Another shard ended meanwhile, and its summary of all may have been overwritten.
-            results = self._summarize()
-        return results
+        return self.records.summarize(self._write_summary, [m.name for m in self.methods], len(self.photos))
 
-    def _summarize(self) -> dict[str, Any]:
+    def _write_summary(self) -> dict[str, Any]:
         results: dict[str, Any] = {"methods": {}, "details": {}}
         real: dict[int, torch.Tensor] = {}
         for method in self.methods:

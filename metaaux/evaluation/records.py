@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,16 @@ class Records:
                     records[record["index"]] = record
         return records
 
-    def complete(self, methods: Iterable[str], photos: int) -> bool:
-        """Whether each of the methods has a record of each of the first `photos` photos."""
-        return all(sum(index < photos for index in self.read(method)) == photos for method in methods)
+    def summarize(self, write: Callable[[], dict[str, Any]], methods: Iterable[str], photos: int) -> dict[str, Any]:
+        """Calls `write`, which writes a summary of all records and returns it with "complete", so that the last
+        summary stands that holds every method's record of each of the first `photos` photos."""
+        results = write()
+        if not results["complete"] and all(
+            sum(index < photos for index in self.read(method)) == photos for method in methods
+        ):
+            # Another shard ended meanwhile, and its summary of all may have been overwritten.
+            results = write()
+        return results
 
     def append(self, method: str, record: dict[str, Any]) -> None:
         """Adds a record, which must have the photo's `index`; on disk when this returns."""

@@ -79,8 +79,8 @@ class HyperNetwork(nn.Module):
 def reduce_features(features: torch.Tensor, hypernetworks: Sequence[HyperNetwork]) -> torch.Tensor:
     """Image features [B, C, h, w] → z of each of J hypernetworks [J, B, channels], through their convolutions.
 
-    Written as matrix products of patches for all hypernetworks at once: where each task has weights of its own, dozens
-    of tiny convolutions would take a GPU several times as long.
+    Written as matrix products of patches for all hypernetworks at once: where each task has weights of its own, cuDNN
+    works through dozens of tiny convolutions group by group.
     """
     count = len(hypernetworks)
     x = features[:, None]  # the first convolutions share their input

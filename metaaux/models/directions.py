@@ -59,8 +59,8 @@ class LatentDirections(ModelMixin, ConfigMixin):
 
     Args:
         w_dim: length of w.
-        directions: for each direction a dictionary with the keys `name`, `kind`, `scale`, `low`, `high`, `accuracy`
-            and `meaning` and, if wanted, `gain`, as in [`Direction`].
+        directions: for each direction a dictionary with the keys `name`, `kind`, `scale`, `low`, `high`, `accuracy`,
+            `meaning` and, if wanted, `gain`, as in [`Direction`].
         generator: [`~metaaux.MetaAuxInverter.fingerprint`] of the generator that they were found in; "" if unknown.
 
     Raises:

@@ -59,7 +59,7 @@ def upsample2d(x: torch.Tensor) -> torch.Tensor:
     Zero insertion followed by this kernel gives each output ¾ of its nearest and ¼ of its next nearest input.
     """
     # Interleaving makes new memory, which would be laid out by channels were these not the last axis: a tri-plane
-    # look-up, which reads all channels of a pixel, takes five times as long then.
+    # look-up, which reads all channels of a pixel, would need a cache line for each of them.
     x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     for dim in (1, 2):
         n = x.shape[dim] - 2

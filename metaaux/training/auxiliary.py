@@ -131,7 +131,7 @@ def meta_objective(
     dtype = _reduced_precision(config, tasks.image)
     inner = InnerLoop.of(
         auxiliary, config.inner_steps, rates=rates, resolution=config.inner_resolution,
-        differentiable=config.order == "second", dtype=dtype,
+        differentiable=config.order == "second", losses=config.multi_step_weight > 0, dtype=dtype,
     )  # fmt: skip
     adapted, outputs, earlier = adapt_tasks(networks, auxiliary, tasks, auxiliary.adaptable_parameters(), inner)
     offsets = predict_tasks(auxiliary, adapted, tasks)

@@ -44,8 +44,8 @@ class Tasks:
 @dataclass
 class InnerLoop:
     """Settings of `adapt_tasks`: K steps, their rates by tensor, clipping and momentum (`gradient_step`), rays a side
-    (`None`: the generator's), whether derivatives of the inner gradients are kept, and the generator's precision
-    (`None`: its own)."""
+    (`None`: the generator's), whether derivatives of the inner gradients are kept, whether the losses on the way are
+    wanted, and the generator's precision (`None`: its own)."""
 
     steps: int
     rates: Mapping[str, torch.Tensor]
@@ -53,6 +53,7 @@ class InnerLoop:
     momentum: float = 0.0
     resolution: int | None = None
     differentiable: bool = False
+    losses: bool = False
     dtype: torch.dtype | None = None
 
     @classmethod
@@ -114,9 +115,10 @@ def adapt_tasks(
         inner: its settings; `differentiable` keeps the derivatives of the inner gradients.
 
     Returns:
-        θ_i^Aux with a leading dimension of tasks; the reconstructions before each of the steps; the mean inner loss of
-        each of these, differentiable with regard to `parameters` and rates. Without `inner.differentiable` this
-        derivative takes inner gradients for constants and costs no backward pass of its own.
+        θ_i^Aux with a leading dimension of tasks; the reconstructions before each of the steps; and, with
+        `inner.losses`, the mean inner loss of each of these, differentiable with regard to `parameters` and rates.
+        Without `inner.differentiable` this derivative takes inner gradients for constants and costs no backward pass
+        of its own.
     """
     count = len(tasks.image)
     lookup = "gather" if inner.differentiable else "auto"  # only gathers can be differentiated twice on CUDA
@@ -129,7 +131,8 @@ def adapt_tasks(
         total = networks.inner_loss(output.image, output.image_raw, reference, tasks.camera)["total"]
         # The sum's gradient holds each task's own: no task's loss depends on another's parameters.
         gradients = torch.autograd.grad(total.sum(), list(stacked.values()), create_graph=inner.differentiable)
-        means.append(total.mean() if inner.differentiable else _with_gradients(total, stacked.values(), gradients))
+        if inner.losses:
+            means.append(total.mean() if inner.differentiable else _with_gradients(total, stacked.values(), gradients))
         stacked, velocity = gradient_step(
             stacked, dict(zip(stacked, gradients, strict=True)), inner.rates, inner.max_gradient_norm, inner.momentum,
             velocity, stacked=True,
