@@ -139,6 +139,8 @@ def test_gradient_step_is_eq_5_and_clips_by_task():
     torch.testing.assert_close(plain["b"], torch.tensor([4.96, 5.996]))
     again, _ = gradient_step(plain, gradients, rates, momentum=0.5, velocity=velocity)
     torch.testing.assert_close(again["a"], plain["a"] - 0.1 * 1.5 * gradients["a"])
+    numbers, _ = gradient_step(plain, gradients, {"a": 0.1, "b": 0.01}, momentum=0.5, velocity=velocity)
+    torch.testing.assert_close(numbers, again)
     # Of two stacked tasks the first's gradient has norm 5, the second's 0.5, which is below the limit.
     clipped, _ = gradient_step(parameters, gradients, rates, max_gradient_norm=1.0, stacked=True)
     torch.testing.assert_close(clipped["a"], torch.tensor([[0.94, 2.0], [3.0, 3.97]]))

@@ -76,7 +76,10 @@ def test_gain_is_for_adapted_heads(tiny_components, directed_inverter, face_zip,
         evaluation.run()
         results = evaluation.summarize()
         found[name] = results["methods"]
-        assert results["directions"]["age"]["gain"] == inverter.directions["age"].gain
+        gain = inverter.directions["age"].gain
+        assert results["directions"]["age"]["gain"] == gain
+        encoder, ours = (found[name][m]["age"]["3"] - found[name][m]["age"]["-3"] for m in ("encoder", "metaaux"))
+        assert results["equal_gains"]["age"] == pytest.approx(gain * encoder / ours)
     assert found["gained"]["encoder"] == found["plain"]["encoder"]
     assert found["gained"]["metaaux"]["age"]["1"] == pytest.approx(found["plain"]["metaaux"]["age"]["2"], rel=1e-3)
 

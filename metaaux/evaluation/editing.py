@@ -148,16 +148,20 @@ class EditingEvaluation:
 
         "methods" holds the mean change for each α; "details" the means of identity with the unedited reconstruction,
         the share of photos on which the attribute rises with every step of α, the changes of what landmarks measure
-        (over the `n` photos on which they were found at every α), and `n` and `failed`.
+        (over the `n` photos on which they were found at every α), and `n` and `failed`. "equal_gains", where both
+        "metaaux" and "encoder" were run, holds for each direction the `gain` under which its edits would change
+        adapted heads from α = -3 to 3 as much as unadapted ones, if strength were proportional to it.
         """
         return self.records.summarize(self._write_summary, [m.name for m in self.methods], len(self.photos))
 
     def _write_summary(self) -> dict[str, Any]:
         results: dict[str, Any] = {"methods": {}, "details": {}}
+        strengths: dict[str, dict[str, float | None]] = {}
         for method in self.methods:
             records = {i: r for i, r in self.records.read(method.name).items() if i < len(self.photos)}
             good = [record for record in records.values() if record["failed"] is None]
             curves = {name: _curves(good, name) for name in self.names}
+            strengths[method.name] = {name: _strength(curve) for name, curve in curves.items()}
             results["methods"][method.name] = {name: _changes(curves[name]) for name in ATTRIBUTES}
             results["details"][method.name] = {
                 "identity": {
@@ -186,6 +190,13 @@ class EditingEvaluation:
             },
             "versions": {"metaaux": __version__, "torch": torch.__version__},
         }
+        if {"metaaux", "encoder"} <= strengths.keys():
+            results["equal_gains"] = {
+                name: self.directions[name].gain * wanted / strength if wanted and strength else None
+                for name, wanted, strength in (
+                    (name, strengths["encoder"][name], strengths["metaaux"][name]) for name in self.names
+                )
+            }
         write_json(results, self.folder / "results.json")
         write_text(
             editing_table(results, {method.name: method.label for method in self.methods}), self.folder / "table.md"
@@ -205,6 +216,11 @@ def _changes(curves: torch.Tensor) -> dict[str, float | None]:
         return dict.fromkeys(map(str, ALPHAS))
     mean = (curves - curves[:, 3:4]).mean(0)
     return {str(alpha): mean[alpha + 3].item() for alpha in ALPHAS}
+
+
+def _strength(curves: torch.Tensor) -> float | None:
+    """Mean change over the whole range of α; `None` without photos."""
+    return (curves[:, -1] - curves[:, 0]).mean().item() if len(curves) else None
 
 
 def editing_table(results: dict[str, Any], labels: dict[str, str]) -> str:
