@@ -22,6 +22,7 @@ from metaaux.training.directions import (
     project_out,
     separate,
     train,
+    unexplained,
 )
 
 
@@ -65,6 +66,25 @@ class TestSeparate:
         else:
             with pytest.raises(ValueError, match=match):
                 separate(samples[0], values, 0.2, 0.2)
+
+
+class TestUnexplained:
+    def test_what_conditions_say_is_taken_out(self, samples):
+        # An attribute that mostly follows another one: its own part decides the boundary only without that.
+        w, other, _ = samples
+        own = np.eye(12)[0]
+        smile = w @ other
+        mouth = 4 * smile + w @ own + 3
+        mouth[5], smile[7] = np.nan, np.nan
+        rest = unexplained(mouth, smile[:, None])
+        assert np.isnan(rest[[5, 7]]).all() and np.isfinite(np.delete(rest, [5, 7])).all()
+        known = np.isfinite(rest)
+        assert abs(np.corrcoef(rest[known], smile[known])[0, 1]) < 1e-9
+        assert separate(w, mouth, 0.2, 0.2)[0] @ other > 0.9
+        assert abs(separate(w, rest, 0.2, 0.2)[0] @ other) < 0.6
+
+    def test_nothing_known(self):
+        assert np.isnan(unexplained(np.full(4, np.nan), np.ones((4, 2)))).all()
 
 
 class TestProjectOut:
