@@ -239,8 +239,8 @@ def separate(
 
 
 def unexplained(values: np.ndarray, conditions: np.ndarray) -> np.ndarray:
-    """What is left of an attribute [N] after its linear regression on the conditions' values [N, C]; not a number where
-    any of these values is none."""
+    """What is left of an attribute [N] after its linear regression on the conditions' values [N, C]; not a number
+    where any of these values is none."""
     rest = np.full(len(values), np.nan)
     known = np.isfinite(values) & np.isfinite(conditions).all(1)
     if known.any():
