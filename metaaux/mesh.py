@@ -28,8 +28,8 @@ DEFAULT_RESOLUTION = 192
 _LEVEL = 10.0
 # What is kept of the cube, in shares of its half side: no camera of the training looks behind the head or past the
 # picture's border, so what lies there is arbitrary. A superellipsoid of these half axes about this centre rounds it.
-_CENTRE = (0.0, 0.0, 0.04)
-_HALF_AXES = (0.56, 0.64, 0.6)
+_CENTRE = (0.0, 0.0, 0.1)
+_HALF_AXES = (0.56, 0.64, 0.54)
 _EXPONENT = 4
 # Width of the filter over the density (shares of the half side), about a texel of the planes: they leave terraces.
 _SMOOTHING = 0.011
