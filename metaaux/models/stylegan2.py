@@ -97,14 +97,15 @@ class FullyConnected(nn.Module):
 
     def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
         """[..., in] → [..., out], computed in the dtype of `x`; weights and biases count `gain` times."""
-        # One kernel: at a batch of one, a generator's time on a GPU is that of its kernels' launches.
-        y = torch.addmm(
-            self.bias.to(x.dtype),
-            x.flatten(0, -2),
-            self.weight.to(x.dtype).t(),
-            beta=self.bias_gain * gain,
-            alpha=self.weight_gain * gain,
-        ).unflatten(0, x.shape[:-1])
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        weight_gain, bias_gain = self.weight_gain * gain, self.bias_gain * gain
+        if x.is_cuda:
+            # One kernel: at a batch of one, a generator's time is that of its kernels' launches.
+            y = torch.addmm(bias, x.flatten(0, -2), weight.t(), beta=bias_gain, alpha=weight_gain)
+            y = y.unflatten(0, x.shape[:-1])
+        else:
+            # New memory is aligned, that of loaded weights not always, by which a product's rounding would differ.
+            y = F.linear(x, weight * weight_gain, bias * bias_gain)
         return scaled_leaky_relu(y) if self.activation == "lrelu" else y
 
 
