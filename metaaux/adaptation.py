@@ -247,11 +247,11 @@ def gradient_step(
     # One launch for many tensors: one by one, hundreds of them would be a fifth of a step's kernels.
     if momentum and velocity is not None:
         changes = torch._foreach_add(changes, [velocity[name] for name in parameters], alpha=momentum)
-    scales = [rates[name] for name in parameters]
-    if all(isinstance(rate, float) for rate in scales):
-        moves = torch._foreach_mul(changes, scales)
+    alphas = [rates[name] for name in parameters]
+    if all(isinstance(alpha, float) for alpha in alphas):
+        moves = torch._foreach_mul(changes, alphas)
     else:
-        moves = [rate * change for rate, change in zip(scales, changes, strict=True)]
+        moves = [alpha * change for alpha, change in zip(alphas, changes, strict=True)]
     adapted = torch._foreach_sub(list(parameters.values()), moves)
     return dict(zip(parameters, adapted, strict=True)), dict(zip(parameters, changes, strict=True))
 
@@ -420,7 +420,9 @@ def _inner_rates(network, parameters, learning_rate, learning_rates) -> dict[str
         return {name: float(learning_rates[name]) for name in parameters}
     if learning_rate is not None:
         return dict.fromkeys(parameters, float(learning_rate))
-    return dict(zip(parameters, network.log_inner_rates.detach().exp().tolist(), strict=True))
+    rates = network.inner_rates()
+    # Read at once: one by one, each would make the host wait for a GPU.
+    return dict(zip(rates, torch.stack(list(rates.values())).tolist(), strict=True))
 
 
 def _check_inputs(generator, target, w, camera, steps, flip_share) -> None:

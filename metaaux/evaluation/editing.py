@@ -156,13 +156,13 @@ class EditingEvaluation:
 
     def _write_summary(self) -> dict[str, Any]:
         results: dict[str, Any] = {"methods": {}, "details": {}}
-        strengths: dict[str, dict[str, float | None]] = {}
+        changes: dict[str, dict[str, dict[str, float | None]]] = {}
         for method in self.methods:
             records = {i: r for i, r in self.records.read(method.name).items() if i < len(self.photos)}
             good = [record for record in records.values() if record["failed"] is None]
             curves = {name: _curves(good, name) for name in self.names}
-            strengths[method.name] = {name: _strength(curve) for name, curve in curves.items()}
-            results["methods"][method.name] = {name: _changes(curves[name]) for name in ATTRIBUTES}
+            change = changes[method.name] = {name: _changes(curve) for name, curve in curves.items()}
+            results["methods"][method.name] = {name: change[name] for name in ATTRIBUTES}
             results["details"][method.name] = {
                 "identity": {
                     name: {str(a): mean_of([r["identity"][name] for r in good], str(a)) for a in ALPHAS}
@@ -172,9 +172,7 @@ class EditingEvaluation:
                     name: (curve.diff(dim=1) > 0).all(dim=1).double().mean().item() if len(curve) else None
                     for name, curve in curves.items()
                 },
-                "measures": {
-                    name: {"change": _changes(curves[name]), "n": len(curves[name])} for name in self.measures
-                },
+                "measures": {name: {"change": change[name], "n": len(curves[name])} for name in self.measures},
                 "n": len(records),
                 "failed": len(records) - len(good),
                 "settings": method.settings(),
@@ -190,12 +188,10 @@ class EditingEvaluation:
             },
             "versions": {"metaaux": __version__, "torch": torch.__version__},
         }
-        if {"metaaux", "encoder"} <= strengths.keys():
+        if {"metaaux", "encoder"} <= changes.keys():
             results["equal_gains"] = {
-                name: self.directions[name].gain * wanted / strength if wanted and strength else None
-                for name, wanted, strength in (
-                    (name, strengths["encoder"][name], strengths["metaaux"][name]) for name in self.names
-                )
+                name: _equal_gain(self.directions[name].gain, changes["metaaux"][name], changes["encoder"][name])
+                for name in self.names
             }
         write_json(results, self.folder / "results.json")
         write_text(
@@ -218,9 +214,11 @@ def _changes(curves: torch.Tensor) -> dict[str, float | None]:
     return {str(alpha): mean[alpha + 3].item() for alpha in ALPHAS}
 
 
-def _strength(curves: torch.Tensor) -> float | None:
-    """Mean change over the whole range of α; `None` without photos."""
-    return (curves[:, -1] - curves[:, 0]).mean().item() if len(curves) else None
+def _equal_gain(gain: float, adapted: dict[str, float | None], wanted: dict[str, float | None]) -> float | None:
+    """The gain that brings the changes `adapted`, made with `gain`, to the span of `wanted`; `None` if unknown."""
+    low, high = str(ALPHAS[0]), str(ALPHAS[-1])
+    found, target = (None if change[low] is None else change[high] - change[low] for change in (adapted, wanted))
+    return gain * target / found if found and target else None
 
 
 def editing_table(results: dict[str, Any], labels: dict[str, str]) -> str:

@@ -407,10 +407,10 @@ def _finish(generator, attributes, config, folder) -> None:
     for name, (normal, accuracy) in tqdm(found.items(), unit="direction"):
         try:
             others = [other for other in config.conditions.get(name, []) if other in found]
+            column = attributes.names.index(name)
             figures = {"accuracy_unconditioned": accuracy(normal)}
             if others:
-                column, given = attributes.names.index(name), [attributes.names.index(other) for other in others]
-                rest = unexplained(values[:, column], values[:, given])
+                rest = unexplained(values[:, column], values[:, [attributes.names.index(other) for other in others]])
                 normal, accuracy = separate(w, rest, config.extremes, config.held_out, config.seed)
             freed = project_out(normal, [*(found[other][0] for other in others), *poses])
             share = accuracy(freed)
@@ -418,7 +418,7 @@ def _finish(generator, attributes, config, folder) -> None:
             report["directions"][name] = figures
             if share < config.min_accuracy:
                 raise ValueError(f"it separates only {share:.3f} of held-out samples")
-            spread = float(np.nanstd(values[:, attributes.names.index(name)]))
+            spread = float(np.nanstd(values[:, column]))
             deviation = float((w @ freed).std())
             figures |= {"spread": spread, "deviation": deviation}
             figures |= _calibrate(movable, name, freed, deviation, spread)
