@@ -32,7 +32,7 @@ OutOption = Annotated[
 MethodsOption = Annotated[
     str,
     typer.Option(
-        help="Separated by commas: metaaux (or full), metaaux-0 (before any step), encoder, w, w+, pti, "
+        help="Separated by commas: metaaux (or full), metaaux-N (with N steps; 0: before any), encoder, w, w+, pti, "
         "without_auxiliary; and, each with its folder's option, psp, styletransformer, hyperinverter, without_meta, "
         "without_2d, without_3d."
     ),

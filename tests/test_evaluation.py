@@ -16,6 +16,7 @@ from conftest import IMAGE_SIZE
 from PIL import Image
 from test_stylegan2_2d import inverter as flat_inverter  # noqa: F401 (a fixture)
 
+from metaaux import MetaAuxInverter
 from metaaux.cli import main
 from metaaux.evaluation import reconstruction
 from metaaux.evaluation.methods import EncoderMethod
@@ -25,7 +26,7 @@ from metaaux.evaluation.photos import open_photos
 from metaaux.evaluation.reconstruction import ReconstructionEvaluation
 from metaaux.evaluation.records import Records
 from metaaux.evaluation.registry import MethodOptions, make_methods
-from metaaux.evaluation.report import comparison_picture
+from metaaux.evaluation.report import comparison_picture, source_name
 from metaaux.rendering import image_to_tensor, tensor_to_image
 
 FAST = MethodOptions(latent=LatentSettings(steps=2), tuning_steps=2)
@@ -117,6 +118,24 @@ class BreakingEncoder(EncoderMethod):
         if self.calls in self.breaks:
             raise self.error
         return super().invert(image, camera)
+
+
+class TestSourceName:
+    """What results call a checkpoint does not show where it lies on the machine."""
+
+    def test_names(self, tmp_path, monkeypatch):
+        (tmp_path / "work" / "runs" / "a").mkdir(parents=True)
+        (tmp_path / "elsewhere" / "b").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / "work")
+        assert source_name(tmp_path / "work" / "runs" / "a") == source_name("runs/a") == "runs/a"
+        assert source_name(tmp_path / "elsewhere" / "b") == source_name("../elsewhere/b") == "b"
+        assert (source_name("."), source_name("org/model"), source_name(None)) == ("work", "org/model", "pipeline")
+
+    def test_results_hold_no_path(self, tiny_folder, face_zip, tmp_path):
+        inverter = MetaAuxInverter.from_pretrained(tiny_folder)
+        make_evaluation(inverter, face_zip, tmp_path, ("encoder",)).summarize()
+        text = (tmp_path / "results.json").read_text()
+        assert f'"{tiny_folder.name}"' in text and str(tiny_folder.parent) not in text
 
 
 class TestEvaluation:

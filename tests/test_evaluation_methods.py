@@ -98,6 +98,14 @@ class TestMethods:
         for layer, offset in inversion.weight_offsets.items():
             torch.testing.assert_close(found.weight_offsets[layer], offset)
 
+    def test_steps_in_the_name(self, tiny_inverter, batch):
+        three, zero = make_methods(["metaaux-3", "metaaux-0"], tiny_inverter, MethodOptions(steps=2))
+        ours = make_methods(["metaaux"], tiny_inverter, MethodOptions(steps=3))[0]
+        photo = batch[0][:1], batch[1][:1]
+        torch.testing.assert_close(three.invert(*photo)[0].image, ours.invert(*photo)[0].image)
+        assert (three.label, zero.label) == ("Ours, 3 steps", "Ours, no adaptation")
+        assert (three.settings()["steps"], zero.settings()["steps"]) == (3, 0)
+
     @pytest.mark.parametrize("name", ["metaaux", "metaaux-0", "encoder", "without_auxiliary"])
     def test_batch_equals_photos_alone_and_own_view_is_the_image(self, tiny_inverter, batch, name):
         method = make_methods([name], tiny_inverter, MethodOptions(steps=2, generator_rate=1e-4))[0]
@@ -173,7 +181,13 @@ class TestMethods:
 
     @pytest.mark.parametrize(
         ("names", "match"),
-        [(["nonsense"], "unknown methods"), ([], "once each"), (["w", "w"], "once each"), (["psp"], "--psp")],
+        [
+            (["nonsense"], "unknown methods"),
+            (["metaaux-five"], "unknown methods"),
+            ([], "once each"),
+            (["w", "w"], "once each"),
+            (["psp"], "--psp"),
+        ],
     )
     def test_names(self, tiny_inverter, names, match):
         with pytest.raises(ValueError, match=match):

@@ -21,7 +21,7 @@ from .methods import InversionMethod, Reconstruction
 from .photos import PhotoSet
 from .reconstruction import device_name, mean_of, weights_digest
 from .records import Records
-from .report import markdown_table, write_json, write_text
+from .report import markdown_table, source_name, write_json, write_text
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter
@@ -83,7 +83,7 @@ class EditingEvaluation:
             )
         settings = {
             "evaluation": "editing",
-            "model": str(inverter.name_or_path or "pipeline"),
+            "model": source_name(inverter.name_or_path),
             "weights": weights_digest(inverter),
             "photos": photos.digest,
             "measures": sorted(self.measures),
@@ -181,7 +181,7 @@ class EditingEvaluation:
             "complete": all(details["n"] == len(self.photos) for details in results["details"].values()),
             "photos": len(self.photos),
             "device": device_name(self.inverter.device),
-            "model": str(self.inverter.name_or_path or "pipeline"),
+            "model": source_name(self.inverter.name_or_path),
             "fingerprint": self.inverter.fingerprint,
             "directions": {
                 name: {"scale": self.directions[name].scale, "gain": self.directions[name].gain} for name in self.names

@@ -24,7 +24,7 @@ from ..training.data import FaceDataset
 from ..training.sheets import head_sheet
 from .frechet import FeatureExtractor, FeatureStatistics, frechet_between
 from .reconstruction import device_name
-from .report import save_image, write_json
+from .report import save_image, source_name, write_json
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter
@@ -148,7 +148,7 @@ def evaluate_generator(
         **figures.means(),
         **asdict(settings),
         "frechet_features": None if features is None else features.name,
-        "model": str(inverter.name_or_path or "pipeline"),
+        "model": source_name(inverter.name_or_path),
         "fingerprint": inverter.fingerprint,
         "device": device_name(inverter.device),
         "versions": {"metaaux": __version__, "torch": torch.__version__},

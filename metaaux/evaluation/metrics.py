@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..models.perceptual import LPIPS, DiscriminatorPerceptualDistance
+from .report import source_name
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter
@@ -34,7 +35,7 @@ class ReconstructionMetrics:
 
     def __init__(self, inverter: MetaAuxInverter, perceptual: str | os.PathLike | None = None):
         self.identity = inverter.identity
-        model = inverter.name_or_path or "pipeline"
+        model = source_name(inverter.name_or_path)
         if perceptual is None and inverter.perceptual is None:
             self.perceptual = DiscriminatorPerceptualDistance(inverter.discriminator)
             perceptual_name = f"features of the discriminator of {model}"
@@ -47,7 +48,7 @@ class ReconstructionMetrics:
             self.perceptual = network.to(inverter.device)
         else:
             network = LPIPS.from_pretrained(perceptual).eval().requires_grad_(False)
-            perceptual_name = f"{_describe(network)} ({os.fspath(perceptual)})"
+            perceptual_name = f"{_describe(network)} ({source_name(perceptual)})"
             self.perceptual = network.to(inverter.device)
         self.names = {
             "mse": "images in [-1, 1]",

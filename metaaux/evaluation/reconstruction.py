@@ -21,7 +21,7 @@ from .methods import InversionMethod, Reconstruction
 from .metrics import ReconstructionMetrics, timed
 from .photos import Photo, PhotoSet
 from .records import Records
-from .report import comparison_picture, save_image, table, write_json, write_text
+from .report import comparison_picture, save_image, source_name, table, write_json, write_text
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter
@@ -78,7 +78,7 @@ class ReconstructionEvaluation:
         self.shard, self.pose, self.progress = shard, pose, progress
         self.device = inverter.device
         self.settings = {
-            "model": str(inverter.name_or_path or "pipeline"),
+            "model": source_name(inverter.name_or_path),
             "weights": weights_digest(inverter),
             "photos": photos.digest,
             "metrics": metrics.names,

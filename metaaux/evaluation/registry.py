@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from .methods import (
     PivotalTuning,
 )
 from .optimization import LatentSettings, TuningSettings
+from .report import source_name
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter
@@ -66,11 +68,11 @@ class MethodOptions:
     generator_rate: float = 1e-3
 
 
-#: Methods by name, with the label of each. Those after "pti" need a folder, which an option of their name gives.
+#: Methods by name, with the label of each; and "metaaux-N", ours with N steps. Those after "pti" need a folder, which
+#: an option of their name gives.
 METHODS = {
     "metaaux": "Ours",
     "full": "Ours (full)",
-    "metaaux-0": "Ours, no adaptation",
     "encoder": "encoder (W)",
     "w": "optimisation (W)",
     "w+": "optimisation (W+)",
@@ -93,15 +95,16 @@ def make_methods(
 ) -> list[InversionMethod]:
     """The methods of these names on a pipeline's generator.
 
-    "metaaux" and "full" are the same, the latter for tables of ablations.
+    "metaaux" and "full" are the same, the latter for tables of ablations. "metaaux-N" takes N steps whatever `options`
+    say; N is 0 for the prediction without adaptation.
 
     Raises:
         ValueError: an unknown or repeated name, a method whose folder is not given, or a network that does not fit.
         OSError: a folder without a network.
     """
-    unknown = [name for name in names if name not in METHODS]
+    unknown = [name for name in names if name not in METHODS and _own_steps(name) is None]
     if unknown:
-        raise ValueError(f"unknown methods {unknown}; there are {', '.join(METHODS)}")
+        raise ValueError(f"unknown methods {unknown}; there are {', '.join(METHODS)} and metaaux-N for N steps")
     if not names or len(set(names)) < len(names):
         raise ValueError(f"methods must be named once each, got {names}")
     lacking = [name for name in names if name in _FOLDER_METHODS and getattr(options, name) is None]
@@ -111,9 +114,19 @@ def make_methods(
     return [_make_method(name, inverter, options) for name in names]
 
 
+def _own_steps(name: str) -> int | None:
+    """N of "metaaux-N"; `None` for other names."""
+    match = re.fullmatch(r"metaaux-(0|[1-9]\d*)", name)
+    return int(match[1]) if match else None
+
+
 def _make_method(name: str, inverter: MetaAuxInverter, options: MethodOptions) -> InversionMethod:
-    label, generator, encoder = METHODS[name], inverter.generator, inverter.encoder
+    generator, encoder, own_steps = inverter.generator, inverter.encoder, _own_steps(name)
     steps = inverter.config.inner_steps if options.steps is None else options.steps
+    if own_steps is not None:
+        label, steps = f"Ours, {own_steps} steps" if own_steps else "Ours, no adaptation", own_steps
+    else:
+        label = METHODS[name]
     if name == "encoder":
         return EncoderMethod(name, label, generator, encoder, "pipeline")
     if name in ("psp", "styletransformer"):
@@ -124,7 +137,7 @@ def _make_method(name: str, inverter: MetaAuxInverter, options: MethodOptions) -
         network = architecture.from_pretrained(getattr(options, name))
         expected = {"image_size": generator.config.image_size, "w_dim": generator.config.w_dim}
         _check_config(getattr(options, name), network, expected | {"num_ws": generator.num_ws})
-        return EncoderMethod(name, label, generator, _frozen(network, inverter), str(getattr(options, name)))
+        return EncoderMethod(name, label, generator, _frozen(network, inverter), source_name(getattr(options, name)))
     if name in ("w", "w+"):
         return LatentOptimization(name, label, generator, reconstruction_loss(inverter), options.latent, name)
     if name == "pti":
@@ -137,11 +150,9 @@ def _make_method(name: str, inverter: MetaAuxInverter, options: MethodOptions) -
         tuning = TuningSettings(steps=steps, learning_rate=options.generator_rate)
         return GeneratorAdaptation(generator, encoder, loss, tuning)
     networks = FrozenNetworks(generator, encoder, loss, loss)
-    if name in ("metaaux", "full", "metaaux-0"):
-        return AuxiliaryAdaptation(
-            name, label, networks, inverter.auxiliary, 0 if name == "metaaux-0" else steps,
-            inverter.config.inner_learning_rate, "pipeline",
-        )  # fmt: skip
+    if name in ("metaaux", "full") or own_steps is not None:
+        rate = inverter.config.inner_learning_rate
+        return AuxiliaryAdaptation(name, label, networks, inverter.auxiliary, steps, rate, "pipeline")
     folder = getattr(options, name)
     network = AuxiliaryNetwork.from_pretrained(folder)
     _check_config(folder, network, {"image_size": generator.config.image_size})
@@ -150,7 +161,9 @@ def _make_method(name: str, inverter: MetaAuxInverter, options: MethodOptions) -
     if name == "without_3d" and network.config.use_offset_planes:
         raise ValueError(f"{folder} holds an auxiliary network with a 3D module, not one without")
     adapted_steps = 0 if name == "hyperinverter" else steps
-    return AuxiliaryAdaptation(name, label, networks, _frozen(network, inverter), adapted_steps, None, str(folder))
+    return AuxiliaryAdaptation(
+        name, label, networks, _frozen(network, inverter), adapted_steps, None, source_name(folder)
+    )
 
 
 def inversion_loss(inverter: MetaAuxInverter) -> InversionLoss:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,22 @@ _COLUMNS = (
     ("failed", "Failed", "{}"),
     ("n", "n", "{}"),
 )
+
+
+def source_name(source: str | os.PathLike | None) -> str:
+    """What results call a network or checkpoint: its Hub id, or its folder.
+
+    A folder below the working directory is named as seen from there, any other by its last part: results are made to
+    be shown to others, whom the rest of the path does not concern. `None`, which a pipeline made in memory has, is
+    "pipeline".
+    """
+    if source is None:
+        return "pipeline"
+    if not Path(source).is_dir():
+        return str(source)
+    folder = Path(source).resolve()
+    inside = folder.is_relative_to(Path.cwd()) and folder != Path.cwd()
+    return folder.relative_to(Path.cwd()).as_posix() if inside else folder.name
 
 
 def write_json(value: Any, path: Path) -> None:
