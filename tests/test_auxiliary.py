@@ -128,6 +128,49 @@ def test_switches(tiny_components, inputs):
         fresh(tiny_components, use_offset_planes=False, use_weight_offsets=False)
 
 
+def test_a_finer_offset_bias_shows_the_same_and_moves_as_far(tiny_components, generator, inputs):
+    batch, w = inputs
+    coarse = fresh(tiny_components)
+    with torch.no_grad():
+        coarse.offset_network.to_offsets.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(2))
+        coarse.offset_network.bias.normal_(std=0.1, generator=torch.Generator().manual_seed(4))
+    fine = coarse.with_offset_bias_resolution(32)
+    assert fine(**batch).offset_planes.shape == (2, 3, 3, 32, 32) and fine.config.offset_bias_resolution == 32
+
+    def step(network):
+        """Planes before and after one gradient step on the bias alone; the loss falls with the mean displacement."""
+        before = network(**batch).offset_planes
+        bias = network.offset_network.bias
+        (gradient,) = torch.autograd.grad(before[:, :, 0].mean((2, 3)).sum(), bias)
+        with torch.no_grad():
+            bias -= 10 * network.inner_rates()["offset_network.bias"] * gradient
+        return before.detach(), network(**batch).offset_planes.detach()
+
+    def pooled(planes):
+        factor = planes.shape[-1] // 8
+        return torch.nn.functional.avg_pool2d(planes.flatten(1, 2), factor)
+
+    (before, after), (fine_before, fine_after) = step(coarse), step(fine)
+    spread = before.abs().max()
+    assert (pooled(fine_before) - pooled(before)).abs().max() < 0.3 * spread  # bilinear interpolation smoothes
+    moved = (after - before)[:, :, 0].mean((2, 3))
+    torch.testing.assert_close((fine_after - fine_before)[:, :, 0].mean((2, 3)), moved, rtol=0.05, atol=1e-7)
+    assert moved.abs().min() > 0
+
+
+def test_a_finer_offset_bias_saves_and_loads(tiny_components, inputs, tmp_path):
+    batch, _ = inputs
+    fine = fresh(tiny_components).with_offset_bias_resolution(16)
+    fine.save_pretrained(tmp_path)
+    loaded = AuxiliaryNetwork.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(**batch).offset_planes, fine(**batch).offset_planes)
+    torch.testing.assert_close(loaded.log_inner_rates, fine.log_inner_rates)
+    with pytest.raises(ValueError, match="below offset_resolution 8"):
+        fine.with_offset_bias_resolution(4)
+    with pytest.raises(ValueError, match="no 3D module"):
+        fresh(tiny_components, use_offset_planes=False).with_offset_bias_resolution(16)
+
+
 def test_config_for_selects_layers_by_prefix(generator):
     config = AuxiliaryNetwork.config_for(generator, prefixes=("super_resolution.",), hyper_rank=3)
     assert config["hyper_rank"] == 3

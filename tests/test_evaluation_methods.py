@@ -136,14 +136,16 @@ class TestMethods:
         folder = tmp_path / "auxiliary"
         encoder = tmp_path / "encoder"
         options = MethodOptions(steps=1, styletransformer=encoder, hyperinverter=folder, without_meta=folder)
-        names = ["styletransformer", "hyperinverter", "without_meta", "encoder", "metaaux-0", "metaaux"]
+        names = ["styletransformer", "hyperinverter", "without_meta-0", "without_meta"]
+        names += ["encoder", "metaaux-0", "metaaux-0", "metaaux"]
         images = [
             method.invert(batch[0][:1], batch[1][:1])[0].image
-            for method in make_methods(names, tiny_inverter, options)
+            for name in names
+            for method in make_methods([name], tiny_inverter, options)
         ]
-        for own, embedded in zip(images[:3], images[3:]):
+        for own, embedded in zip(images[:4], images[4:]):
             torch.testing.assert_close(own, embedded)
-        assert not torch.equal(images[1], images[2])
+        assert not torch.equal(images[2], images[3])
         with pytest.raises(ValueError, match="holds a LatentEncoder, psp needs a PSPEncoder"):
             make_methods(["psp"], tiny_inverter, MethodOptions(psp=encoder))
 
@@ -184,6 +186,8 @@ class TestMethods:
         [
             (["nonsense"], "unknown methods"),
             (["metaaux-five"], "unknown methods"),
+            (["encoder-3"], "unknown methods"),
+            (["without_meta-0"], "--without-meta"),
             ([], "once each"),
             (["w", "w"], "once each"),
             (["psp"], "--psp"),

@@ -68,8 +68,7 @@ class MethodOptions:
     generator_rate: float = 1e-3
 
 
-#: Methods by name, with the label of each; and "metaaux-N", ours with N steps. Those after "pti" need a folder, which
-#: an option of their name gives.
+#: Methods by name, with the label of each. Those after "pti" need a folder, which an option of their name gives.
 METHODS = {
     "metaaux": "Ours",
     "full": "Ours (full)",
@@ -85,6 +84,8 @@ METHODS = {
     "without_2d": "without 2D module",
     "without_3d": "without 3D module",
 }
+#: Methods of which "NAME-N" takes N steps.
+_STEPPED_METHODS = ("metaaux", "full", "without_meta", "without_2d", "without_3d")
 _FOLDER_METHODS = ("psp", "styletransformer", "hyperinverter", "without_meta", "without_2d", "without_3d")
 
 
@@ -96,74 +97,75 @@ def make_methods(
     """The methods of these names on a pipeline's generator.
 
     "metaaux" and "full" are the same, the latter for tables of ablations. "metaaux-N" takes N steps whatever `options`
-    say; N is 0 for the prediction without adaptation.
+    say, and so do "full-N", "without_meta-N", "without_2d-N" and "without_3d-N"; with N = 0 it is the prediction.
 
     Raises:
         ValueError: an unknown or repeated name, a method whose folder is not given, or a network that does not fit.
         OSError: a folder without a network.
     """
-    unknown = [name for name in names if name not in METHODS and _own_steps(name) is None]
+    methods = [_split(name)[0] for name in names]
+    unknown = [name for name, method in zip(names, methods) if method not in METHODS]
     if unknown:
-        raise ValueError(f"unknown methods {unknown}; there are {', '.join(METHODS)} and metaaux-N for N steps")
+        raise ValueError(f"unknown methods {unknown}; there are {', '.join(METHODS)}, and metaaux-N for N steps")
     if not names or len(set(names)) < len(names):
         raise ValueError(f"methods must be named once each, got {names}")
-    lacking = [name for name in names if name in _FOLDER_METHODS and getattr(options, name) is None]
+    lacking = [method for method in methods if method in _FOLDER_METHODS and getattr(options, method) is None]
     if lacking:
         flags = ", ".join("--" + name.replace("_", "-") for name in lacking)
         raise ValueError(f"the methods {lacking} need the folder of their network: give {flags}")
     return [_make_method(name, inverter, options) for name in names]
 
 
-def _own_steps(name: str) -> int | None:
-    """N of "metaaux-N"; `None` for other names."""
-    match = re.fullmatch(r"metaaux-(0|[1-9]\d*)", name)
-    return int(match[1]) if match else None
+def _split(name: str) -> tuple[str, int | None]:
+    """("metaaux", 3) of "metaaux-3"; a name without steps of its own and `None`."""
+    match = re.fullmatch(rf"({'|'.join(_STEPPED_METHODS)})-(0|[1-9]\d*)", name)
+    return (match[1], int(match[2])) if match else (name, None)
 
 
 def _make_method(name: str, inverter: MetaAuxInverter, options: MethodOptions) -> InversionMethod:
-    generator, encoder, own_steps = inverter.generator, inverter.encoder, _own_steps(name)
-    steps = inverter.config.inner_steps if options.steps is None else options.steps
-    if own_steps is not None:
-        label, steps = f"Ours, {own_steps} steps" if own_steps else "Ours, no adaptation", own_steps
+    generator, encoder = inverter.generator, inverter.encoder
+    method, steps = _split(name)
+    label = METHODS[method]
+    if steps is not None:
+        label += f", {steps} step{'s' * (steps > 1)}" if steps else ", no adaptation"
+    elif method == "hyperinverter":
+        steps = 0
     else:
-        label = METHODS[name]
-    if name == "encoder":
+        steps = inverter.config.inner_steps if options.steps is None else options.steps
+    if method == "encoder":
         return EncoderMethod(name, label, generator, encoder, "pipeline")
-    if name in ("psp", "styletransformer"):
-        architecture = PSPEncoder if name == "psp" else LatentEncoder
-        found = architecture.load_config(getattr(options, name)).get("_class_name")
+    if method in ("psp", "styletransformer"):
+        architecture = PSPEncoder if method == "psp" else LatentEncoder
+        found = architecture.load_config(getattr(options, method)).get("_class_name")
         if found != architecture.__name__:
-            raise ValueError(f"{getattr(options, name)} holds a {found}, {name} needs a {architecture.__name__}")
-        network = architecture.from_pretrained(getattr(options, name))
+            raise ValueError(f"{getattr(options, method)} holds a {found}, {name} needs a {architecture.__name__}")
+        network = architecture.from_pretrained(getattr(options, method))
         expected = {"image_size": generator.config.image_size, "w_dim": generator.config.w_dim}
-        _check_config(getattr(options, name), network, expected | {"num_ws": generator.num_ws})
-        return EncoderMethod(name, label, generator, _frozen(network, inverter), source_name(getattr(options, name)))
-    if name in ("w", "w+"):
+        _check_config(getattr(options, method), network, expected | {"num_ws": generator.num_ws})
+        return EncoderMethod(name, label, generator, _frozen(network, inverter), source_name(getattr(options, method)))
+    if method in ("w", "w+"):
         return LatentOptimization(name, label, generator, reconstruction_loss(inverter), options.latent, name)
-    if name == "pti":
+    if method == "pti":
         is_lpips = inverter.perceptual is not None and inverter.perceptual.config.calibrated
         tuning = TuningSettings(steps=options.tuning_steps, stop_distance=PTI_STOP_DISTANCE if is_lpips else None)
         share = None if is_lpips else options.pti_stop_share
         return PivotalTuning(generator, reconstruction_loss(inverter), options.latent, tuning, share)
     loss = inversion_loss(inverter)
-    if name == "without_auxiliary":
+    if method == "without_auxiliary":
         tuning = TuningSettings(steps=steps, learning_rate=options.generator_rate)
         return GeneratorAdaptation(generator, encoder, loss, tuning)
     networks = FrozenNetworks(generator, encoder, loss, loss)
-    if name in ("metaaux", "full") or own_steps is not None:
+    if method in ("metaaux", "full"):
         rate = inverter.config.inner_learning_rate
         return AuxiliaryAdaptation(name, label, networks, inverter.auxiliary, steps, rate, "pipeline")
-    folder = getattr(options, name)
+    folder = getattr(options, method)
     network = AuxiliaryNetwork.from_pretrained(folder)
     _check_config(folder, network, {"image_size": generator.config.image_size})
-    if name == "without_2d" and network.config.use_weight_offsets:
+    if method == "without_2d" and network.config.use_weight_offsets:
         raise ValueError(f"{folder} holds an auxiliary network with a 2D module, not one without")
-    if name == "without_3d" and network.config.use_offset_planes:
+    if method == "without_3d" and network.config.use_offset_planes:
         raise ValueError(f"{folder} holds an auxiliary network with a 3D module, not one without")
-    adapted_steps = 0 if name == "hyperinverter" else steps
-    return AuxiliaryAdaptation(
-        name, label, networks, _frozen(network, inverter), adapted_steps, None, source_name(folder)
-    )
+    return AuxiliaryAdaptation(name, label, networks, _frozen(network, inverter), steps, None, source_name(folder))
 
 
 def inversion_loss(inverter: MetaAuxInverter) -> InversionLoss:

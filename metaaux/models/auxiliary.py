@@ -107,13 +107,15 @@ class OffsetPlaneNetwork(nn.Module):
         camera_channels: length of the camera's style vector.
         plane_features: channels C of each of the generator's planes.
         image_plane_features: channels of each plane of image features.
-        resolution: side r of the offset planes, a power of two times `in_resolution`.
+        resolution: side of the prediction, a power of two times `in_resolution`.
+        bias_resolution: side r of the offset planes and of the bias that each position has; the prediction is
+            interpolated to it.
         bound: |Δp| never exceeds it; world units.
     """
 
     def __init__(
         self, in_channels, in_resolution, channels, camera_channels, plane_features, image_plane_features, resolution,
-        bound,
+        bias_resolution, bound,
     ):  # fmt: skip
         super().__init__()
         num_blocks = (resolution // in_resolution).bit_length() - 1
@@ -134,8 +136,9 @@ class OffsetPlaneNetwork(nn.Module):
         self.compare = nn.Conv2d(3 * (image_plane_features + plane_features), channels, 3, padding=1)
         self.refine = nn.Conv2d(channels, channels, 3, padding=1)
         self.to_offsets = nn.Conv2d(channels, 9, 3, padding=1)
-        # A bias a position, for the reason given for D in `HyperNetwork`.
-        self.bias = nn.Parameter(torch.zeros(9, resolution, resolution))
+        # A bias a position, for the reason given for D in `HyperNetwork`. Of all that gradient steps move it counts
+        # most, so it may be finer than the prediction.
+        self.bias = nn.Parameter(torch.zeros(9, bias_resolution, bias_resolution))
         nn.init.zeros_(self.to_offsets.weight)
         nn.init.zeros_(self.to_offsets.bias)
 
@@ -151,7 +154,10 @@ class OffsetPlaneNetwork(nn.Module):
         x = torch.cat([image_planes, own_planes.to(image_planes.dtype)], dim=1)
         x = F.leaky_relu(self.compare(x), LRELU_SLOPE)
         x = F.leaky_relu(self.refine(x), LRELU_SLOPE)
-        vectors = (self.to_offsets(x).float() + self.bias).unflatten(1, (3, 3))
+        predicted = self.to_offsets(x).float()
+        if predicted.shape[-2:] != self.bias.shape[-2:]:
+            predicted = F.interpolate(predicted, self.bias.shape[-2:], mode="bilinear", align_corners=False)
+        vectors = (predicted + self.bias).unflatten(1, (3, 3))
         # Each plane's vector is kept shorter than a third of the bound. Bilinear weights sum to at most one, so
         # the sum of the three look-ups (Eq. 4) stays within the bound. Unlike a norm this has all derivatives at 0.
         return vectors * torch.rsqrt(1 + vectors.square().sum(dim=2, keepdim=True)) * (self.bound / 3)
@@ -181,7 +187,9 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         use_offset_planes: whether there is a 3D module; a 2D generator has no use for it.
         plane_features: channels of each of the generator's planes.
         plane_resolution: side R of the generator's planes.
-        offset_resolution: side r of the offset planes, a divisor of `plane_resolution`.
+        offset_resolution: side of the predicted offsets, a divisor of `plane_resolution`.
+        offset_bias_resolution: side r of the offset planes, to which the prediction is interpolated and at which it
+            has a bias a position, for gradient steps to move; at least `offset_resolution`. `None`: the same.
         offset_channels: width of the 3D module.
         offset_image_features: channels of each plane of image features.
         camera_channels: length of the camera's style vector.
@@ -213,6 +221,7 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         plane_features: int = 32,
         plane_resolution: int = 256,
         offset_resolution: int = 64,
+        offset_bias_resolution: int | None = None,
         offset_channels: int = 128,
         offset_image_features: int = 16,
         camera_channels: int = 128,
@@ -231,6 +240,11 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
             raise ValueError(f"image_size must be a multiple of {BACKBONE_STRIDE}, got {image_size}")
         if use_offset_planes and plane_resolution % offset_resolution:
             raise ValueError(f"offset_resolution {offset_resolution} does not divide the planes' {plane_resolution}")
+        bias_resolution = offset_bias_resolution or offset_resolution
+        if use_offset_planes and bias_resolution < offset_resolution:
+            raise ValueError(
+                f"offset_bias_resolution {bias_resolution} is below offset_resolution {offset_resolution}"
+            )
 
         self.backbone = ResNetBackbone(
             ResNetConfig(
@@ -256,7 +270,7 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         if use_offset_planes:
             self.offset_network = OffsetPlaneNetwork(
                 neck_channels, image_size // BACKBONE_STRIDE, offset_channels, camera_channels, plane_features,
-                offset_image_features, offset_resolution, offset_bound * box_size,
+                offset_image_features, offset_resolution, bias_resolution, offset_bound * box_size,
             )  # fmt: skip
         self.log_inner_rates = nn.Parameter(
             torch.full((len(self.adaptable_parameters()),), math.log(inner_learning_rate))
@@ -299,6 +313,30 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
     def inner_rates(self) -> dict[str, torch.Tensor]:
         """α of Eq. 5 for each adaptable parameter, scalars; differentiable, as meta-training learns them."""
         return dict(zip(self.adaptable_parameters(), self.log_inner_rates.exp().unbind(), strict=True))
+
+    @torch.no_grad()
+    def with_offset_bias_resolution(self, resolution: int) -> AuxiliaryNetwork:
+        """A copy whose offset planes have another side, with the bias interpolated and its learning rate adjusted.
+
+        The gradient of the loss with regard to one of s² times as many positions is s² times smaller; with a rate s²
+        times larger a step moves smooth offsets as far as before.
+
+        Raises:
+            ValueError: there is no 3D module, or `resolution` is below the prediction's.
+        """
+        if self.offset_network is None:
+            raise ValueError("this auxiliary network has no 3D module, so there is no offset bias to refine")
+        arguments = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        copy = AuxiliaryNetwork(**arguments | {"offset_bias_resolution": resolution}).to(self.device)
+        name = "offset_network.bias"
+        state = self.state_dict()
+        bias = F.interpolate(state[name][None].float(), (resolution, resolution), mode="bilinear", align_corners=False)
+        factor = (resolution / state[name].shape[-1]) ** 2
+        state[name] = bias[0].to(state[name].dtype)
+        state["log_inner_rates"] = state["log_inner_rates"].clone()
+        state["log_inner_rates"][list(self.adaptable_parameters()).index(name)] += math.log(factor)
+        copy.load_state_dict(state)
+        return copy.to(self.dtype).train(self.training)
 
     def forward(
         self, image: torch.Tensor, cameras: torch.Tensor | None = None, planes: torch.Tensor | None = None
