@@ -183,7 +183,7 @@ class AdaptationResult:
 
     Attributes:
         parameters: adapted parameters of the auxiliary network, by name; detached.
-        weight_offsets: δ per generator layer [C_out, C_in, 1, 1], ready for `generator.synthesize`.
+        weight_offsets: δ per generator layer, as `generator.synthesize` takes it.
         offset_planes: [1, 3, 3, r, r] world units, or `None` without the 3D module.
         steps: one dictionary a step from -1 to N: "step", the loss terms of Eq. 8 ("flip" too where it takes part)
             and "seconds", the time that this step alone took.

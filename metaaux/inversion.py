@@ -22,6 +22,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as serialize_tensors
 
 from .files import atomic_path
+from .models.stylegan2 import offset_fits
 
 FORMAT = "metaaux-inversion"
 VERSION = 1
@@ -51,7 +52,8 @@ class Inversion:
     Attributes:
         w: latent code, float32 [w_dim] (space W) or [num_ws, w_dim] (space W+).
         camera: camera of the aligned photo, float32 [25].
-        weight_offsets: δ of each adapted layer, float32 [C_out, C_in, 1, 1]; the layer's weight is θ·(1 + δ).
+        weight_offsets: δ of each adapted layer, float32 [C_out, C_in, 1, 1] or [C_out, C_in, 3, 3]; the layer's
+            weight is θ·(1 + δ).
         offset_planes: offset tri-plane, float32 [3, 3, r, r], world units; `None` if the auxiliary network has no
             3D module.
         steps: one dictionary with the keys of `STEP_KEYS` per step: -1 is the encoder alone, 0 the auxiliary
@@ -148,10 +150,10 @@ class Inversion:
         for layer, offset in self.weight_offsets.items():
             if layer not in shapes:
                 raise ValueError(f"the inversion adapts a layer {layer!r}, which this generator does not have")
-            if tuple(offset.shape) != (*shapes[layer], 1, 1):
+            if not offset_fits(offset.shape, shapes[layer]):
                 raise ValueError(
                     f"the inversion's offset of {layer} has shape {list(offset.shape)}, this generator's layer takes "
-                    f"{[*shapes[layer], 1, 1]}"
+                    f"{[*shapes[layer], 1, 1]} or {[*shapes[layer], 3, 3]}"
                 )
 
     @classmethod
@@ -261,7 +263,7 @@ def _check_layout(layout: dict[str, tuple[str, tuple[int, ...]]]) -> None:
         elif name == "aligned":
             fits = len(shape) == 3 and shape[0] == 3 and shape[1] == shape[2]
         elif name.startswith(_OFFSET_PREFIX) and _LAYER_NAME.fullmatch(name.removeprefix(_OFFSET_PREFIX)):
-            fits = len(shape) == 4 and shape[2:] == (1, 1)
+            fits = len(shape) == 4 and shape[2:] in ((1, 1), (3, 3))
         else:
             raise InversionFileError(f"it has an unknown tensor {name!r:.80}")
         if not fits or math.prod(shape) == 0:

@@ -42,7 +42,7 @@ class Head:
     Attributes:
         ws: latent code [1, w_dim] or [1, num_ws, w_dim], edits included.
         planes: tri-planes [1, 3, C, R, R] of the adapted backbone.
-        weight_offsets: δ of each adapted layer, [C_out, C_in, 1, 1].
+        weight_offsets: δ of each adapted layer, [C_out, C_in, 1, 1] or [C_out, C_in, 3, 3].
         offset_planes: offset tri-plane [1, 3, 3, r, r], world units, or `None`.
         camera: camera of the photo [25], on the CPU.
     """

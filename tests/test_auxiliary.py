@@ -218,3 +218,40 @@ def test_default_backbone_is_resnet_101():
     assert isinstance(network.backbone, ResNetBackbone)
     # torchvision's ResNet-101 has 44.55 M parameters, 2.05 M of which are its classifier.
     assert sum(p.numel() for p in network.backbone.parameters()) == 42_500_160
+
+
+def test_full_kernels_predict_the_same_and_let_steps_move_each_tap(tiny_components, inputs, generator, tmp_path):
+    batch, w = inputs
+    layer, name = "super_resolution.block1.conv1", "hypernetworks.super_resolution-block1-conv1.bias"
+    whole = fresh(tiny_components)
+    with torch.no_grad():
+        whole.get_parameter(name).normal_(std=0.1, generator=torch.Generator().manual_seed(2))
+    full = whole.with_full_kernels(["super_resolution.block1"])
+    assert full.config.full_kernel_layers == ["super_resolution.block1"]
+    before, after = whole(**batch).weight_offsets, full(**batch).weight_offsets
+    for key, offset in before.items():
+        taps = (3, 3) if key.startswith("super_resolution.block1") else (1, 1)
+        assert after[key].shape == (*offset.shape[:3], *taps)
+        torch.testing.assert_close(after[key], offset.expand_as(after[key]))
+    rates, old_rates = full.inner_rates(), whole.inner_rates()
+    torch.testing.assert_close(rates[name], 3 * old_rates[name])
+    assert sum(not torch.equal(rates[key], old_rates[key]) for key in rates) == 2
+
+    # The generator takes them, one a sample or one for all, and each tap has a gradient of its own.
+    image = generator.synthesize(w, batch["cameras"], weight_offsets=after).image
+    torch.testing.assert_close(image, generator.synthesize(w, batch["cameras"], weight_offsets=before).image)
+    (gradient,) = torch.autograd.grad(image.square().mean(), full.get_parameter(name))
+    assert gradient.flatten(2).std(2).min() > 0
+    one = generator.synthesize(w[:1], batch["cameras"][:1], weight_offsets={layer: after[layer][0]}).image
+    each = generator.synthesize(w[:1], batch["cameras"][:1], weight_offsets={layer: after[layer][:1]}).image
+    torch.testing.assert_close(one, each, rtol=1e-4, atol=1e-5)
+
+    full.save_pretrained(tmp_path)
+    loaded = AuxiliaryNetwork.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(**batch).weight_offsets[layer], after[layer])
+    again = loaded.with_full_kernels(["super_resolution"])
+    torch.testing.assert_close(again.inner_rates()[name], rates[name])
+    with pytest.raises(ValueError, match="no modulated layer of the generator starts with"):
+        whole.with_full_kernels(["b1024"])
+    with pytest.raises(ValueError, match="must be .*1, 1.* or .*3, 3"):
+        generator.planes(w, {"backbone.b8.conv0": torch.zeros(*generator.modulated_layers["backbone.b8.conv0"], 3, 1)})

@@ -30,7 +30,7 @@ class Reconstruction:
         w: latent code [1, w_dim] or [1, num_ws, w_dim].
         camera: the photo's [1, 25].
         generator: the one to render with, tuned or not.
-        weight_offsets: δ by layer, [C_out, C_in, 1, 1].
+        weight_offsets: δ by layer, [C_out, C_in, 1, 1] or [C_out, C_in, 3, 3].
         offset_planes: [1, 3, 3, r, r] or `None`.
         tuning_steps: steps that the generator's weights took, `None` where they took none.
     """

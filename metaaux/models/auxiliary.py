@@ -8,7 +8,7 @@ Both are zero at the start, so that training and adaptation begin at the unchang
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import ResNetBackbone, ResNetConfig
 from .stylegan2 import LRELU_SLOPE, MappingNetwork, StyleGAN2Generator, SynthesisBlock
 
 BACKBONE_STRIDE = 32
+KERNEL_SIZE = 3  # of the generators' layers that take offsets
 
 
 @dataclass
@@ -29,8 +30,8 @@ class AuxiliaryOutput:
     """Offsets for one batch of photos.
 
     Attributes:
-        weight_offsets: δ by generator layer, each [B, C_out, C_in, 1, 1] (relative to the weight); empty without the
-            2D module.
+        weight_offsets: δ by generator layer (relative to the weight), each [B, C_out, C_in, 1, 1], or [B, C_out, C_in,
+            3, 3] where D has full kernels; empty without the 2D module.
         offset_planes: [B, 3, 3, r, r]: for each plane a displacement vector in world units; `None` without the 3D
             module.
     """
@@ -45,7 +46,8 @@ class HyperNetwork(nn.Module):
     As in HyperStyle, strided convolutions reduce the image features to a vector z (`reduce_features`). A [C_out, rank]
     and B [C_in, rank] are linear in z; D [C_out, C_in] is the bias of the last layer: what suits all photos, and the
     full-rank part that gradient steps on one photo can move freely. A and D start at zero and B does not, so δ is zero
-    and yet A and D have gradients.
+    and yet A and D have gradients. With `kernel_size` 3 D is [C_out, C_in, 3, 3]: steps move each tap of a kernel by
+    itself, while the prediction still scales the kernel as a whole.
 
     Args:
         in_channels: channels of the image features.
@@ -54,9 +56,10 @@ class HyperNetwork(nn.Module):
         channels: length of z and width of the convolutions.
         rank: of the predicted part.
         num_convs: number of strided 3×3 convolutions.
+        kernel_size: side of D's kernels, 1 or that of the generator's layer.
     """
 
-    def __init__(self, in_channels, out_features, in_features, channels, rank, num_convs):
+    def __init__(self, in_channels, out_features, in_features, channels, rank, num_convs, kernel_size=1):
         super().__init__()
         self.out_features, self.in_features, self.rank = out_features, in_features, rank
         self.convs = nn.ModuleList(
@@ -64,16 +67,17 @@ class HyperNetwork(nn.Module):
         )
         self.to_a = nn.Linear(channels, out_features * rank)
         self.to_b = nn.Linear(channels, in_features * rank)
-        self.bias = nn.Parameter(torch.zeros(out_features, in_features))
+        taps = (kernel_size, kernel_size) if kernel_size > 1 else ()
+        self.bias = nn.Parameter(torch.zeros(out_features, in_features, *taps))
         nn.init.zeros_(self.to_a.weight)
         nn.init.zeros_(self.to_a.bias)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """z [B, channels] → δ [B, C_out, C_in, 1, 1]."""
+        """z [B, channels] → δ [B, C_out, C_in, k, k], where k is `kernel_size`."""
         a = self.to_a(z).unflatten(1, (self.out_features, self.rank))
         b = self.to_b(z).unflatten(1, (self.in_features, self.rank))
-        delta = a @ b.transpose(1, 2) / math.sqrt(self.rank) + self.bias
-        return delta[..., None, None]
+        delta = (a @ b.transpose(1, 2) / math.sqrt(self.rank))[..., None, None]
+        return delta + (self.bias if self.bias.ndim == 4 else self.bias[..., None, None])
 
 
 def reduce_features(features: torch.Tensor, hypernetworks: Sequence[HyperNetwork]) -> torch.Tensor:
@@ -92,6 +96,12 @@ def reduce_features(features: torch.Tensor, hypernetworks: Sequence[HyperNetwork
         x = F.leaky_relu(weight @ patches + bias[..., None], LRELU_SLOPE)
         x = x.unflatten(-1, ((height + 1) // 2, (width + 1) // 2))
     return x.mean(dim=(3, 4)).expand(-1, count, -1).transpose(0, 1)
+
+
+def _check_prefixes(prefixes: Sequence[str], layers: Collection[str]) -> None:
+    idle = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in layers)]
+    if idle:
+        raise ValueError(f"no modulated layer of the generator starts with {idle}; it has {sorted(layers)}")
 
 
 class OffsetPlaneNetwork(nn.Module):
@@ -184,6 +194,7 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         hyper_rank: rank of the predicted part of δ.
         hyper_convs: strided convolutions of each hypernetwork.
         use_weight_offsets: whether there is a 2D module.
+        full_kernel_layers: layers whose name starts with one of these have a D of full kernels (`HyperNetwork`).
         use_offset_planes: whether there is a 3D module; a 2D generator has no use for it.
         plane_features: channels of each of the generator's planes.
         plane_resolution: side R of the generator's planes.
@@ -216,6 +227,7 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         hyper_channels: int = 128,
         hyper_rank: int = 8,
         hyper_convs: int = 2,
+        full_kernel_layers: Sequence[str] = (),
         use_weight_offsets: bool = True,
         use_offset_planes: bool = True,
         plane_features: int = 32,
@@ -258,14 +270,16 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         self.neck = nn.Conv2d(backbone_hidden_sizes[-1], neck_channels, 1)
         # Layer names contain dots, which module names may not. Sorted, because a saved configuration is sorted too.
         self.layer_names = sorted(layer_shapes) if use_weight_offsets else []
+        _check_prefixes(full_kernel_layers, self.layer_names)
         self.hypernetworks = nn.ModuleDict(
             {
                 name.replace(".", "-"): HyperNetwork(
-                    neck_channels, *layer_shapes[name], hyper_channels, hyper_rank, hyper_convs
+                    neck_channels, *layer_shapes[name], hyper_channels, hyper_rank, hyper_convs,
+                    KERNEL_SIZE if name.startswith(tuple(full_kernel_layers)) else 1,
                 )
                 for name in self.layer_names
             }
-        )
+        )  # fmt: skip
         self.offset_network = None
         if use_offset_planes:
             self.offset_network = OffsetPlaneNetwork(
@@ -289,9 +303,7 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
             ValueError: a prefix matches no layer.
         """
         layers = generator.modulated_layers
-        idle = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in layers)]
-        if idle:
-            raise ValueError(f"no modulated layer of the generator starts with {idle}; it has {sorted(layers)}")
+        _check_prefixes(prefixes, layers)
         config = {
             "layer_shapes": {n: list(shape) for n, shape in layers.items() if n.startswith(tuple(prefixes))},
             "image_size": generator.config.image_size,
@@ -326,15 +338,41 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         """
         if self.offset_network is None:
             raise ValueError("this auxiliary network has no 3D module, so there is no offset bias to refine")
-        arguments = {key: value for key, value in self.config.items() if not key.startswith("_")}
-        copy = AuxiliaryNetwork(**arguments | {"offset_bias_resolution": resolution}).to(self.device)
         name = "offset_network.bias"
+        old = self.get_parameter(name)
+        bias = F.interpolate(old[None].float(), (resolution, resolution), mode="bilinear", align_corners=False)
+        factor = (resolution / old.shape[-1]) ** 2
+        return self._with({"offset_bias_resolution": resolution}, {name: (bias[0], factor)})
+
+    @torch.no_grad()
+    def with_full_kernels(self, prefixes: Sequence[str]) -> AuxiliaryNetwork:
+        """A copy that predicts the same and whose layers starting with one of `prefixes` have a D of full kernels.
+
+        A step along a kernel's own gradient, whose taps mostly disagree, is then as long as before with a rate larger
+        by the kernel's side: each tap's gradient is about that much smaller than that of their sum.
+
+        Raises:
+            ValueError: a prefix matches no layer.
+        """
+        _check_prefixes(prefixes, self.layer_names)
+        changed = {}
+        for layer in self.layer_names:
+            name = f"hypernetworks.{layer.replace('.', '-')}.bias"
+            old = self.get_parameter(name)
+            if layer.startswith(tuple(prefixes)) and old.ndim == 2:
+                changed[name] = old[..., None, None].repeat(1, 1, KERNEL_SIZE, KERNEL_SIZE), KERNEL_SIZE
+        return self._with({"full_kernel_layers": sorted({*self.config.full_kernel_layers, *prefixes})}, changed)
+
+    def _with(self, config: dict[str, Any], parameters: dict[str, tuple[torch.Tensor, float]]) -> AuxiliaryNetwork:
+        """A copy with another configuration, and parameters by name with the factor of each one's inner rate."""
+        arguments = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        copy = AuxiliaryNetwork(**arguments | config).to(self.device)
         state = self.state_dict()
-        bias = F.interpolate(state[name][None].float(), (resolution, resolution), mode="bilinear", align_corners=False)
-        factor = (resolution / state[name].shape[-1]) ** 2
-        state[name] = bias[0].to(state[name].dtype)
         state["log_inner_rates"] = state["log_inner_rates"].clone()
-        state["log_inner_rates"][list(self.adaptable_parameters()).index(name)] += math.log(factor)
+        names = list(self.adaptable_parameters())
+        for name, (value, factor) in parameters.items():
+            state[name] = value.to(state[name].dtype)
+            state["log_inner_rates"][names.index(name)] += math.log(factor)
         copy.load_state_dict(state)
         return copy.to(self.dtype).train(self.training)
 

@@ -204,9 +204,9 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
     ) -> torch.Tensor:
         """w [B, w_dim] or [B, num_ws, w_dim] → feature planes [B, P, C, R, R] in float32.
 
-        `weight_offsets` maps names of `modulated_layers` to δ [C_out, C_in, 1, 1], or one a sample; layers without an
-        entry keep their weight. `noise` is "const", "random" or "none". `dtype` of the convolutions: that of the
-        weights unless given.
+        `weight_offsets` maps names of `modulated_layers` to δ [C_out, C_in, 1, 1] or [C_out, C_in, 3, 3], or one a
+        sample; layers without an entry keep their weight. `noise` is "const", "random" or "none". `dtype` of the
+        convolutions: that of the weights unless given.
 
         Raises:
             ValueError: a w or an offset of the wrong shape, an offset for a layer that there is not.

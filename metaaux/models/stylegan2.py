@@ -8,7 +8,7 @@ styles and modulation are computed in the dtype of `w` (float32).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -179,7 +179,7 @@ def modulated_conv2d(
 
     x [B, I, H, W], weight [O, I, k, k], styles [B, I] → [B, O, H', W'] in the dtype of `x`, where H' is 2H + 1 for
     `upsample` (a stride-2 transposed convolution, to be blurred by the caller) and H otherwise.
-    `offset` δ of shape [O, I, 1, 1] or, one a sample, [B, O, I, 1, 1] replaces the weight by θ·(1 + δ).
+    `offset` δ of shape [O, I, 1, 1] or [O, I, k, k], or one a sample, [B, O, I, …], replaces the weight by θ·(1 + δ).
 
     A weight shared by the batch is applied between a scaling of its input and one of its output, which costs one
     convolution; one that differs per sample is folded with its style and applied as a grouped convolution.
@@ -348,6 +348,11 @@ class SynthesisNetwork(nn.Module):
         return image
 
 
+def offset_fits(shape: Sequence[int], layer: tuple[int, int]) -> bool:
+    """Whether a δ of `shape` belongs to a 3×3 convolution (C_out, C_in): one number a kernel, or one a tap."""
+    return tuple(shape) in ((*layer, 1, 1), (*layer, 3, 3))
+
+
 def split_offsets(offsets: Mapping[str, torch.Tensor] | None, prefix: str) -> dict[str, torch.Tensor]:
     """The entries of `offsets` whose name starts with `prefix`, with the prefix taken off."""
     return {name[len(prefix) :]: value for name, value in (offsets or {}).items() if name.startswith(prefix)}
@@ -392,8 +397,11 @@ class LatentCodes:
         for name, offset in (weight_offsets or {}).items():
             if name not in known:
                 raise ValueError(f"no layer {name!r} takes weight offsets; those that do: {', '.join(known)}")
-            if tuple(offset.shape[-4:]) != (*known[name], 1, 1):
-                raise ValueError(f"offset of {name} must be {[*known[name], 1, 1]}, got {list(offset.shape)}")
+            if not offset_fits(offset.shape[-4:], known[name]):
+                raise ValueError(
+                    f"offset of {name} must be {[*known[name], 1, 1]} or {[*known[name], 3, 3]}, got "
+                    f"{list(offset.shape)}"
+                )
 
 
 @dataclass

@@ -40,6 +40,8 @@ class AuxiliaryConfig:
         initial_auxiliary: folder of the network to start from (meta: that of the plain phase); `None`: a new one.
         offset_bias_resolution: where given, the network started from gets offset planes of this side
             (`AuxiliaryNetwork.with_offset_bias_resolution`).
+        full_kernel_layers: where given, its layers whose name starts with one of these get full kernels
+            (`AuxiliaryNetwork.with_full_kernels`).
         layer_prefixes: generator layers that get weight offsets (new network only).
         auxiliary: further `AuxiliaryNetwork` arguments (new network only).
         inner_loss: `LossWeights` of the inner loop, whose perceptual distance uses the discriminator's features.
@@ -79,6 +81,7 @@ class AuxiliaryConfig:
     phase: str = "plain"
     initial_auxiliary: str | None = None
     offset_bias_resolution: int | None = None
+    full_kernel_layers: Sequence[str] = ()
     layer_prefixes: Sequence[str] = ("backbone.", "super_resolution.")
     auxiliary: dict[str, Any] = field(default_factory=dict)
     inner_loss: dict[str, float] = field(default_factory=dict)
@@ -274,6 +277,8 @@ def make_auxiliary(config: AuxiliaryConfig, generator: EG3DGenerator) -> Auxilia
         auxiliary = AuxiliaryNetwork.from_pretrained(config.initial_auxiliary)
         if config.offset_bias_resolution is not None:
             auxiliary = auxiliary.with_offset_bias_resolution(config.offset_bias_resolution)
+        if config.full_kernel_layers:
+            auxiliary = auxiliary.with_full_kernels(config.full_kernel_layers)
     for name in ("inner_max_gradient_norm", "inner_momentum"):
         if getattr(config, name) is not None:
             auxiliary.register_to_config(**{name: getattr(config, name)})
