@@ -179,7 +179,7 @@ def test_offset_of_an_unknown_layer_is_refused(generator, ws, tiny_cameras, laye
 
 def test_offset_of_another_shape_is_refused(generator, ws):
     with pytest.raises(ValueError, match="offset of backbone.b8.conv0 must be"):
-        generator.planes(ws, {"backbone.b8.conv0": torch.zeros(8, 8, 3, 3)})
+        generator.planes(ws, {"backbone.b8.conv0": torch.zeros(8, 8, 2, 2)})
 
 
 @pytest.mark.parametrize("kind", ["2X", "4X", "8X", "8XDC"])
