@@ -22,7 +22,10 @@ def inversion():
     return Inversion(
         w=torch.randn(8, generator=generator),
         camera=camera_from_pose(10, -5),
-        weight_offsets={"backbone.b4.conv1": torch.randn(4, 3, 1, 1, generator=generator)},
+        weight_offsets={
+            "backbone.b4.conv1": torch.randn(4, 3, 1, 1, generator=generator),
+            "backbone.b8.conv0": torch.randn(4, 4, 3, 3, generator=generator),
+        },
         offset_planes=torch.randn(3, 3, 4, 4, generator=generator),
         steps=[dict.fromkeys(STEP_KEYS, 0.25) | {"step": step} for step in (-1, 0, 1)],
         model="someone/some-model",
@@ -157,7 +160,7 @@ class TestHostileFiles:
             ("offset_planes", torch.zeros(3, 3, 4, 5), "'offset_planes' has the wrong shape"),
             ("offset_planes", torch.full((3, 3, 4, 4), float("nan")), "'offset_planes' has values"),
             ("aligned", torch.zeros(3, 4, 4), "'aligned' is F32, expected U8"),
-            ("weight_offsets.backbone.b4.conv1", torch.zeros(4, 3, 3, 3), "wrong shape"),
+            ("weight_offsets.backbone.b4.conv1", torch.zeros(4, 3, 3, 1), "wrong shape"),
             ("weight_offsets.../etc", torch.zeros(4, 3, 1, 1), "unknown tensor"),
             ("surprise", torch.zeros(1), "unknown tensor 'surprise'"),
         ],
