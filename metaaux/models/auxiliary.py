@@ -211,7 +211,8 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         inner_momentum: μ of the steps' momentum; 0: Eq. 5 itself.
 
     Raises:
-        ValueError: sizes do not fit together, or both modules are switched off.
+        ValueError: sizes do not fit together, both modules are switched off, or one of `full_kernel_layers` begins no
+            layer's name.
     """
 
     @register_to_config
