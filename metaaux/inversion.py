@@ -22,7 +22,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as serialize_tensors
 
 from .files import atomic_path
-from .models.stylegan2 import offset_fits
+from .models.stylegan2 import KERNEL_SIZE, offset_shapes
 
 FORMAT = "metaaux-inversion"
 VERSION = 1
@@ -146,14 +146,15 @@ class Inversion:
                 f"the inversion's w has shape {list(self.w.shape)}, this generator takes [{w_dim}] or "
                 f"[{num_ws}, {w_dim}]"
             )
-        shapes = generator.modulated_layers
+        layers = generator.modulated_layers
         for layer, offset in self.weight_offsets.items():
-            if layer not in shapes:
+            if layer not in layers:
                 raise ValueError(f"the inversion adapts a layer {layer!r}, which this generator does not have")
-            if not offset_fits(offset.shape, shapes[layer]):
+            shapes = offset_shapes(layers[layer])
+            if list(offset.shape) not in shapes:
                 raise ValueError(
                     f"the inversion's offset of {layer} has shape {list(offset.shape)}, this generator's layer takes "
-                    f"{[*shapes[layer], 1, 1]} or {[*shapes[layer], 3, 3]}"
+                    f"{shapes[0]} or {shapes[1]}"
                 )
 
     @classmethod
@@ -263,7 +264,7 @@ def _check_layout(layout: dict[str, tuple[str, tuple[int, ...]]]) -> None:
         elif name == "aligned":
             fits = len(shape) == 3 and shape[0] == 3 and shape[1] == shape[2]
         elif name.startswith(_OFFSET_PREFIX) and _LAYER_NAME.fullmatch(name.removeprefix(_OFFSET_PREFIX)):
-            fits = len(shape) == 4 and shape[2:] in ((1, 1), (3, 3))
+            fits = len(shape) == 4 and shape[2] == shape[3] in (1, KERNEL_SIZE)
         else:
             raise InversionFileError(f"it has an unknown tensor {name!r:.80}")
         if not fits or math.prod(shape) == 0:

@@ -302,7 +302,7 @@ def test_meta_phase_starts_from_a_network_and_learns_rates(folders, tiny_compone
     config = tiny_config(
         folders, tiny_components, phase="meta", order=order, initial_auxiliary=str(tmp_path / "initial"),
         inner_max_gradient_norm=2.0, inner_resolution=4, tasks_per_pass=1, learning_rate=1e-3,
-        offset_bias_resolution=16,
+        offset_bias_resolution=16, full_kernel_layers=["backbone.b8"],
     )  # fmt: skip
     assert train(config, tmp_path / "run") is True
     saved = AuxiliaryNetwork.from_pretrained(tmp_path / "run" / "checkpoint-4" / "auxiliary")
@@ -310,6 +310,7 @@ def test_meta_phase_starts_from_a_network_and_learns_rates(folders, tiny_compone
     initial = tiny_components["auxiliary"]
     assert saved.config.inner_max_gradient_norm == averaged.config.inner_max_gradient_norm == 2.0
     assert saved.config.offset_bias_resolution == averaged.config.offset_bias_resolution == 16
+    assert saved.get_parameter("hypernetworks.backbone-b8-conv0.bias").shape[2:] == (3, 3)
     for name, parameter in saved.adaptable_parameters().items():
         before = initial.get_parameter(name)
         assert torch.isfinite(parameter).all()

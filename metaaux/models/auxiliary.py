@@ -19,10 +19,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from transformers import ResNetBackbone, ResNetConfig
 
-from .stylegan2 import LRELU_SLOPE, MappingNetwork, StyleGAN2Generator, SynthesisBlock
+from .stylegan2 import KERNEL_SIZE, LRELU_SLOPE, MappingNetwork, StyleGAN2Generator, SynthesisBlock
 
 BACKBONE_STRIDE = 32
-KERNEL_SIZE = 3  # of the generators' layers that take offsets
 
 
 @dataclass
@@ -56,7 +55,7 @@ class HyperNetwork(nn.Module):
         channels: length of z and width of the convolutions.
         rank: of the predicted part.
         num_convs: number of strided 3×3 convolutions.
-        kernel_size: side of D's kernels, 1 or that of the generator's layer.
+        kernel_size: side of D's kernels, 1 or `KERNEL_SIZE`.
     """
 
     def __init__(self, in_channels, out_features, in_features, channels, rank, num_convs, kernel_size=1):
@@ -96,6 +95,11 @@ def reduce_features(features: torch.Tensor, hypernetworks: Sequence[HyperNetwork
         x = F.leaky_relu(weight @ patches + bias[..., None], LRELU_SLOPE)
         x = x.unflatten(-1, ((height + 1) // 2, (width + 1) // 2))
     return x.mean(dim=(3, 4)).expand(-1, count, -1).transpose(0, 1)
+
+
+def _module_name(layer: str) -> str:
+    """Of a layer's hypernetwork: layer names contain dots, which module names may not."""
+    return layer.replace(".", "-")
 
 
 def _check_prefixes(prefixes: Sequence[str], layers: Collection[str]) -> None:
@@ -269,12 +273,12 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
             )
         )
         self.neck = nn.Conv2d(backbone_hidden_sizes[-1], neck_channels, 1)
-        # Layer names contain dots, which module names may not. Sorted, because a saved configuration is sorted too.
+        # Sorted, because a saved configuration is sorted too.
         self.layer_names = sorted(layer_shapes) if use_weight_offsets else []
         _check_prefixes(full_kernel_layers, self.layer_names)
         self.hypernetworks = nn.ModuleDict(
             {
-                name.replace(".", "-"): HyperNetwork(
+                _module_name(name): HyperNetwork(
                     neck_channels, *layer_shapes[name], hyper_channels, hyper_rank, hyper_convs,
                     KERNEL_SIZE if name.startswith(tuple(full_kernel_layers)) else 1,
                 )
@@ -358,7 +362,7 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         _check_prefixes(prefixes, self.layer_names)
         changed = {}
         for layer in self.layer_names:
-            name = f"hypernetworks.{layer.replace('.', '-')}.bias"
+            name = f"hypernetworks.{_module_name(layer)}.bias"
             old = self.get_parameter(name)
             if layer.startswith(tuple(prefixes)) and old.ndim == 2:
                 changed[name] = old[..., None, None].repeat(1, 1, KERNEL_SIZE, KERNEL_SIZE), KERNEL_SIZE
@@ -396,7 +400,7 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         features = F.leaky_relu(self.neck(self.backbone(image).feature_maps[-1]), LRELU_SLOPE)
         weight_offsets, offset_planes = {}, None
         if self.layer_names:
-            hypernetworks = [self.hypernetworks[name.replace(".", "-")] for name in self.layer_names]
+            hypernetworks = [self.hypernetworks[_module_name(name)] for name in self.layer_names]
             codes = reduce_features(features, hypernetworks)
             weight_offsets = {n: h(z) for n, h, z in zip(self.layer_names, hypernetworks, codes, strict=True)}
         if self.offset_network is not None:

@@ -8,7 +8,7 @@ styles and modulation are computed in the dtype of `w` (float32).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 
 LRELU_SLOPE = 0.2
 LRELU_GAIN = math.sqrt(2.0)
+KERNEL_SIZE = 3  # of the convolutions that take weight offsets
 
 
 def scaled_leaky_relu(x: torch.Tensor, gain: float = 1.0, clamp: float | None = None) -> torch.Tensor:
@@ -224,7 +225,7 @@ class SynthesisLayer(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.resolution, self.up, self.use_noise, self.conv_clamp = resolution, up, use_noise, conv_clamp
         self.affine = FullyConnected(w_dim, in_channels, bias_init=1.0)
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, KERNEL_SIZE, KERNEL_SIZE))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         if use_noise:
             self.register_buffer("noise_const", torch.randn(resolution, resolution))
@@ -348,9 +349,9 @@ class SynthesisNetwork(nn.Module):
         return image
 
 
-def offset_fits(shape: Sequence[int], layer: tuple[int, int]) -> bool:
-    """Whether a δ of `shape` belongs to a 3×3 convolution (C_out, C_in): one number a kernel, or one a tap."""
-    return tuple(shape) in ((*layer, 1, 1), (*layer, 3, 3))
+def offset_shapes(layer: tuple[int, int]) -> list[list[int]]:
+    """The shapes that δ may have for a modulated layer (C_out, C_in): one number a kernel, or one a tap of it."""
+    return [[*layer, side, side] for side in (1, KERNEL_SIZE)]
 
 
 def split_offsets(offsets: Mapping[str, torch.Tensor] | None, prefix: str) -> dict[str, torch.Tensor]:
@@ -397,11 +398,9 @@ class LatentCodes:
         for name, offset in (weight_offsets or {}).items():
             if name not in known:
                 raise ValueError(f"no layer {name!r} takes weight offsets; those that do: {', '.join(known)}")
-            if not offset_fits(offset.shape[-4:], known[name]):
-                raise ValueError(
-                    f"offset of {name} must be {[*known[name], 1, 1]} or {[*known[name], 3, 3]}, got "
-                    f"{list(offset.shape)}"
-                )
+            shapes = offset_shapes(known[name])
+            if list(offset.shape[-4:]) not in shapes:
+                raise ValueError(f"offset of {name} must be {shapes[0]} or {shapes[1]}, got {list(offset.shape)}")
 
 
 @dataclass
