@@ -22,7 +22,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as serialize_tensors
 
 from .files import atomic_path
-from .models.stylegan2 import KERNEL_SIZE, offset_shapes
+from .models.stylegan2 import offset_shapes
 
 FORMAT = "metaaux-inversion"
 VERSION = 1
@@ -264,7 +264,7 @@ def _check_layout(layout: dict[str, tuple[str, tuple[int, ...]]]) -> None:
         elif name == "aligned":
             fits = len(shape) == 3 and shape[0] == 3 and shape[1] == shape[2]
         elif name.startswith(_OFFSET_PREFIX) and _LAYER_NAME.fullmatch(name.removeprefix(_OFFSET_PREFIX)):
-            fits = len(shape) == 4 and shape[2] == shape[3] in (1, KERNEL_SIZE)
+            fits = list(shape) in offset_shapes(shape[:2])
         else:
             raise InversionFileError(f"it has an unknown tensor {name!r:.80}")
         if not fits or math.prod(shape) == 0:

@@ -359,7 +359,6 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         Raises:
             ValueError: a prefix matches no layer.
         """
-        _check_prefixes(prefixes, self.layer_names)
         changed = {}
         for layer in self.layer_names:
             name = f"hypernetworks.{_module_name(layer)}.bias"
