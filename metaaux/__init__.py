@@ -6,14 +6,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .head import Head
     from .inversion import Inversion, InversionFileError
-    from .pipeline import Head, MetaAuxInverter
+    from .pipeline import MetaAuxInverter
 
 __version__ = "0.1.0"
 __all__ = ["Head", "Inversion", "InversionFileError", "MetaAuxInverter"]
 
 _MODULE_OF = {
-    "Head": ".pipeline",
+    "Head": ".head",
     "Inversion": ".inversion",
     "InversionFileError": ".inversion",
     "MetaAuxInverter": ".pipeline",

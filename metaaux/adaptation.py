@@ -7,174 +7,18 @@ private shell of the auxiliary network that shares the tensors. So several threa
 
 from __future__ import annotations
 
-import copy
-import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 
-from .faces.cameras import mirror_camera
+from .cameras import mirror_camera
+from .losses import InversionLoss, private_view
 from .models.auxiliary import AuxiliaryOutput
 
 StepCallback = Callable[[int, torch.Tensor, dict[str, float]], None]
-
-
-class PerceptualDistance(Protocol):
-    """What `models.perceptual` offers: feature maps of images in [-1, 1], the distance [B] of two lists of them."""
-
-    def taps(self, image: torch.Tensor) -> list[torch.Tensor]: ...
-
-    def distance(self, x_taps: list[torch.Tensor], y_taps: list[torch.Tensor]) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """Constants of the total loss; the defaults are those of the paper's section 4.1.
-
-    Attributes:
-        mse: weight of Eq. 9.
-        perceptual: λ_lpips of Eq. 8.
-        identity: λ_id of Eq. 8.
-        adversarial: λ_adv of Eq. 8.
-        flip_perceptual: λ_1 of Eq. 12; 0 switches the term off.
-        flip_adversarial: λ_2 of Eq. 12; 0 switches the term off.
-    """
-
-    mse: float = 1.0
-    perceptual: float = 0.8
-    identity: float = 0.1
-    adversarial: float = 0.005
-    flip_perceptual: float = 0.0
-    flip_adversarial: float = 0.0
-
-    @property
-    def uses_flip(self) -> bool:
-        """Whether Eq. 12 takes part, which costs a second view per step."""
-        return self.flip_perceptual > 0 or self.flip_adversarial > 0
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A photo [B, 3, S, S] with what the loss compares: perceptual taps and identity vectors, `None` where unused."""
-
-    image: torch.Tensor
-    taps: list[torch.Tensor] | None
-    identity: torch.Tensor | None
-
-
-class InversionLoss:
-    """The distance between a photo and its reconstruction, Eq. 8, term by term.
-
-    Args:
-        weights: the constants.
-        perceptual: distance of images; `None` only where no term with a weight needs it.
-        identity: network image -> unit vectors [B, D]; `None` only with `weights.identity == 0`.
-        discriminator: network (image, image_raw, cameras) -> logits [B, 1]; `None` only where no term needs it.
-
-    Raises:
-        ValueError: a term has a weight but not its network.
-    """
-
-    def __init__(
-        self,
-        weights: LossWeights,
-        perceptual: PerceptualDistance | None,
-        identity: torch.nn.Module | None,
-        discriminator: torch.nn.Module | None,
-    ):
-        missing = [
-            name
-            for name, weight, network in (
-                ("perceptual", max(weights.perceptual, weights.flip_perceptual), perceptual),
-                ("identity", weights.identity, identity),
-                ("adversarial", max(weights.adversarial, weights.flip_adversarial), discriminator),
-            )
-            if weight > 0 and network is None
-        ]
-        if missing:
-            raise ValueError(f"the loss weights ask for {missing}, but the networks of these terms are None")
-        self.weights = weights
-        self.perceptual = perceptual
-        self.identity = identity
-        self.discriminator = discriminator
-        if discriminator is not None:
-            # Groups of one: a photo's loss must not depend on the other photos of the batch.
-            self.discriminator = private_view(discriminator)
-            self.discriminator.register_to_config(deviation_group=1)
-
-    @torch.no_grad()
-    def reference(self, target: torch.Tensor) -> Reference:
-        """What the loss needs of the photos [B, 3, S, S], to be computed once where they are compared often."""
-        return Reference(
-            target,
-            None if self.perceptual is None else self.perceptual.taps(target),
-            None if self.identity is None else self.identity(target),
-        )
-
-    def __call__(
-        self, image: torch.Tensor, image_raw: torch.Tensor, target: torch.Tensor | Reference, camera: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Each term unweighted, and their weighted sum.
-
-        Args:
-            image: reconstruction [B, 3, S, S] in [-1, 1].
-            image_raw: the renderer's own image [B, 3, h, h], the dual discriminator's second input.
-            target: photo [B, 3, S, S] in [-1, 1], or its `reference`.
-            camera: [B, 25], the view of both.
-
-        Returns:
-            "mse", "perceptual", "identity", "adversarial" and "total", each [B]. A term without a network is 0.
-        """
-        reference = target if isinstance(target, Reference) else self.reference(target)
-        if image.shape != reference.image.shape:
-            raise ValueError(f"image {tuple(image.shape)} and target {tuple(reference.image.shape)} differ in shape")
-        zero = image.new_zeros(len(image))
-        mse = (image - reference.image).square().flatten(1).mean(1)  # Eq. 9
-        perceptual = identity = adversarial = zero
-        if self.perceptual is not None:
-            perceptual = self.perceptual.distance(self.perceptual.taps(image), reference.taps)  # Eq. 10
-        if self.identity is not None:
-            identity = 1 - F.cosine_similarity(self.identity(image), reference.identity, dim=1)  # Eq. 11
-        if self.discriminator is not None:
-            adversarial = self._adversarial(image, image_raw, camera)
-        total = (
-            self.weights.mse * mse
-            + self.weights.perceptual * perceptual
-            + self.weights.identity * identity
-            + self.weights.adversarial * adversarial
-        )
-        return {
-            "mse": mse, "perceptual": perceptual, "identity": identity, "adversarial": adversarial, "total": total
-        }  # fmt: skip
-
-    def flip(
-        self, image: torch.Tensor, image_raw: torch.Tensor, target: torch.Tensor | Reference, camera: torch.Tensor
-    ) -> torch.Tensor:
-        """Flip loss, Eq. 12 [B]: no squared error, since a face's other side is only similar to its mirror image.
-
-        Args:
-            image: the render at the mirrored camera.
-            image_raw: the renderer's own image there.
-            target: the photo, mirrored, or its `reference`.
-            camera: the mirrored camera.
-        """
-        reference = target if isinstance(target, Reference) else self.reference(target)
-        loss = image.new_zeros(len(image))
-        if self.weights.flip_perceptual > 0:
-            distance = self.perceptual.distance(self.perceptual.taps(image), reference.taps)
-            loss = loss + self.weights.flip_perceptual * distance
-        if self.weights.flip_adversarial > 0:
-            loss = loss + self.weights.flip_adversarial * self._adversarial(image, image_raw, camera)
-        return loss
-
-    def _adversarial(self, image: torch.Tensor, image_raw: torch.Tensor, camera: torch.Tensor) -> torch.Tensor:
-        # StyleGAN's non-saturating generator loss.
-        return F.softplus(-self.discriminator(image, image_raw, camera)).flatten(1).mean(1)
 
 
 @dataclass
@@ -195,16 +39,6 @@ class AdaptationResult:
     offset_planes: torch.Tensor | None
     steps: list[dict[str, float]]
     image: torch.Tensor
-
-
-def private_view(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy of `module` that shares every parameter and buffer with it but no module object.
-
-    `functional_call` replaces entries of the modules' parameter tables while it runs, which another thread would see;
-    on a private view it disturbs nobody. The view's mode can be changed freely too.
-    """
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def gradient_step(

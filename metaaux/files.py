@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and what they call the places that things come from."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -39,3 +40,30 @@ def forget_origin(folder: str | os.PathLike) -> None:
         if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
             with atomic_path(path) as temporary:
                 temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def source_name(source: str | os.PathLike | None) -> str:
+    """What results call a network or checkpoint: its Hub id, or its folder.
+
+    A folder below the working directory is named as seen from there, any other by its last part: results are made to
+    be shown to others, whom the rest of the path does not concern. `None`, which a pipeline made in memory has, is
+    "pipeline".
+    """
+    if source is None:
+        return "pipeline"
+    if not Path(source).is_dir():
+        return str(source)
+    folder = Path(source).resolve()
+    inside = folder.is_relative_to(Path.cwd()) and folder != Path.cwd()
+    return folder.relative_to(Path.cwd()).as_posix() if inside else folder.name
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Writes JSON, whole or not at all. Raises ValueError for values that are not finite."""
+    write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes a text file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -6,21 +6,23 @@ import dataclasses
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from .adaptation import InversionLoss, LossWeights, adapt
+from .adaptation import adapt
+from .cameras import camera_from_pose, frontal_shares, pose_of_camera, view_path
 from .editing import apply_edits
+from .export.images import image_to_tensor, tensor_to_image
+from .export.mesh import DEFAULT_RESOLUTION, HeadMesh, check_glb_path, extract_mesh, write_glb
 from .faces.alignment import FaceAligner
-from .faces.cameras import camera_from_pose, frontal_shares, pose_of_camera, view_path
 from .faces.photos import Photo, load_photo
-from .hub import HubMixin
+from .head import Head
+from .hub.loading import HubMixin
 from .inversion import STEP_KEYS, Inversion, generator_fingerprint
-from .mesh import DEFAULT_RESOLUTION, HeadMesh, check_glb_path, extract_mesh, write_glb
+from .losses import InversionLoss, LossWeights
 from .models.auxiliary import AuxiliaryNetwork
 from .models.directions import Direction, LatentDirections
 from .models.discriminator import DualDiscriminator
@@ -29,29 +31,9 @@ from .models.encoder import LatentEncoder
 from .models.identity import IdentityNetwork
 from .models.perceptual import LPIPS, DiscriminatorPerceptualDistance
 from .models.stylegan2 import StyleGAN2Generator
-from .rendering import image_to_tensor, tensor_to_image
 
 StepCallback = Callable[[int, Image.Image, dict[str, float]], None]
 ProgressCallback = Callable[[float], None]
-
-
-@dataclass(frozen=True, eq=False)
-class Head:
-    """An inversion made ready for rendering: what every view of it shares, on the pipeline's device.
-
-    Attributes:
-        ws: latent code [1, w_dim] or [1, num_ws, w_dim], edits included.
-        planes: tri-planes [1, 3, C, R, R] of the adapted backbone.
-        weight_offsets: δ of each adapted layer, [C_out, C_in, 1, 1] or [C_out, C_in, 3, 3].
-        offset_planes: offset tri-plane [1, 3, 3, r, r], world units, or `None`.
-        camera: camera of the photo [25], on the CPU.
-    """
-
-    ws: torch.Tensor
-    planes: torch.Tensor
-    weight_offsets: dict[str, torch.Tensor]
-    offset_planes: torch.Tensor | None
-    camera: torch.Tensor
 
 
 class MetaAuxInverter(HubMixin, DiffusionPipeline):
@@ -380,7 +362,7 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
         Args:
             inversion: or what `prepare` made of it.
             path: the file, ending in `.glb`.
-            resolution: cells along each side of the generator's cube; see [`~metaaux.mesh.extract_mesh`].
+            resolution: cells along each side of the generator's cube; see [`~metaaux.export.mesh.extract_mesh`].
             edits: see `render`.
             progress: called with the share that is done, 0 to 1.
 

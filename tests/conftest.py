@@ -171,7 +171,7 @@ def crops():
 @pytest.fixture(scope="session")
 def cameras():
     """One camera [25] for each of `crops`."""
-    from metaaux.faces.cameras import camera_from_pose
+    from metaaux.cameras import camera_from_pose
 
     return torch.stack([camera_from_pose(yaw, pitch) for yaw, pitch in ((0, 0), (12, -4), (-8, 6))])
 
@@ -179,7 +179,7 @@ def cameras():
 @pytest.fixture(scope="session")
 def batch(crops, cameras):
     """Images [3, 3, S, S] and cameras [3, 25]."""
-    from metaaux.rendering import image_to_tensor
+    from metaaux.export.images import image_to_tensor
 
     return torch.stack([image_to_tensor(crop) for crop in crops]), cameras
 
@@ -195,7 +195,7 @@ def attribute_file(tmp_path_factory):
     """Weights file of an age and gender network with random weights."""
     from safetensors.torch import save_file
 
-    from metaaux.evaluation.attributes import AgeGenderNetwork
+    from metaaux.models.age_gender import AgeGenderNetwork
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)

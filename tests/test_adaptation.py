@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metaaux.adaptation import InversionLoss, LossWeights, adapt, gradient_step, private_view
-from metaaux.faces.cameras import mirror_camera
+from metaaux.adaptation import adapt, gradient_step
+from metaaux.cameras import mirror_camera
+from metaaux.losses import InversionLoss, LossWeights, private_view
 from metaaux.models.perceptual import DiscriminatorPerceptualDistance
 
 
@@ -26,7 +27,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def case(tiny_components):
     """Arguments of `adapt`, two photos and their cameras."""
-    from metaaux.faces.cameras import camera_from_pose
+    from metaaux.cameras import camera_from_pose
 
     parts = tiny_components
     seed = torch.Generator().manual_seed(5)

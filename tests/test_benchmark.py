@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from metaaux.benchmark import _seconds, load_for_benchmark, run_benchmark
 from metaaux.cli import main
+from metaaux.evaluation.benchmark import _seconds, load_for_benchmark, run_benchmark
 
 MEASURES = {"synthesis", "cached_view", "adaptation", "adaptation_step", "tuning_step"}
 

@@ -16,8 +16,9 @@ from PIL import Image
 
 from metaaux import Inversion, MetaAuxInverter
 from metaaux.cli import main
+from metaaux.export.images import label_strip
+from metaaux.export.video import write_video
 from metaaux.faces import camera_from_pose
-from metaaux.rendering import label_strip, write_video
 
 RESULTS = {"aligned.png", "reconstruction.png", "steps.png", "inversion.safetensors", "report.json"}
 

@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from metaaux import MetaAuxInverter
-from metaaux.evaluation.attributes import AgeGenderNetwork
 from metaaux.faces.canonical import canonical_face
 from metaaux.faces.measures import MEASURES, face_measures
+from metaaux.models.age_gender import AgeGenderNetwork
 from metaaux.models.directions import LatentDirections
 from metaaux.training.directions import (
     DirectionsConfig,

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 import metaaux.training
-from metaaux.faces.cameras import camera_from_pose
+from metaaux.cameras import camera_from_pose
 from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.encoder import LatentEncoder
 from metaaux.models.psp import PSPEncoder
@@ -27,7 +27,7 @@ from metaaux.training.encoder import (
     latent_error,
     train,
 )
-from metaaux.training.loop import load_config
+from metaaux.training.settings import load_config
 
 CONFIGS = Path(metaaux.training.__file__).parent / "configs"
 

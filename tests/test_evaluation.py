@@ -17,17 +17,18 @@ from PIL import Image
 from test_stylegan2_2d import inverter as flat_inverter  # noqa: F401 (a fixture)
 
 from metaaux import MetaAuxInverter
+from metaaux.baselines.methods import EncoderMethod
+from metaaux.baselines.optimization import LatentSettings
+from metaaux.baselines.registry import MethodOptions, make_methods
 from metaaux.cli import main
 from metaaux.evaluation import reconstruction
-from metaaux.evaluation.methods import EncoderMethod
 from metaaux.evaluation.metrics import ReconstructionMetrics
-from metaaux.evaluation.optimization import LatentSettings
 from metaaux.evaluation.photos import open_photos
 from metaaux.evaluation.reconstruction import ReconstructionEvaluation
 from metaaux.evaluation.records import Records
-from metaaux.evaluation.registry import MethodOptions, make_methods
-from metaaux.evaluation.report import comparison_picture, source_name
-from metaaux.rendering import image_to_tensor, tensor_to_image
+from metaaux.evaluation.report import comparison_picture
+from metaaux.export.images import image_to_tensor, tensor_to_image
+from metaaux.files import source_name
 
 FAST = MethodOptions(latent=LatentSettings(steps=2), tuning_steps=2)
 METHOD_KEYS = {"mse", "perceptual", "identity", "frechet", "seconds", "failed", "n"}

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from conftest import IMAGE_SIZE
 
 from metaaux import MetaAuxInverter
+from metaaux.baselines.registry import MethodOptions, make_methods
 from metaaux.cli import main
-from metaaux.evaluation.attributes import AgeGenderNetwork
 from metaaux.evaluation.editing import ALPHAS, EditingEvaluation, _changes, _curves
 from metaaux.evaluation.photos import open_photos
-from metaaux.evaluation.registry import MethodOptions, make_methods
+from metaaux.models.age_gender import AgeGenderNetwork
 from metaaux.models.directions import Direction, LatentDirections
 
 

@@ -9,8 +9,8 @@ import torch
 from conftest import IMAGE_SIZE
 from test_stylegan2_2d import inverter as flat_inverter  # noqa: F401 (a fixture)
 
-from metaaux.evaluation.optimization import LatentSettings, TuningSettings, optimize_latent, tune_generator
-from metaaux.evaluation.registry import MethodOptions, inversion_loss, make_methods, reconstruction_loss
+from metaaux.baselines.optimization import LatentSettings, TuningSettings, optimize_latent, tune_generator
+from metaaux.baselines.registry import MethodOptions, inversion_loss, make_methods, reconstruction_loss
 from metaaux.models.auxiliary import AuxiliaryNetwork
 from metaaux.models.psp import PSPEncoder
 

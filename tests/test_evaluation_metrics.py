@@ -11,14 +11,9 @@ import scipy.linalg
 import torch
 from conftest import IMAGE_SIZE
 
-from metaaux.evaluation.attributes import AgeGenderNetwork, pad_same
-from metaaux.evaluation.frechet import (
-    FeatureStatistics,
-    frechet_between,
-    frechet_distance,
-    load_feature_extractor,
-)
+from metaaux.evaluation.frechet import FeatureStatistics, frechet_between, frechet_distance, load_feature_extractor
 from metaaux.evaluation.metrics import ReconstructionMetrics, timed
+from metaaux.models.age_gender import AgeGenderNetwork, pad_same
 from metaaux.models.perceptual import LPIPS
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metaaux.faces.prepare import prepare
+from metaaux.data.prepare import prepare
 
 pytest.importorskip("mediapipe")
 EXAMPLES = Path(__file__).parent.parent / "examples"

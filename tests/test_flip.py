@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 
 from metaaux import MetaAuxInverter
 from metaaux.cli import main
+from metaaux.evaluation.flip import TurnedFace, compare_flip, flip_picture, flip_results, most_turned
 from metaaux.faces import camera_from_pose
-from metaaux.flip import TurnedFace, compare_flip, flip_picture, flip_results, most_turned
 
 
 def total(inversion, step=0):

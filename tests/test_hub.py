@@ -13,7 +13,7 @@ import yaml
 from hub_server import WORKER, LoopbackHub
 
 from metaaux import MetaAuxInverter
-from metaaux.hub import check_components
+from metaaux.hub.loading import check_components
 
 ROOT = Path(__file__).resolve().parent.parent
 REPO = "someone/some-model"

@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from PIL import Image
 
 import metaaux.training
-from metaaux.faces.cameras import camera_from_pose
+from metaaux.cameras import camera_from_pose
 from metaaux.models.identity import IdentityNetwork
 from metaaux.training.identity import IdentityConfig, augment, contrastive_loss, train, verification_figures
-from metaaux.training.loop import load_config
+from metaaux.training.settings import load_config
 
 CONFIGS = Path(metaaux.training.__file__).parent / "configs"
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from metaaux import Inversion, InversionFileError
-from metaaux.faces.cameras import camera_from_pose
+from metaaux.cameras import camera_from_pose
 from metaaux.inversion import MAX_FILE_BYTES, STEP_KEYS
 
 

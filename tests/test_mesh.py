@@ -11,8 +11,8 @@ import torch
 import trimesh
 
 from metaaux import Head, Inversion, MetaAuxInverter
+from metaaux.export.mesh import DEFAULT_RESOLUTION, HeadMesh, extract_mesh, write_glb
 from metaaux.faces import camera_from_pose
-from metaaux.mesh import DEFAULT_RESOLUTION, HeadMesh, extract_mesh, write_glb
 from metaaux.models.eg3d import EG3DGenerator
 
 RADIUS = 0.2

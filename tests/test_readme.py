@@ -87,7 +87,7 @@ class TestCommands:
     def test_configurations_exist_and_load(self):
         import importlib
 
-        from metaaux.training.loop import load_config
+        from metaaux.training.settings import load_config
 
         found = re.findall(r"train (\w+) --config (\S+)", TEXT)
         assert {part for part, _ in found} == {"generator", "encoder", "identity", "auxiliary", "directions"}

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from metaaux.adaptation import InversionLoss, LossWeights, adapt, private_view
+from metaaux.adaptation import adapt
+from metaaux.losses import InversionLoss, LossWeights, private_view
 from metaaux.models.auxiliary import AuxiliaryNetwork
 from metaaux.models.discriminator import DualDiscriminator
 from metaaux.models.eg3d import EG3DGenerator
@@ -24,10 +25,10 @@ from metaaux.training.auxiliary import (
     plain_objective,
     train,
 )
-from metaaux.training.loop import load_config
+from metaaux.training.settings import load_config
 from metaaux.training.tasks import FrozenNetworks, InnerLoop, Tasks, adapt_tasks, make_tasks, predict_tasks
 
-CONFIGS = Path(__file__).resolve().parent.parent / "metaaux" / "training" / "configs"
+CONFIGS = Path(__file__).resolve().parent.parent / "metaaux" / "configs"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,7 +70,7 @@ def folders(tiny_components, tmp_path_factory):
     data = root / "data"
     data.mkdir()
     size = tiny_components["generator"].config.image_size
-    from metaaux.faces.cameras import camera_from_pose
+    from metaaux.cameras import camera_from_pose
 
     labels = []
     for index, yaw in enumerate((0, 8, -14, 22)):
@@ -104,7 +105,7 @@ def smooth_problem(tiny_components, monkeypatch):
     What the networks convert to float32 by `Tensor.float` stays in float64 here. The backbone's ReLUs make the
     objective only piecewise smooth; the differences are small enough to stay in one piece.
     """
-    from metaaux.faces.cameras import camera_from_pose
+    from metaaux.cameras import camera_from_pose
 
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)

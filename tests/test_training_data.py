@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from metaaux.faces.cameras import camera_from_pose, mirror_camera, pose_of_camera
+from metaaux.cameras import camera_from_pose, mirror_camera, pose_of_camera
+from metaaux.data.dataset import FaceDataset
+from metaaux.data.sampler import FaceSampler
 from metaaux.training.augment import AdaptiveAugmentation
-from metaaux.training.data import FaceDataset, FaceSampler
-from metaaux.training.graphs import CapturedFunction, FlatGradients
+from metaaux.training.cuda_graphs import CapturedFunction
+from metaaux.training.distributed import FlatGradients
 
 
 def write_dataset(path, count=6, size=16, yaws=None):

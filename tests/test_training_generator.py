@@ -13,13 +13,14 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from metaaux.faces.cameras import camera_from_pose
+from metaaux.cameras import camera_from_pose
 from metaaux.models.discriminator import DualDiscriminator
 from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.feature_discriminator import FeatureDiscriminator
 from metaaux.models.perceptual import squeezenet_features
 from metaaux.training.generator import GeneratorConfig, GeneratorTrainer, faded, train
-from metaaux.training.loop import TrainingRun, load_config, update_average
+from metaaux.training.settings import load_config
+from metaaux.training.trainer import TrainingRun, update_average
 from tests.test_training_data import write_dataset
 
 GENERATOR = dict(
@@ -233,7 +234,7 @@ def test_unknown_setting_is_an_error(tmp_path):
 
 def test_shipped_configurations_make_the_published_networks():
     root = Path(__file__).parents[1]
-    folder, published = root / "metaaux/training/configs", root / "hub_configs/metaaux-mini"
+    folder, published = root / "metaaux/configs", root / "hub_configs/metaaux-mini"
     assert sorted(path.name for path in folder.glob("generator-*.yaml")) == [
         "generator-mini-continue.yaml",
         "generator-mini.yaml",

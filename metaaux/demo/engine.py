@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import torch
 
     from ..faces import AlignedFace
-    from ..pipeline import Head, MetaAuxInverter
+    from ..head import Head
+    from ..pipeline import MetaAuxInverter
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +192,7 @@ class Engine:
         self, model: str, source: str, frames: int, ranges: tuple[float, float], edits: dict[str, float], path: str
     ) -> Iterator[float]:
         """Writes a video of the turning head; yields the share that is done."""
-        from ..rendering import write_video
+        from ..export.video import write_video
 
         inverter = self.inverter(model)
 

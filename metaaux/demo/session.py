@@ -11,7 +11,7 @@ from .engine import Engine, is_absent
 
 if TYPE_CHECKING:
     from ..faces import AlignedFace
-    from ..pipeline import Head
+    from ..head import Head
 
 
 @dataclass(frozen=True)

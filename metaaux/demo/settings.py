@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..hub import EMBEDDED_MODEL
+from ..hub.loading import EMBEDDED_MODEL
 
 
 @dataclass(frozen=True)

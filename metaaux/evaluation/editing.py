@@ -12,16 +12,17 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..baselines.methods import InversionMethod, Reconstruction
 from ..editing import apply_edits
+from ..export.images import tensor_to_image
 from ..faces.detection import FaceDetector
 from ..faces.measures import MEASURES, face_measures
-from ..rendering import tensor_to_image
-from .attributes import AgeGenderNetwork
-from .methods import InversionMethod, Reconstruction
+from ..files import source_name, write_json, write_text
+from ..models.age_gender import AgeGenderNetwork
 from .photos import PhotoSet
 from .reconstruction import device_name, mean_of, weights_digest
 from .records import Records
-from .report import markdown_table, source_name, write_json, write_text
+from .report import markdown_table
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter

@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..faces.cameras import camera_from_pose, project_points
+from ..cameras import camera_from_pose, project_points
+from ..data.dataset import FaceDataset
+from ..export.images import save_image, tensor_to_image
+from ..export.sheets import head_sheet
 from ..faces.canonical import canonical_face
+from ..files import source_name, write_json
 from ..models.eg3d import EG3DGenerator
-from ..rendering import tensor_to_image
-from ..training.data import FaceDataset
-from ..training.sheets import head_sheet
 from .frechet import FeatureExtractor, FeatureStatistics, frechet_between
 from .reconstruction import device_name
-from .report import save_image, source_name, write_json
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter

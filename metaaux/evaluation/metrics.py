@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from ..files import source_name
 from ..models.perceptual import LPIPS, DiscriminatorPerceptualDistance
-from .report import source_name
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..training.data import FaceDataset
+from ..data.dataset import FaceDataset
 
 if TYPE_CHECKING:
     from ..faces.alignment import FaceAligner

@@ -14,14 +14,15 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..faces.cameras import camera_from_pose, pose_of_camera
-from ..rendering import image_to_tensor, tensor_to_image
+from ..baselines.methods import InversionMethod, Reconstruction
+from ..cameras import camera_from_pose, pose_of_camera
+from ..export.images import image_to_tensor, save_image, tensor_to_image
+from ..files import source_name, write_json, write_text
 from .frechet import FeatureExtractor, FeatureStatistics, frechet_between
-from .methods import InversionMethod, Reconstruction
 from .metrics import ReconstructionMetrics, timed
 from .photos import Photo, PhotoSet
 from .records import Records
-from .report import comparison_picture, save_image, source_name, table, write_json, write_text
+from .report import comparison_picture, table
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
-
-from ..files import atomic_path
 
 _COLUMNS = (
     ("mse", "MSE ↓", "{:.4f}"),
@@ -21,40 +17,6 @@ _COLUMNS = (
     ("failed", "Failed", "{}"),
     ("n", "n", "{}"),
 )
-
-
-def source_name(source: str | os.PathLike | None) -> str:
-    """What results call a network or checkpoint: its Hub id, or its folder.
-
-    A folder below the working directory is named as seen from there, any other by its last part: results are made to
-    be shown to others, whom the rest of the path does not concern. `None`, which a pipeline made in memory has, is
-    "pipeline".
-    """
-    if source is None:
-        return "pipeline"
-    if not Path(source).is_dir():
-        return str(source)
-    folder = Path(source).resolve()
-    inside = folder.is_relative_to(Path.cwd()) and folder != Path.cwd()
-    return folder.relative_to(Path.cwd()).as_posix() if inside else folder.name
-
-
-def write_json(value: Any, path: Path) -> None:
-    """Writes JSON, whole or not at all. Raises ValueError for values that are not finite."""
-    write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", path)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Writes a text file, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    """Writes a PNG, whole or not at all; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..cameras import camera_from_pose, mirror_camera, orbit_poses, pose_of_camera, project_points, view_path
 from .alignment import AlignedFace, FaceAligner
-from .cameras import camera_from_pose, mirror_camera, orbit_poses, pose_of_camera, project_points, view_path
 from .canonical import canonical_face
 from .detection import FaceTooSmallError, NoFaceError
 from .photos import UnreadableImageError, load_photo

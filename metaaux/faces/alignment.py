@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .cameras import CAMERA_FOCAL, CAMERA_RADIUS, camera_from_pose
+from ..cameras import CAMERA_FOCAL, CAMERA_RADIUS, camera_from_pose
 from .canonical import canonical_face
 from .detection import DetectedFace, FaceDetector, FaceTooSmallError, NoFaceError, sample_square
 from .photos import MAX_PIXELS, Photo, load_photo

@@ -11,7 +11,7 @@ import numpy as np
 def canonical_face() -> np.ndarray:
     """Vertices [468, 3] float32 of the canonical face, a fresh array at each call.
 
-    World units of [`metaaux.faces.cameras`]: x to the viewer's right, y up, z toward a frontal camera, symmetric
+    World units of [`metaaux.cameras`]: x to the viewer's right, y up, z toward a frontal camera, symmetric
     about x = 0. Rows are FaceMesh's landmark indices: forehead 10, chin 152, nose tip 4 (at z = 0.24).
     """
     data = resources.files("metaaux.faces").joinpath("canonical_face.npy").read_bytes()

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..evaluation.attributes import AgeGenderNetwork
 from ..faces.measures import MEASURES, face_measures
+from ..models.age_gender import AgeGenderNetwork
 
 #: Attributes that the age and gender network judges; the others are `faces.measures.MEASURES`.
 NETWORK_ATTRIBUTES = ("age", "gender")

@@ -15,18 +15,20 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from ..adaptation import InversionLoss, LossWeights, Reference
+from ..data.dataset import FaceDataset, to_signed
+from ..data.sampler import FaceSampler
+from ..export.sheets import grid
+from ..losses import InversionLoss, LossWeights, Reference
 from ..models.auxiliary import AuxiliaryNetwork, AuxiliaryOutput
 from ..models.discriminator import DualDiscriminator
 from ..models.eg3d import EG3DGenerator, GeneratorOutput
 from ..models.encoder import LatentEncoder
 from ..models.identity import IdentityNetwork
 from ..models.perceptual import LPIPS, DiscriminatorPerceptualDistance
-from .data import FaceDataset, FaceSampler, to_signed
-from .graphs import CapturedFunction, FlatGradients
-from .loop import TrainingRun, broadcast_module, update_average
-from .sheets import grid
+from .cuda_graphs import CapturedFunction
+from .distributed import FlatGradients, broadcast_module
 from .tasks import FrozenNetworks, InnerLoop, Tasks, adapt_tasks, make_tasks, predict_tasks, synthesize_tasks
+from .trainer import TrainingRun, update_average
 
 
 @dataclass

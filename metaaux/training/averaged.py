@@ -16,10 +16,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
+from ..data.dataset import FaceDataset
+from ..data.sampler import FaceSampler
 from ..models.eg3d import EG3DGenerator
-from .data import FaceDataset, FaceSampler
-from .graphs import FlatGradients
-from .loop import TrainingRun, broadcast_module, seed_process, update_average
+from .distributed import FlatGradients, broadcast_module, seed_process
+from .trainer import TrainingRun, update_average
 
 
 def warmup_cosine(images: int, total: int, warmup: int, peak: float) -> float:

@@ -23,7 +23,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from ..faces.cameras import camera_from_pose
+from ..cameras import camera_from_pose
+from ..export.sheets import grid
 from ..faces.measures import MEASURES
 from ..files import atomic_path
 from ..inversion import generator_fingerprint
@@ -31,7 +32,6 @@ from ..models.directions import Direction, LatentDirections
 from ..models.eg3d import EG3DGenerator
 from ..models.identity import IdentityNetwork
 from .attributes import NETWORK_ATTRIBUTES, Attributes
-from .sheets import grid
 
 MEANINGS = {
     "age": "older",

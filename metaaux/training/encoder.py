@@ -19,7 +19,9 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from ..faces.cameras import camera_from_pose, mirror_camera
+from ..cameras import camera_from_pose, mirror_camera
+from ..data.dataset import FaceDataset, to_signed
+from ..export.sheets import grid
 from ..models.discriminator import DualDiscriminator
 from ..models.eg3d import EG3DGenerator
 from ..models.encoder import ImageEncoder, LatentEncoder
@@ -27,10 +29,8 @@ from ..models.identity import IdentityNetwork
 from ..models.perceptual import LPIPS, DiscriminatorPerceptualDistance
 from ..models.psp import PSPEncoder
 from .averaged import AveragedTrainer, SampleSource, per_process, train_averaged
-from .data import FaceDataset, to_signed
-from .graphs import CapturedFunction
-from .loop import TrainingRun
-from .sheets import grid
+from .cuda_graphs import CapturedFunction
+from .trainer import TrainingRun
 
 
 @dataclass

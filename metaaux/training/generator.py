@@ -19,7 +19,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from ..faces.cameras import camera_from_pose, project_points
+from ..cameras import camera_from_pose, project_points
+from ..data.dataset import FaceDataset
+from ..data.sampler import FaceSampler
+from ..export.sheets import head_sheet
 from ..faces.canonical import canonical_face
 from ..models import eg3d
 from ..models.discriminator import DualDiscriminator
@@ -27,10 +30,9 @@ from ..models.eg3d import EG3DGenerator
 from ..models.feature_discriminator import FeatureDiscriminator
 from ..models.perceptual import LPIPS
 from .augment import AdaptiveAugmentation
-from .data import FaceDataset, FaceSampler
-from .graphs import CapturedFunction, FlatGradients
-from .loop import TrainingRun, broadcast_module, seed_process, update_average
-from .sheets import head_sheet
+from .cuda_graphs import CapturedFunction
+from .distributed import FlatGradients, broadcast_module, seed_process
+from .trainer import TrainingRun, update_average
 
 
 @dataclass

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from ..faces.cameras import camera_from_pose
+from ..cameras import camera_from_pose
+from ..data.dataset import to_signed
+from ..export.sheets import grid
 from ..models.identity import IdentityNetwork
 from .averaged import AveragedTrainer, train_averaged
-from .data import to_signed
-from .loop import TrainingRun
-from .sheets import grid
+from .trainer import TrainingRun
 
 
 @dataclass

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adaptation import InversionLoss, gradient_step
+from ..adaptation import gradient_step
+from ..losses import InversionLoss
 from ..models.auxiliary import AuxiliaryNetwork, AuxiliaryOutput
 from ..models.eg3d import EG3DGenerator, GeneratorOutput
 from ..models.encoder import LatentEncoder

@@ -22,8 +22,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .files import atomic_path, forget_origin
-from .model_card import CARD, generated_card, updated_card
+from ..files import atomic_path, forget_origin
+from .card import CARD, generated_card, updated_card
 
 #: Name of the checkpoint that comes with the package.
 EMBEDDED_MODEL = "metaaux-mini"
@@ -41,7 +41,7 @@ def embedded_model_folder() -> Path:
     Raises:
         FileNotFoundError: it is not there, as in an installation from incomplete sources.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     candidates = [parent / "hub_configs" / EMBEDDED_MODEL for parent in (package, package.parent)]
     for folder in candidates:
         if (folder / _INDEX).is_file():

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ..adaptation import InversionLoss, adapt
+from ..adaptation import adapt
+from ..losses import InversionLoss
 from ..models.auxiliary import AuxiliaryNetwork
 from ..models.eg3d import EG3DGenerator
 from ..models.encoder import ImageEncoder, LatentEncoder

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adaptation import InversionLoss
+from ..losses import InversionLoss
 from ..models.eg3d import EG3DGenerator
 
 

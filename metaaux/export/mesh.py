@@ -14,12 +14,12 @@ from scipy.sparse import coo_array, csr_array, diags_array, eye_array
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import splu
 
-from .faces.cameras import camera_from_pose, project_points
-from .files import atomic_path
-from .models.eg3d import EG3DGenerator
+from ..cameras import camera_from_pose, project_points
+from ..files import atomic_path
+from ..models.eg3d import EG3DGenerator
 
 if TYPE_CHECKING:
-    from .pipeline import Head
+    from ..head import Head
 
 #: Cells along each side of the generator's cube.
 DEFAULT_RESOLUTION = 192

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from . import __version__
-from .adaptation import adapt
-from .faces.cameras import camera_from_pose
-from .hub import check_model_index
-from .pipeline import MetaAuxInverter
+from .. import __version__
+from ..adaptation import adapt
+from ..cameras import camera_from_pose
+from ..hub.loading import check_model_index
+from ..pipeline import MetaAuxInverter
 
 
 def load_for_benchmark(
@@ -174,7 +174,7 @@ class _Synthesis(torch.nn.Module):
 
     def __init__(self, generator: torch.nn.Module):
         super().__init__()
-        from .adaptation import private_view
+        from ..losses import private_view
 
         self.generator = private_view(generator)
 

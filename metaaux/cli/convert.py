@@ -26,7 +26,7 @@ def eg3d(
     overwrite: OverwriteOption = False,
 ) -> None:
     """EG3D's G_ema and D to FOLDER/generator and FOLDER/discriminator."""
-    from .conversion.eg3d import convert_eg3d
+    from ..conversion.eg3d import convert_eg3d
 
     print(_with_progress(lambda report: convert_eg3d(source, folder, overwrite, report)))
 
@@ -40,7 +40,7 @@ def stylegan2(
     overwrite: OverwriteOption = False,
 ) -> None:
     """StyleGAN2's generator to FOLDER/generator; from pickles its discriminator too."""
-    from .conversion.stylegan2 import convert_stylegan2
+    from ..conversion.stylegan2 import convert_stylegan2
 
     print(_with_progress(lambda report: convert_stylegan2(source, folder, overwrite, report)))
 
@@ -57,7 +57,7 @@ def lpips(
     overwrite: OverwriteOption = False,
 ) -> None:
     """LPIPS to FOLDER/perceptual; without --linear, its uncalibrated baseline."""
-    from .conversion.lpips import convert_lpips
+    from ..conversion.lpips import convert_lpips
 
     print(convert_lpips(source, folder, linear, overwrite))
 
@@ -69,7 +69,7 @@ def arcface(
     overwrite: OverwriteOption = False,
 ) -> None:
     """ArcFace's IR-SE50 to FOLDER/identity."""
-    from .conversion.arcface import convert_arcface
+    from ..conversion.arcface import convert_arcface
 
     print(convert_arcface(source, folder, overwrite))
 

@@ -36,8 +36,8 @@ def benchmark(
     """Time inversion, synthesis, a cached view and a tuning step: warmed up, synchronised medians."""
     import torch
 
-    from .benchmark import load_for_benchmark, run_benchmark
-    from .files import atomic_path
+    from ..evaluation.benchmark import load_for_benchmark, run_benchmark
+    from ..files import atomic_path
 
     if not out.resolve().parent.is_dir():
         raise typer.BadParameter(f"the folder {out.parent} does not exist")

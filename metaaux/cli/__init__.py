@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .commands_benchmark import benchmark
-from .commands_convert import app as convert_app
-from .commands_evaluate import app as evaluate_app
-from .commands_flip import compare_flip
+from .benchmark import benchmark
+from .compare_flip import compare_flip
+from .convert import app as convert_app
+from .evaluate import app as evaluate_app
 
 # Heavy modules are imported inside the commands: `--help` and usage errors should not wait for PyTorch.
 
@@ -83,8 +83,8 @@ def invert(
     """
     from PIL import Image
 
-    from .faces.cameras import pose_of_camera
-    from .rendering import label_strip
+    from ..cameras import pose_of_camera
+    from ..export.images import label_strip
 
     inverter = _load(model, device)
     images: list[Image.Image] = []
@@ -147,7 +147,7 @@ def orbit(
     device: DeviceOption = None,
 ) -> None:
     """Write a video of the camera circling an inverted head."""
-    from .rendering import write_video
+    from ..export.video import write_video
 
     _check_suffix(out, ".mp4")
     edits = _parse_edits(edit)
@@ -207,7 +207,7 @@ def model_info(
 @app.command()
 def train(
     part: Annotated[Part, typer.Argument(help="What to train.")],
-    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="YAML, see metaaux/training/configs.")],
+    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="YAML, see metaaux/configs.")],
     run: Annotated[
         Path | None,
         typer.Option("--run", metavar="FOLDER", help="Checkpoints and logs. Default: runs/<name of FILE>."),
@@ -217,7 +217,7 @@ def train(
     """Train one part. Under `accelerate launch -m metaaux train ...` it uses several GPUs."""
     import importlib
 
-    module = importlib.import_module(f".training.{part.value}", __package__)
+    module = importlib.import_module(f"metaaux.training.{part.value}")
     settings = _read_config(getattr(module, f"{part.value.capitalize()}Config"), config)
     module.train(settings, Path("runs") / config.stem if run is None else run, resume)
 
@@ -233,7 +233,7 @@ def prepare(
     """Align a folder of photos into a dataset. Photos without a usable face are left out and listed on stderr."""
     from tqdm.auto import tqdm
 
-    from .faces.prepare import prepare as prepare_folder
+    from ..data.prepare import prepare as prepare_folder
 
     _check_suffix(out, ".zip")
     with tqdm(unit="photo") as bar:
@@ -260,7 +260,7 @@ def main() -> None:
 def _load(model: str | None, device: str | None) -> Any:
     import torch
 
-    from .pipeline import MetaAuxInverter
+    from ..pipeline import MetaAuxInverter
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -274,7 +274,7 @@ def _load(model: str | None, device: str | None) -> Any:
 def _read_config(cls: type, path: Path) -> Any:
     import yaml
 
-    from .training.loop import load_config
+    from ..training.settings import load_config
 
     try:
         return load_config(cls, path)
@@ -283,7 +283,7 @@ def _read_config(cls: type, path: Path) -> Any:
 
 
 def _model_info(inverter: Any) -> dict[str, Any]:
-    from .model_card import licence_of
+    from ..hub.card import licence_of
 
     config = inverter.generator.config
     components = {
@@ -331,14 +331,14 @@ def _check_suffix(path: Path, suffix: str) -> None:
 
 
 def _save_image(image: Any, path: Path) -> None:
-    from .files import atomic_path
+    from ..files import atomic_path
 
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
 
 
 def _save_text(text: str, path: Path) -> None:
-    from .files import atomic_path
+    from ..files import atomic_path
 
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

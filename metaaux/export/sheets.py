@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from ..faces.cameras import camera_from_pose
+from ..cameras import camera_from_pose
 from ..models.eg3d import EG3DGenerator
-from ..rendering import tensor_to_image
+from .images import tensor_to_image
 
 SHEET_YAWS = (-30, -15, 0, 15, 30)
 

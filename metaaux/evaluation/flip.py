@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .faces.cameras import pose_of_camera
-from .faces.photos import Photo
-from .models.perceptual import DiscriminatorPerceptualDistance
-from .pipeline import MetaAuxInverter
-from .rendering import image_to_tensor
-from .training.data import FaceDataset
+from ..cameras import pose_of_camera
+from ..data.dataset import FaceDataset
+from ..export.images import image_to_tensor
+from ..faces.photos import Photo
+from ..models.perceptual import DiscriminatorPerceptualDistance
+from ..pipeline import MetaAuxInverter
 
 
 @dataclass(frozen=True, eq=False)

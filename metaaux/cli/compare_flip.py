@@ -33,10 +33,10 @@ def compare_flip(
     """
     from tqdm.auto import tqdm
 
-    from .cli import _load, _parse_edits, _save_image, _save_text
-    from .flip import compare_flip as compare
-    from .flip import faces_of, flip_picture, flip_results
-    from .models.perceptual import LPIPS
+    from ..evaluation.flip import compare_flip as compare
+    from ..evaluation.flip import faces_of, flip_picture, flip_results
+    from ..models.perceptual import LPIPS
+    from . import _load, _parse_edits, _save_image, _save_text
 
     edits = _parse_edits(edit)
     inverter = _load(model, device)

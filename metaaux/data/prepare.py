@@ -16,8 +16,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from .alignment import FaceAligner
-from .photos import MAX_PIXELS
+from ..faces.alignment import FaceAligner
+from ..faces.photos import MAX_PIXELS
 
 _FORMATS = ("webp", "png")
 _worker_aligner: FaceAligner | None = None

@@ -9,13 +9,11 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from huggingface_hub import save_torch_state_dict
 from PIL import Image
 from safetensors.torch import load_file
@@ -26,16 +24,6 @@ from ..files import forget_origin
 SHARD_SIZE = "15MB"
 
 
-def load_config(cls: type, path: str | os.PathLike):
-    """Read a YAML file into the dataclass `cls`; an unknown key is a ValueError that lists the known ones."""
-    values = yaml.safe_load(Path(path).read_text()) or {}
-    known = {f.name for f in fields(cls)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"{path}: unknown setting {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-    return cls(**values)
-
-
 @torch.no_grad()
 def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: float) -> None:
     """Exponential moving average: `average` ← decay·average + (1 - decay)·model; buffers are copied."""
@@ -43,23 +31,6 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: floa
     torch._foreach_lerp_(targets, [p.to(t.dtype) for p, t in zip(model.parameters(), targets, strict=True)], 1 - decay)
     for target, buffer in zip(average.buffers(), model.buffers(), strict=True):
         target.copy_(buffer)
-
-
-def broadcast_module(accelerator: Accelerator, module: torch.nn.Module) -> None:
-    """Make every process start from the main process's parameters and buffers."""
-    if accelerator.num_processes > 1:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            torch.distributed.broadcast(tensor.data, 0)
-
-
-def seed_process(accelerator: Accelerator, seed: int, images: int) -> int:
-    """Start this process's random streams for a run that has seen `images`; returns their seed.
-
-    Every process gets another one, and a resumed run does not repeat its beginning.
-    """
-    own = (seed * 1_000_003 + images * 64 + accelerator.process_index) % 2**31
-    set_seed(own)
-    return own
 
 
 class _Signals:

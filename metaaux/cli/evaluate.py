@@ -126,9 +126,9 @@ def evaluate(
     if context.invoked_subcommand is not None:
         return
     data, out = _required(data, "--data"), _required(out, "--out")
-    from .evaluation.frechet import load_feature_extractor
-    from .evaluation.metrics import ReconstructionMetrics
-    from .evaluation.reconstruction import ReconstructionEvaluation
+    from ..evaluation.frechet import load_feature_extractor
+    from ..evaluation.metrics import ReconstructionMetrics
+    from ..evaluation.reconstruction import ReconstructionEvaluation
 
     part = _shard(shard)
     inverter, chosen, photos = _setup(
@@ -170,8 +170,8 @@ def generator(
 
     Writes results.json and samples.png, a sheet of random heads, into DIR.
     """
-    from .evaluation.frechet import load_feature_extractor
-    from .evaluation.generator import GeneratorSettings, evaluate_generator
+    from ..evaluation.frechet import load_feature_extractor
+    from ..evaluation.generator import GeneratorSettings, evaluate_generator
 
     out = _required(out, "--out")
     settings = GeneratorSettings(samples, pose_samples, truncation, frechet_samples, batch, seed)
@@ -217,8 +217,8 @@ def editing(
     """
     data, out = _required(data, "--data"), _required(out, "--out")
     attributes = _required(attributes, "--attributes")
-    from .evaluation.attributes import AgeGenderNetwork
-    from .evaluation.editing import EditingEvaluation
+    from ..evaluation.editing import EditingEvaluation
+    from ..models.age_gender import AgeGenderNetwork
 
     part = _shard(shard)
     network = AgeGenderNetwork.from_file(attributes)
@@ -238,9 +238,9 @@ def _setup(
     latent_steps: int,
 ) -> tuple[Any, list[Any], Any]:  # fmt: skip
     """Pipeline, methods and photos."""
-    from .evaluation.optimization import LatentSettings
-    from .evaluation.photos import open_photos
-    from .evaluation.registry import MethodOptions, make_methods
+    from ..baselines.optimization import LatentSettings
+    from ..baselines.registry import MethodOptions, make_methods
+    from ..evaluation.photos import open_photos
 
     inverter = _load(model, device)
     names = [name.strip() for name in methods.split(",") if name.strip()]
@@ -261,7 +261,7 @@ def _run(evaluation: Any, out: Path) -> None:
 
 
 def _load(model: str | None, device: str | None) -> Any:
-    from .cli import _load as load
+    from . import _load as load
 
     inverter = load(model, device)
     inverter.set_progress_bar_config(disable=True)

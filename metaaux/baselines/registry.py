@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..adaptation import InversionLoss, LossWeights
+from ..files import source_name
+from ..losses import InversionLoss, LossWeights
 from ..models.auxiliary import AuxiliaryNetwork
 from ..models.encoder import LatentEncoder
 from ..models.perceptual import DiscriminatorPerceptualDistance
@@ -25,7 +26,6 @@ from .methods import (
     PivotalTuning,
 )
 from .optimization import LatentSettings, TuningSettings
-from .report import source_name
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter

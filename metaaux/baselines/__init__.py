@@ -1,0 +1,1 @@
+"""The inversion methods that ours is compared with."""

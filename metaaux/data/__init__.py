@@ -1,0 +1,1 @@
+"""Data sets of faces with cameras, in EG3D's layout."""

@@ -1,0 +1,1 @@
+"""Renderings as files: pictures, sheets, videos, meshes."""
