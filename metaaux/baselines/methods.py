@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from ..adaptation import adapt
+from ..adaptation import InnerLoop, InnerProblem, Tasks, adapt, make_tasks, predict_tasks
 from ..losses import InversionLoss
 from ..models.auxiliary import AuxiliaryNetwork
 from ..models.eg3d import EG3DGenerator
 from ..models.encoder import ImageEncoder, LatentEncoder
-from ..training.tasks import FrozenNetworks, InnerLoop, Tasks, adapt_tasks, make_tasks, predict_tasks
 from .optimization import LatentSettings, TuningSettings, optimize_latent, tune_generator
 
 
@@ -221,7 +220,9 @@ class AuxiliaryAdaptation(InversionMethod):
 
     Args:
         name, label: see `InversionMethod`.
-        networks: generator, encoder and the loss of Eq. 8.
+        generator: the generator.
+        encoder: gives the code, which stays fixed.
+        loss: Eq. 8.
         auxiliary: the auxiliary network.
         steps: N of Eq. 5.
         learning_rate: α of Eq. 5; `None` takes the rates stored in the auxiliary network.
@@ -229,49 +230,59 @@ class AuxiliaryAdaptation(InversionMethod):
     """
 
     def __init__(
-        self, name: str, label: str, networks: FrozenNetworks, auxiliary: AuxiliaryNetwork, steps: int,
-        learning_rate: float | None, source: str,
-    ):  # fmt: skip
+        self,
+        name: str,
+        label: str,
+        generator: EG3DGenerator,
+        encoder: LatentEncoder,
+        loss: InversionLoss,
+        auxiliary: AuxiliaryNetwork,
+        steps: int,
+        learning_rate: float | None,
+        source: str,
+    ):
         self.name, self.label, self.source = name, label, source
-        self.networks, self.auxiliary, self.steps, self.learning_rate = networks, auxiliary, steps, learning_rate
-        # Tasks side by side share planes, which a 2D generator has not.
-        self.batched = isinstance(networks.generator, EG3DGenerator)
+        self.generator, self.encoder, self.loss, self.auxiliary = generator, encoder, loss, auxiliary
+        self.steps, self.learning_rate = steps, learning_rate
 
     def settings(self) -> dict[str, Any]:
         return {
             "auxiliary": self.source,
             "steps": self.steps,
             "learning_rate": self.learning_rate,
-            "loss": _weights_of(self.networks.inner_loss),
+            "loss": _weights_of(self.loss),
         }
 
     def invert(self, image: torch.Tensor, camera: torch.Tensor) -> list[Reconstruction]:
-        if len(image) > 1 and self.batched:
+        if len(image) > 1:
             return self._invert_batch(image, camera)
         return [self._invert_one(*one) for one in zip(image.split(1), camera.split(1))]
 
     def _invert_one(self, image, camera) -> Reconstruction:
-        networks = self.networks
         with torch.no_grad():
-            w = networks.encoder(image)
+            w = self.encoder(image)
         result = adapt(
-            networks.generator, self.auxiliary, networks.inner_loss, image, w, camera, steps=self.steps,
+            self.generator,
+            self.auxiliary,
+            self.loss,
+            image,
+            w,
+            camera,
+            steps=self.steps,
             learning_rate=self.learning_rate,
-        )  # fmt: skip
-        return Reconstruction(
-            result.image[0].detach().clamp(-1, 1), w, camera, networks.generator, result.weight_offsets,
-            result.offset_planes,
-        )  # fmt: skip
+        )
+        final = result.image[0].detach().clamp(-1, 1)
+        return Reconstruction(final, w, camera, self.generator, result.weight_offsets, result.offset_planes)
 
     def _invert_batch(self, image, camera) -> list[Reconstruction]:
-        networks, auxiliary = self.networks, self.auxiliary
-        tasks = make_tasks(networks, image, camera)
+        generator, auxiliary = self.generator, self.auxiliary
+        tasks = make_tasks(generator, self.encoder, image, camera)
         parameters = {name: p.detach().requires_grad_() for name, p in auxiliary.adaptable_parameters().items()}
         inner = InnerLoop.of(auxiliary, self.steps)
         if self.learning_rate is not None:
             inner.rates = dict.fromkeys(inner.rates, torch.tensor(self.learning_rate, device=image.device))
         with torch.enable_grad():
-            adapted, _, _ = adapt_tasks(networks, auxiliary, tasks, parameters, inner)
+            adapted, _ = InnerProblem(generator, auxiliary, self.loss, tasks, inner).run(parameters)
         with torch.no_grad():
             offsets = predict_tasks(auxiliary, adapted, tasks)
             return [self._of_task(tasks, offsets, index) for index in range(len(image))]
@@ -281,14 +292,10 @@ class AuxiliaryAdaptation(InversionMethod):
         w, camera = tasks.w[part], tasks.camera[part]
         weight_offsets = {name: offset[index] for name, offset in offsets.weight_offsets.items()}
         offset_planes = None if offsets.offset_planes is None else offsets.offset_planes[part]
-        output = self.networks.generator.synthesize(
-            w, camera, weight_offsets=weight_offsets, offset_planes=offset_planes
-        )
+        output = self.generator.synthesize(w, camera, weight_offsets=weight_offsets, offset_planes=offset_planes)
         if not torch.isfinite(output.image).all():
             raise FloatingPointError("the reconstruction is not finite: the adaptation diverged")
-        return Reconstruction(
-            output.image[0].clamp(-1, 1), w, camera, self.networks.generator, weight_offsets, offset_planes
-        )
+        return Reconstruction(output.image[0].clamp(-1, 1), w, camera, self.generator, weight_offsets, offset_planes)
 
 
 def _weights_of(loss: InversionLoss) -> dict[str, float]:

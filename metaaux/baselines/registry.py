@@ -15,7 +15,6 @@ from ..losses import InversionLoss, LossWeights, perceptual_distance
 from ..models.auxiliary import AuxiliaryNetwork
 from ..models.encoder import LatentEncoder
 from ..models.psp import PSPEncoder
-from ..training.tasks import FrozenNetworks
 from .methods import (
     AuxiliaryAdaptation,
     EncoderMethod,
@@ -153,10 +152,9 @@ def _make_method(name: str, inverter: MetaAuxInverter, options: MethodOptions) -
     if method == "without_auxiliary":
         tuning = TuningSettings(steps=steps, learning_rate=options.generator_rate)
         return GeneratorAdaptation(generator, encoder, loss, tuning)
-    networks = FrozenNetworks(generator, encoder, loss, loss)
     if method in ("metaaux", "full"):
         rate = inverter.config.inner_learning_rate
-        return AuxiliaryAdaptation(name, label, networks, inverter.auxiliary, steps, rate, "pipeline")
+        return AuxiliaryAdaptation(name, label, generator, encoder, loss, inverter.auxiliary, steps, rate, "pipeline")
     folder = getattr(options, method)
     network = AuxiliaryNetwork.from_pretrained(folder)
     _check_config(folder, network, {"image_size": generator.config.image_size})
@@ -164,7 +162,8 @@ def _make_method(name: str, inverter: MetaAuxInverter, options: MethodOptions) -
         raise ValueError(f"{folder} holds an auxiliary network with a 2D module, not one without")
     if method == "without_3d" and network.config.use_offset_planes:
         raise ValueError(f"{folder} holds an auxiliary network with a 3D module, not one without")
-    return AuxiliaryAdaptation(name, label, networks, _frozen(network, inverter), steps, None, source_name(folder))
+    auxiliary = _frozen(network, inverter)
+    return AuxiliaryAdaptation(name, label, generator, encoder, loss, auxiliary, steps, None, source_name(folder))
 
 
 def reconstruction_loss(inverter: MetaAuxInverter) -> InversionLoss:
