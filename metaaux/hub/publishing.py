@@ -61,7 +61,7 @@ class PublishingMixin:
                 _check_class(name, type(unwrapped(network)))
                 check_finite(network, name)
         origin = origin_of(self.generator)
-        pipeline = self._in_precision(_VARIANT_DTYPES[variant]) if variant in _VARIANT_DTYPES else self
+        pipeline = self._to_be_saved(_VARIANT_DTYPES.get(variant))
         folder = Path(save_directory).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
@@ -128,12 +128,17 @@ class PublishingMixin:
             message = commit_message or f"Upload {type(self).__name__}"
             return _commit(HfApi(token=token), folder, repo_id, revision, subfolder, message, private, create_pr)
 
-    def _in_precision(self, dtype: torch.dtype):
-        """A pipeline like this one whose networks are copies in another precision."""
+    def _to_be_saved(self, dtype: torch.dtype | None):
+        """A pipeline like this one, its networks without wrappers and, where a precision is given, copies in it."""
+        networks = {name: None if network is None else unwrapped(network) for name, network in self.components.items()}
+        if dtype is not None:
+            networks = {
+                name: None if network is None else cast(copy.deepcopy(network), name, dtype)
+                for name, network in networks.items()
+            }
         pipeline = copy.copy(self)
-        for name, network in self.components.items():
-            if network is not None:
-                pipeline.__dict__[name] = cast(copy.deepcopy(unwrapped(network)), name, dtype)
+        # Anew: an optional component that was set later than the others is not in the index otherwise.
+        pipeline.register_modules(**networks)
         return pipeline
 
 

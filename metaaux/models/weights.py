@@ -54,12 +54,18 @@ def generator_fingerprint(generator: torch.nn.Module) -> str:
 
 
 def _known_as(generator: torch.nn.Module, digest: str) -> str:
+    origin = _noted_origin(generator)
+    return origin["fingerprint"] if digest in origin["rounded"] else digest
+
+
+def _noted_origin(generator: torch.nn.Module) -> dict[str, Any]:
+    """What the generator's configuration, which may be a stranger's, says of its origin."""
     origin = unwrapped(generator).config.get(ORIGIN)
-    if isinstance(origin, dict) and digest in origin.get("rounded", ()):
-        known = str(origin.get("fingerprint"))
-        if re.fullmatch("[0-9a-f]{64}", known):
-            return known
-    return digest
+    fields = {"fingerprint", "rounded"}
+    if isinstance(origin, dict) and origin.keys() == fields and isinstance(origin["rounded"], list):
+        if re.fullmatch("[0-9a-f]{64}", str(origin["fingerprint"])):
+            return origin
+    return {"fingerprint": "", "rounded": []}
 
 
 def _digest(weights: dict[str, torch.Tensor], rounded_to: torch.dtype | None = None) -> str:
@@ -81,8 +87,8 @@ def origin_of(generator: torch.nn.Module) -> dict[str, Any]:
     """
     weights = named_weights(generator)
     own = _known_as(generator, _digest(weights))
-    before = unwrapped(generator).config.get(ORIGIN)
-    rounded = before["rounded"] if isinstance(before, dict) and before.get("fingerprint") == own else []
+    before = _noted_origin(generator)
+    rounded = before["rounded"] if before["fingerprint"] == own else []
     return {"fingerprint": own, "rounded": list(dict.fromkeys([*rounded, _digest(weights, torch.bfloat16)]))}
 
 
