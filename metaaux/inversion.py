@@ -273,8 +273,8 @@ def _check_tensors(tensors: dict[str, torch.Tensor]) -> None:
             raise InversionFileError(f"its tensor {name!r:.80} has values that are not finite")
     extrinsics = tensors["camera"][:16].cpu().double().view(4, 4)
     rotation = extrinsics[:3, :3]
-    is_rotation = torch.allclose(rotation @ rotation.T, torch.eye(3, dtype=torch.float64), atol=1e-3)
-    last_row_fits = torch.allclose(extrinsics[3], torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64))
+    is_rotation = torch.allclose(rotation @ rotation.T, torch.eye(3, dtype=torch.float64, device="cpu"), atol=1e-3)
+    last_row_fits = torch.allclose(extrinsics[3], extrinsics.new_tensor([0.0, 0.0, 0.0, 1.0]))
     if not is_rotation or rotation.det() < 0 or not last_row_fits:
         raise InversionFileError("its camera is not a rigid camera-to-world matrix")
     if not (tensors["camera"][16] > 0 and tensors["camera"][20] > 0):
