@@ -400,7 +400,7 @@ class TestSharedOptions:
         assert found[1]["methods"].default == "metaaux,encoder"
 
     def test_help_of_methods_names_each_of_them(self):
-        from metaaux.baselines.registry import METHODS
+        from metaaux.baselines import METHODS
 
         words = ComparisonOptions.__annotations__["methods"]
         assert all(re.search(rf"[ (]{re.escape(name)}[,.;) ]", words) for name in METHODS)

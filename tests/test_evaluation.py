@@ -17,9 +17,9 @@ from PIL import Image
 from test_stylegan2_2d import inverter as flat_inverter  # noqa: F401 (a fixture)
 
 from metaaux import MetaAuxInverter
-from metaaux.baselines.methods import EncoderMethod
+from metaaux.baselines import MethodOptions, make_methods
+from metaaux.baselines.encoder import EncoderMethod
 from metaaux.baselines.optimization import LatentSettings
-from metaaux.baselines.registry import MethodOptions, make_methods
 from metaaux.cli import main
 from metaaux.evaluation import reconstruction
 from metaaux.evaluation.metrics import ReconstructionMetrics

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 if TYPE_CHECKING:
-    from ..baselines.methods import InversionMethod
+    from ..baselines import InversionMethod
     from ..evaluation.photos import PhotoSet
     from ..pipeline import MetaAuxInverter
 
@@ -117,7 +117,7 @@ class ComparisonOptions:
 
     def open(self) -> tuple[MetaAuxInverter, list[InversionMethod], PhotoSet]:
         """Pipeline, methods and photos."""
-        from ..baselines.registry import MethodOptions, make_methods
+        from ..baselines import MethodOptions, make_methods
         from ..baselines.optimization import LatentSettings
         from ..evaluation.photos import open_photos
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..baselines.methods import InversionMethod, Reconstruction
+from ..baselines import InversionMethod, Reconstruction
 from ..editing import apply_edits
 from ..export.images import tensor_to_image
 from ..faces.detection import FaceDetector

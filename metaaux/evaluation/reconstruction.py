@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..baselines.methods import InversionMethod, Reconstruction
+from ..baselines import InversionMethod, Reconstruction
 from ..cameras import camera_from_pose, pose_of_camera
 from ..export.images import image_to_tensor, save_image, tensor_to_image
 from ..files import source_name, write_json, write_text
