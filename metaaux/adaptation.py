@@ -157,10 +157,11 @@ class _Session:
         self.reports: list[dict[str, float]] = []
         self.started = self._now()
         self.photo_w = w.expand(len(target), *w.shape[1:])
-        self.reference = loss.reference(target)
+        self.reference = loss.reference(target, camera)
         self.flipped = None
         if loss.weights.uses_flip:
-            self.flipped = (loss.reference(target.flip(-1)), mirror_camera(camera))
+            mirrored = mirror_camera(camera)
+            self.flipped = (loss.reference(target.flip(-1), mirrored), mirrored)
         with torch.no_grad():
             self.base_planes = generator.planes(w)
 

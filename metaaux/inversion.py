@@ -7,7 +7,6 @@ there are any, `offset_planes` and `aligned`. Metadata, each value a JSON string
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from safetensors.torch import save as serialize_tensors
 
 from .files import atomic_path
 from .models.stylegan2 import offset_shapes
+from .models.weights import generator_fingerprint as generator_fingerprint
 
 FORMAT = "metaaux-inversion"
 VERSION = 1
@@ -186,15 +186,6 @@ class Inversion:
             aligned=tensors.get("aligned"),
             **origin,
         )
-
-
-def generator_fingerprint(generator: torch.nn.Module) -> str:
-    """SHA-256 over names, shapes and values (as float16) of a generator's weights, 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(generator.state_dict().items()):
-        digest.update(f"{name} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _parse_metadata(data: bytes) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 
@@ -29,7 +30,7 @@ from .models.discriminator import DualDiscriminator
 from .models.eg3d import EG3DGenerator
 from .models.encoder import LatentEncoder
 from .models.identity import IdentityNetwork
-from .models.perceptual import LPIPS, DiscriminatorPerceptualDistance
+from .models.perceptual import LPIPS
 from .models.stylegan2 import StyleGAN2Generator
 
 StepCallback = Callable[[int, Image.Image, dict[str, float]], None]
@@ -109,6 +110,13 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
             flip_yaw=flip_yaw,
             crop_scale=crop_scale,
         )
+        trained = auxiliary.config.inner_loss
+        if trained is not None and trained != (used := self.inversion_loss().describe()):
+            warnings.warn(
+                f"the auxiliary network's inner learning rates were learnt for another loss than this pipeline adapts "
+                f"it with: {trained} in training, {used} here; inversions will be worse than those that were measured",
+                stacklevel=2,
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -213,7 +221,7 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
             result = adapt(
                 self.generator,
                 self.auxiliary,
-                self._loss(flip),
+                self.inversion_loss(flip),
                 target,
                 w,
                 cameras,
@@ -400,11 +408,13 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
         yaws = pose_of_camera(cameras)[0]
         return bool((yaws > self.config.flip_yaw).all() or (yaws < -self.config.flip_yaw).all())
 
-    def _loss(self, flip: bool = False) -> InversionLoss:
+    def inversion_loss(self, flip: bool = False) -> InversionLoss:
+        """Eq. 8 with this checkpoint's weights and networks; with `flip` Eq. 12 takes part, as `InversionLoss.flip`.
+
+        Raises:
+            ValueError: `flip` is wanted and the checkpoint has no weight for it.
+        """
         config = self.config
-        perceptual = self.perceptual
-        if perceptual is None:
-            perceptual = DiscriminatorPerceptualDistance(self.discriminator)
         weights = LossWeights(
             perceptual=config.weight_perceptual,
             identity=config.weight_identity,
@@ -420,7 +430,7 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
                 raise ValueError(
                     "this model has no flip loss: its weight_flip_perceptual and weight_flip_adversarial are both 0"
                 )
-        return InversionLoss(weights, perceptual, self.identity, self.discriminator)
+        return InversionLoss.from_components(weights, self.discriminator, self.identity, self.perceptual)
 
     def _align(self, photos: list[Photo]) -> tuple[list[Image.Image], torch.Tensor]:
         faces = [self.aligner.align(photo) for photo in photos]

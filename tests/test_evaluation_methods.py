@@ -10,7 +10,7 @@ from conftest import IMAGE_SIZE
 from test_stylegan2_2d import inverter as flat_inverter  # noqa: F401 (a fixture)
 
 from metaaux.baselines.optimization import LatentSettings, TuningSettings, optimize_latent, tune_generator
-from metaaux.baselines.registry import MethodOptions, inversion_loss, make_methods, reconstruction_loss
+from metaaux.baselines.registry import MethodOptions, make_methods, reconstruction_loss
 from metaaux.models.auxiliary import AuxiliaryNetwork
 from metaaux.models.psp import PSPEncoder
 
@@ -85,7 +85,7 @@ class TestOptimization:
         # The tiny pipeline has the paper's weight of 0.8, so its distance counts as LPIPS itself.
         weights = reconstruction_loss(tiny_inverter).weights
         assert (weights.mse, weights.perceptual, weights.adversarial) == (1, pytest.approx(1), 0)
-        assert inversion_loss(tiny_inverter).weights.perceptual == pytest.approx(0.8)
+        assert tiny_inverter.inversion_loss().weights.perceptual == pytest.approx(0.8)
 
 
 class TestMethods:

@@ -94,7 +94,7 @@ def optimize_latent(
     with torch.enable_grad():
         w = start.expand(*shape, -1).clone().requires_grad_()
         optimizer = torch.optim.Adam([w], lr=settings.learning_rate)
-        reference = loss.reference(image)
+        reference = loss.reference(image, camera)
         for step in range(settings.steps):
             optimizer.param_groups[0]["lr"] = settings.rate(step)
             output = generator.synthesize(w, camera)
@@ -140,7 +140,7 @@ def tune_generator(
         if not name.startswith("mapping_network.")
     ]
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
-    reference = loss.reference(image)
+    reference = loss.reference(image, camera)
     steps = 0
     with torch.enable_grad():
         for _ in range(settings.steps):

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..files import source_name
-from ..losses import InversionLoss, LossWeights
+from ..losses import InversionLoss, LossWeights, perceptual_distance
 from ..models.auxiliary import AuxiliaryNetwork
 from ..models.encoder import LatentEncoder
-from ..models.perceptual import DiscriminatorPerceptualDistance
 from ..models.psp import PSPEncoder
 from ..training.tasks import FrozenNetworks
 from .methods import (
@@ -150,7 +149,7 @@ def _make_method(name: str, inverter: MetaAuxInverter, options: MethodOptions) -
         tuning = TuningSettings(steps=options.tuning_steps, stop_distance=PTI_STOP_DISTANCE if is_lpips else None)
         share = None if is_lpips else options.pti_stop_share
         return PivotalTuning(generator, reconstruction_loss(inverter), options.latent, tuning, share)
-    loss = inversion_loss(inverter)
+    loss = inverter.inversion_loss()
     if method == "without_auxiliary":
         tuning = TuningSettings(steps=steps, learning_rate=options.generator_rate)
         return GeneratorAdaptation(generator, encoder, loss, tuning)
@@ -168,15 +167,6 @@ def _make_method(name: str, inverter: MetaAuxInverter, options: MethodOptions) -
     return AuxiliaryAdaptation(name, label, networks, _frozen(network, inverter), steps, None, source_name(folder))
 
 
-def inversion_loss(inverter: MetaAuxInverter) -> InversionLoss:
-    """Eq. 8 with the checkpoint's weights and networks."""
-    config = inverter.config
-    weights = LossWeights(
-        perceptual=config.weight_perceptual, identity=config.weight_identity, adversarial=config.weight_adversarial
-    )
-    return InversionLoss(weights, _perceptual(inverter), inverter.identity, inverter.discriminator)
-
-
 def reconstruction_loss(inverter: MetaAuxInverter) -> InversionLoss:
     """PTI's loss, L2 + λ·LPIPS with λ = 1, on the checkpoint's perceptual distance brought to the scale of LPIPS.
 
@@ -184,13 +174,7 @@ def reconstruction_loss(inverter: MetaAuxInverter) -> InversionLoss:
     """
     unit = inverter.config.weight_perceptual / PAPER_PERCEPTUAL_WEIGHT
     weights = LossWeights(perceptual=unit, identity=0.0, adversarial=0.0)
-    return InversionLoss(weights, _perceptual(inverter), None, None)
-
-
-def _perceptual(inverter: MetaAuxInverter):
-    if inverter.perceptual is not None:
-        return inverter.perceptual
-    return DiscriminatorPerceptualDistance(inverter.discriminator)
+    return InversionLoss(weights, perceptual_distance(inverter.perceptual, inverter.discriminator), None, None)
 
 
 def _frozen(network: torch.nn.Module, inverter: MetaAuxInverter) -> torch.nn.Module:

@@ -121,9 +121,8 @@ def run_benchmark(
         rate = inverter.config.inner_learning_rate
         # Random weights answer to no rate in particular; this one keeps them finite.
         rate = 1e-6 if random_weights else rate
-        result = adapt(
-            generator, inverter.auxiliary, inverter._loss(), target, code, camera, steps=steps, learning_rate=rate
-        )
+        loss = inverter.inversion_loss()
+        result = adapt(generator, inverter.auxiliary, loss, target, code, camera, steps=steps, learning_rate=rate)
         step_seconds.extend(step["seconds"] for step in result.steps[1:-1])
 
     def tuning_step():

@@ -15,7 +15,7 @@ from ..cameras import pose_of_camera
 from ..data.dataset import FaceDataset
 from ..export.images import image_to_tensor
 from ..faces.photos import Photo
-from ..models.perceptual import DiscriminatorPerceptualDistance
+from ..losses import perceptual_distance
 from ..pipeline import MetaAuxInverter
 
 
@@ -96,7 +96,7 @@ def compare_flip(
         ValueError: a photo without a usable face, an unknown edit, or a checkpoint whose flip weights are both 0.
     """
     if perceptual is None:
-        perceptual = inverter.perceptual or DiscriminatorPerceptualDistance(inverter.discriminator)
+        perceptual = perceptual_distance(inverter.perceptual, inverter.discriminator)
     comparisons = []
     for face in faces:
         inversions = [

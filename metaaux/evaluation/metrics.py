@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from ..files import source_name
-from ..models.perceptual import LPIPS, DiscriminatorPerceptualDistance
+from ..losses import perceptual_distance
+from ..models.perceptual import LPIPS
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter
@@ -37,7 +38,7 @@ class ReconstructionMetrics:
         self.identity = inverter.identity
         model = source_name(inverter.name_or_path)
         if perceptual is None and inverter.perceptual is None:
-            self.perceptual = DiscriminatorPerceptualDistance(inverter.discriminator)
+            self.perceptual = perceptual_distance(None, inverter.discriminator)
             perceptual_name = f"features of the discriminator of {model}"
         elif perceptual is None:
             self.perceptual = inverter.perceptual

@@ -9,21 +9,27 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import torch
+from diffusers import ModelMixin
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from ..files import atomic_path, forget_origin
+from ..models.weights import check_finite
 from .card import CARD, generated_card, updated_card
+
+Network = TypeVar("Network", bound=ModelMixin)
 
 #: Name of the checkpoint that comes with the package.
 EMBEDDED_MODEL = "metaaux-mini"
@@ -31,7 +37,10 @@ EMBEDDED_MODEL = "metaaux-mini"
 _INDEX = "model_index.json"
 _PIPELINE = "MetaAuxInverter"
 _WEIGHTS = "diffusion_pytorch_model"
-_DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies")
+_DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+_CONFIG = "config.json"
+#: An index of a thousand shards is far below it.
+_MAX_JSON_BYTES = 8 * 2**20
 _VARIANT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -111,6 +120,119 @@ def check_components(folder: str | os.PathLike, components: Sequence[str], name:
     if without_weights:
         raise FileNotFoundError(
             f"{name or folder} lacks the weights of {', '.join(without_weights)}: no safetensors file in the folder"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that may come from a stranger.
+
+    Raises:
+        ValueError: it is larger than any of this project's, is no JSON, or holds something else than an object.
+    """
+    with path.open("rb") as file:
+        data = file.read(_MAX_JSON_BYTES + 1)
+    if len(data) > _MAX_JSON_BYTES:
+        raise ValueError(f"{path} is larger than {_MAX_JSON_BYTES // 2**20} MiB")
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {str(error)[:200]}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, expected an object")
+    return values
+
+
+def load_component(
+    cls: type[Network] | tuple[type[Network], ...],
+    path: str | os.PathLike,
+    *,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    trainable: bool = False,
+    allow_hub: bool = False,
+    **kwargs: Any,
+) -> Network:
+    """Loads one network from its folder: configuration and safetensors, whatever else lies there.
+
+    Args:
+        cls: the network's class, or several of which the configuration names one.
+        path: folder of the network; `~` is the home folder.
+        dtype: precision of the weights in memory, whatever the files have.
+        variant: reads `*.<variant>.safetensors`.
+        trainable: in training mode, with gradients. Default: in eval mode, without.
+        allow_hub: whether a text that names no folder is a Hub id ("organisation/name"). Otherwise nothing is ever
+            asked of the Hub.
+        **kwargs: for a Hub id `revision`, `token`, `cache_dir`, `force_download` and `local_files_only`, as
+            [`huggingface_hub.snapshot_download`] takes them.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no configuration or safetensors file in it.
+        ValueError: the folder holds a network of another class, or one whose tensors are not those of its
+            configuration or not finite.
+        OverflowError: a weight is too large for `dtype`.
+        OSError: a file is damaged, or the Hub cannot be reached.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if not (allow_hub and isinstance(path, str) and _is_hub_id(path)):
+            raise FileNotFoundError(f"there is no folder {folder}, where a network was expected")
+        options = {name: kwargs[name] for name in _DOWNLOAD_OPTIONS if kwargs.get(name) is not None}
+        marks = f".{variant}" if variant else ""
+        weights = [f"{_WEIGHTS}{marks}{part}.safetensors" for part in ("", "-*")]
+        folder = Path(_fetch(path, [_CONFIG, *weights, "*.safetensors.index*.json"], options))
+    cls = _class_of(folder, cls if isinstance(cls, tuple) else (cls,))
+    _check_weights(folder, variant)
+    # Parameters made inside a caller's inference_mode could never be adapted.
+    with torch.inference_mode(False):
+        try:
+            network, found = cls.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                variant=variant,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder}: weights and {_CONFIG} do not fit together: {str(error)[:300]}") from None
+        wrong = {key: sorted(map(str, found[key]))[:3] for key in ("missing_keys", "unexpected_keys") if found[key]}
+        if wrong:
+            raise ValueError(f"{folder}: weights and {_CONFIG} do not fit together: {wrong}")
+        check_finite(network, str(folder), dtype)
+        network.to(dtype)
+    return network.train(trainable).requires_grad_(trainable)
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _class_of(folder: Path, classes: tuple[type[Network], ...]) -> type[Network]:
+    """That of `classes` which a network's configuration names."""
+    if not (folder / _CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} holds no network: there is no {_CONFIG} in it")
+    config = _read_json(folder / _CONFIG)
+    named = {cls.__name__: cls for cls in classes}
+    if config.get("_class_name") not in named:
+        raise ValueError(f"{folder} holds a {str(config.get('_class_name'))[:80]}, expected {' or '.join(named)}")
+    if config.get("quantization_config") is not None:
+        raise ValueError(f"{folder} holds quantised weights, which these networks cannot have")
+    return named[config["_class_name"]]
+
+
+def _check_weights(folder: Path, variant: str | None) -> None:
+    marks = f".{variant}" if variant else ""
+    names = (f"{_WEIGHTS}{marks}.safetensors", f"{_WEIGHTS}.safetensors.index{marks}.json")
+    if not any((folder / name).is_file() for name in names):
+        present = sorted(path.name for path in folder.glob("*.safetensors"))[:4]
+        raise FileNotFoundError(
+            f"{folder} lacks {names[0]}"
+            + (f"; it has {', '.join(present)}" if present else ": no safetensors file is in it")
+            + (" (other weight files are pickles, which are not read)" if any(folder.glob("*.bin")) else "")
         )
 
 

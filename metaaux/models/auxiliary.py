@@ -213,6 +213,8 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         inner_learning_rate: α of Eq. 5 at the start, for all tensors.
         inner_max_gradient_norm: clipping of the gradient in Eq. 5; `None`: off.
         inner_momentum: μ of the steps' momentum; 0: Eq. 5 itself.
+        inner_loss: `losses.InversionLoss.describe` of the loss for which training set its inner rates; `None` where
+            that is not known.
 
     Raises:
         ValueError: sizes do not fit together, both modules are switched off, or one of `full_kernel_layers` begins no
@@ -247,6 +249,7 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         inner_learning_rate: float = 0.01,
         inner_max_gradient_norm: float | None = None,
         inner_momentum: float = 0.0,
+        inner_loss: dict[str, Any] | None = None,
     ):
         super().__init__()
         if not use_weight_offsets and not use_offset_planes:

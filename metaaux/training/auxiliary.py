@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from ..models.discriminator import DualDiscriminator
 from ..models.eg3d import EG3DGenerator, GeneratorOutput
 from ..models.encoder import LatentEncoder
 from ..models.identity import IdentityNetwork
-from ..models.perceptual import LPIPS, DiscriminatorPerceptualDistance
+from ..models.perceptual import LPIPS
 from .cuda_graphs import CapturedFunction
 from .distributed import FlatGradients, broadcast_module
 from .tasks import FrozenNetworks, InnerLoop, Tasks, adapt_tasks, make_tasks, predict_tasks, synthesize_tasks
@@ -46,10 +45,11 @@ class AuxiliaryConfig:
             (`AuxiliaryNetwork.with_full_kernels`).
         layer_prefixes: generator layers that get weight offsets (new network only).
         auxiliary: further `AuxiliaryNetwork` arguments (new network only).
-        inner_loss: `LossWeights` of the inner loop, whose perceptual distance uses the discriminator's features.
+        perceptual: the perceptual network of the checkpoint to be, and so of the inner loop: an `LPIPS` folder, a
+            safetensors file of SqueezeNet features, or `None` for the discriminator's features.
+        inner_loss: `LossWeights` of the inner loop, which are to be the checkpoint's; stored in the network.
         outer_loss: `LossWeights` of the objective that the optimiser sees.
-        outer_perceptual: the objective's perceptual distance: an `LPIPS` folder, a safetensors file of SqueezeNet
-            features, or `None` for the discriminator's features.
+        outer_perceptual: the objective's perceptual distance, where it is another than `perceptual`.
         total_images, interval_images, max_seconds: see `TrainingRun`; an image is a task in the meta phase.
         batch: photos per optimiser step, of all processes together.
         sample_fraction: part of the plain phase's batch that is generated instead of photographed.
@@ -86,6 +86,7 @@ class AuxiliaryConfig:
     full_kernel_layers: Sequence[str] = ()
     layer_prefixes: Sequence[str] = ("backbone.", "super_resolution.")
     auxiliary: dict[str, Any] = field(default_factory=dict)
+    perceptual: str | None = None
     inner_loss: dict[str, float] = field(default_factory=dict)
     outer_loss: dict[str, float] = field(default_factory=dict)
     outer_perceptual: str | None = None
@@ -145,7 +146,7 @@ def meta_objective(
     offsets = predict_tasks(auxiliary, adapted, tasks)
     last = synthesize_tasks(networks.generator, tasks, offsets, config.resolution, dtype=dtype)
 
-    reference = networks.outer_loss.reference(tasks.image)
+    reference = networks.outer_loss.reference(tasks.image, tasks.camera)
     losses = _outer(networks, last, reference, tasks)
     objective = (1 - config.multi_step_weight) * losses["total"].mean()
     if config.multi_step_weight > 0:
@@ -175,7 +176,7 @@ def plain_objective(
         {name: offset.float() for name, offset in offsets.weight_offsets.items()}, offsets.offset_planes
     )
     output = synthesize_tasks(networks.generator, tasks, offsets, config.resolution, dtype=dtype)
-    losses = _outer(networks, output, networks.outer_loss.reference(tasks.image), tasks)
+    losses = _outer(networks, output, networks.outer_loss.reference(tasks.image, tasks.camera), tasks)
     figures = {name: value.mean() for name, value in losses.items()}
     return figures["total"], figures
 
@@ -258,15 +259,15 @@ def load_networks(config: AuxiliaryConfig, device: torch.device) -> FrozenNetwor
 
     discriminator = load(DualDiscriminator, config.discriminator)
     identity = load(IdentityNetwork, config.identity)
-    inner_distance = outer_distance = DiscriminatorPerceptualDistance(discriminator)
+    perceptual = None if config.perceptual is None else LPIPS.from_path(config.perceptual).to(device)
+    outer_perceptual = perceptual
     if config.outer_perceptual is not None:
-        path = Path(config.outer_perceptual)
-        outer_distance = load(LPIPS, path) if path.is_dir() else LPIPS.from_features_file(path).to(device)
+        outer_perceptual = LPIPS.from_path(config.outer_perceptual).to(device)
     return FrozenNetworks(
         load(EG3DGenerator, config.generator),
         load(LatentEncoder, config.encoder),
-        InversionLoss(LossWeights(**config.inner_loss), inner_distance, identity, discriminator),
-        InversionLoss(LossWeights(**config.outer_loss), outer_distance, identity, discriminator),
+        InversionLoss.from_components(LossWeights(**config.inner_loss), discriminator, identity, perceptual),
+        InversionLoss.from_components(LossWeights(**config.outer_loss), discriminator, identity, outer_perceptual),
     )
 
 
@@ -313,6 +314,7 @@ def train(config: AuxiliaryConfig, run_folder: str | os.PathLike, resume: bool =
     torch.manual_seed(config.seed)  # of the initialisation: the same in every process
     networks = load_networks(config, device)
     auxiliary = make_auxiliary(config, networks.generator).to(device)
+    auxiliary.register_to_config(inner_loss=networks.inner_loss.describe())
     broadcast_module(accelerator, auxiliary)
     average = copy.deepcopy(auxiliary).eval().requires_grad_(False) if config.average_images else None
 

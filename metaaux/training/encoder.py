@@ -10,23 +10,22 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from torch import nn
 
 from ..cameras import camera_from_pose, mirror_camera
 from ..data.dataset import FaceDataset, to_signed
 from ..export.sheets import grid
+from ..losses import InversionLoss, LossWeights, perceptual_distance
 from ..models.discriminator import DualDiscriminator
 from ..models.eg3d import EG3DGenerator
 from ..models.encoder import ImageEncoder, LatentEncoder
 from ..models.identity import IdentityNetwork
-from ..models.perceptual import LPIPS, DiscriminatorPerceptualDistance
+from ..models.perceptual import LPIPS
 from ..models.psp import PSPEncoder
 from .averaged import AveragedTrainer, SampleSource, per_process, train_averaged
 from .cuda_graphs import CapturedFunction
@@ -43,7 +42,8 @@ class EncoderConfig:
         validation: dataset of held-out photos for figures and sheets; without it they show training photos.
         discriminator: folder of the generator's discriminator, whose features are the perceptual distance unless
             there is `perceptual_features`.
-        perceptual_features: safetensors file of SqueezeNet 1.1 features with folded normalisation.
+        perceptual_features: safetensors file of SqueezeNet 1.1 features with folded normalisation, or folder of an
+            `LPIPS`.
         identity: folder of an identity network.
         initial_encoder: folder of an encoder to go on from, such as that of the generator's earlier state.
         architecture: "styletransformer" (`LatentEncoder`) or "psp" (`PSPEncoder`).
@@ -134,47 +134,30 @@ class LatentDistribution:
         return ((w - self.w_avg) @ self._whiten).square().mean(dim=-1)
 
 
-class ReconstructionLoss:
-    """Terms of Eq. 8 that compare a rendering with its photo, for training the encoder. Networks are frozen."""
+def reconstruction_loss(config: EncoderConfig, device: torch.device, dtype: torch.dtype) -> InversionLoss:
+    """Eq. 8 without its adversarial term, by the networks that `config` names; those that it does not take no part.
 
-    def __init__(self, config: EncoderConfig, device: torch.device, dtype: torch.dtype):
-        """Loads the networks that `config` names.
-
-        Raises:
-            ValueError: if a term has a weight but no network.
-        """
-        self.weights = {
-            "mse": config.weight_mse,
-            "perceptual": config.weight_perceptual,
-            "identity": config.weight_identity,
-        }
-        self.dtype = dtype
-        self.perceptual: Callable | None = None
-        self.identity: nn.Module | None = None
-        if config.perceptual_features:
-            self.perceptual = LPIPS.from_features_file(config.perceptual_features).to(device)
-        elif config.discriminator:
-            discriminator = DualDiscriminator.from_pretrained(config.discriminator, torch_dtype=torch.float32)
-            discriminator = discriminator.to(device).eval().requires_grad_(False)
-            self.perceptual = DiscriminatorPerceptualDistance(discriminator, dtype=dtype)
-        elif config.weight_perceptual:
-            raise ValueError("weight_perceptual needs a discriminator or perceptual_features; give one, or weight 0")
-        if config.identity:
-            identity = IdentityNetwork.from_pretrained(config.identity, torch_dtype=torch.float32)
-            self.identity = identity.to(device).eval().requires_grad_(False)
-
-    def __call__(self, image: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Terms [B] of images and targets [B, 3, S, S]; "total" is their weighted sum."""
-        losses = {"mse": (image - target).square().mean(dim=(1, 2, 3))}
-        with torch.autocast(image.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            if self.perceptual is not None:
-                losses["perceptual"] = self.perceptual(image, target)
-            if self.identity is not None:
-                with torch.no_grad():
-                    reference = self.identity(target)
-                losses["identity"] = 1 - (self.identity(image) * reference).sum(dim=1)
-        losses["total"] = sum(self.weights[name] * value for name, value in losses.items())
-        return losses
+    Raises:
+        ValueError: `weight_perceptual` is positive and there is no network for it.
+    """
+    distance = identity = None
+    if config.perceptual_features:
+        distance = perceptual_distance(LPIPS.from_path(config.perceptual_features).to(device), None)
+    elif config.discriminator:
+        discriminator = DualDiscriminator.from_pretrained(config.discriminator, torch_dtype=torch.float32)
+        distance = perceptual_distance(None, discriminator.to(device).eval().requires_grad_(False), dtype)
+    elif config.weight_perceptual:
+        raise ValueError("weight_perceptual needs a discriminator or perceptual_features; give one, or weight 0")
+    if config.identity:
+        identity = IdentityNetwork.from_pretrained(config.identity, torch_dtype=torch.float32)
+        identity = identity.to(device).eval().requires_grad_(False)
+    weights = LossWeights(
+        mse=config.weight_mse,
+        perceptual=config.weight_perceptual,
+        identity=0.0 if identity is None else config.weight_identity,
+        adversarial=0.0,
+    )
+    return InversionLoss(weights, distance, identity, None, dtype)
 
 
 def latent_error(predicted: torch.Tensor, w: torch.Tensor, w_std: torch.Tensor) -> torch.Tensor:
@@ -190,7 +173,7 @@ class EncoderEvaluation:
     PHOTOS = 64
 
     def __init__(
-        self, dataset: FaceDataset, samples: SampleSource, distribution: LatentDistribution, loss: ReconstructionLoss
+        self, dataset: FaceDataset, samples: SampleSource, distribution: LatentDistribution, loss: InversionLoss
     ):
         device = samples.generator.device
         self.generator, self.dtype = samples.generator, samples.dtype
@@ -206,7 +189,8 @@ class EncoderEvaluation:
         """Losses on the photos, their codes' `mahalanobis`, and the `latent` error on samples."""
         predicted = encoder(self.photos)
         image = self.generator.synthesize(predicted, self.cameras, dtype=self.dtype).image
-        figures = {name: value.mean().item() for name, value in self.loss(image, self.photos).items()}
+        terms = self.loss(image, None, self.photos, self.cameras)
+        figures = {name: terms[name].mean().item() for name in (*self.loss.terms, "total")}
         figures["mahalanobis"] = self.distribution.mahalanobis(predicted).mean().item()
         figures["latent"] = latent_error(encoder(self.samples), self.w, self.distribution.w_std).item()
         return figures
@@ -230,7 +214,7 @@ class EncoderTrainer(AveragedTrainer):
         self.rendered_samples = per_process(config.rendered_samples, accelerator)
         if self.rendered_samples > self.batch_samples:
             raise ValueError(f"rendered_samples={config.rendered_samples} exceed batch_samples={config.batch_samples}")
-        self.loss = ReconstructionLoss(config, self.device, self.dtype)
+        self.loss = reconstruction_loss(config, self.device, self.dtype)
         cameras = torch.cat([self.dataset.cameras, mirror_camera(self.dataset.cameras)]).to(self.device)
         self.distribution = LatentDistribution(self.generator, cameras, seed=config.seed)
         if config.architecture not in ARCHITECTURES:
@@ -281,9 +265,9 @@ class EncoderTrainer(AveragedTrainer):
         rendered = len(photos) + self.rendered_samples
         views = torch.cat([photo_cameras, cameras[: self.rendered_samples]])
         image = self.generator.synthesize(predicted[:rendered], views, resolution=resolution, dtype=self.dtype).image
-        terms = self.loss(image, images[:rendered])
+        terms = self.loss(image, None, images[:rendered], views)
         loss = terms["total"].mean() + config.weight_latent * latent + config.weight_prior * prior
-        figures = {name: value[: len(photos)] for name, value in terms.items() if name != "total"}
+        figures = {name: terms[name][: len(photos)] for name in self.loss.terms}
         return self._gradient(loss, figures | {"latent": latent, "mahalanobis": distance, "prior": prior})
 
     def _gradient(self, loss, figures):

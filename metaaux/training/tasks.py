@@ -123,7 +123,7 @@ def adapt_tasks(
     """
     count = len(tasks.image)
     lookup = "gather" if inner.differentiable else "auto"  # only gathers can be differentiated twice on CUDA
-    reference = networks.inner_loss.reference(tasks.image)
+    reference = networks.inner_loss.reference(tasks.image, tasks.camera)
     stacked = {name: parameter.expand(count, *parameter.shape) for name, parameter in parameters.items()}
     outputs, means, velocity = [], [], None
     for _ in range(inner.steps):
