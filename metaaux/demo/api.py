@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from .engine import Engine
+from .engine import VIEWS, Engine
 from .settings import Settings
 from .uploads import FileInput, PhotoInput, new_file, save_picture
 from .validation import (
@@ -187,7 +187,6 @@ def add_endpoints(engine: Engine, settings: Settings) -> None:
     """Adds the endpoints to the `gr.Blocks` that is being built. Their components are part of no page."""
     api = Api(engine, settings)
     heavy = {"concurrency_id": "heavy", "concurrency_limit": settings.workers}
-    light = {"concurrency_id": "light", "concurrency_limit": 2}
 
     def add(function: Callable, inputs: list, outputs: list, options: dict) -> None:
         trigger.click(function, inputs, outputs, api_name=function.__name__, **options)
@@ -201,11 +200,11 @@ def add_endpoints(engine: Engine, settings: Settings) -> None:
         trigger = gr.Button()
         add(api.invert, _invert_inputs(settings), _invert_outputs(), heavy)
         angles = gr.Number(label="yaw"), gr.Number(label="pitch")
-        add(api.render, head(*angles), [gr.Image(label="view", format="png")], light)
+        add(api.render, head(*angles), [gr.Image(label="view", format="png")], VIEWS)
         path = gr.Number(60, label="frames"), gr.Number(25, label="yaw_range"), gr.Number(10, label="pitch_range")
         add(api.orbit, head(*path), [gr.File(label="video")], heavy)
         add(api.mesh, head(gr.Number(160, label="resolution")), [gr.File(label="mesh")], heavy)
-        add(api.directions, [_model_input(settings)], [gr.JSON(label="directions")], light)
+        add(api.directions, [_model_input(settings)], [gr.JSON(label="directions")], {"concurrency_limit": None})
 
 
 def _model_input(settings: Settings) -> gr.Dropdown:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import gradio as gr
 
+from .engine import VIEWS
 from .handlers import EDIT_SLIDERS, Handlers
 from .panels import FitPanel, KeepPanel, PhotoPanel, TurnPanel
 from .settings import Settings
@@ -14,17 +15,17 @@ from .settings import Settings
 _PRIVATE = {"api_visibility": "private"}
 #: Changes of the page alone, which wait for nobody.
 _AT_ONCE = {"queue": False, "show_progress": "hidden", **_PRIVATE}
-#: Short computations.
-_LIGHT = {"concurrency_id": "light", "concurrency_limit": 2, **_PRIVATE}
+#: Finding faces.
+_ALIGN = {"concurrency_id": "align", "concurrency_limit": 4, **_PRIVATE}
 
 
 @dataclass(frozen=True)
 class Page:
-    """All that takes part in events; `aligned` and `session` are what is kept for each visitor."""
+    """All that takes part in events; `aligned` and `visitor` are what is kept for each visitor."""
 
     demo: gr.Blocks
     aligned: gr.State
-    session: gr.State
+    visitor: gr.State
     model_line: gr.HTML
     photo: PhotoPanel
     fit: FitPanel
@@ -36,7 +37,7 @@ class Page:
         """What an inversion, or opening a head's file, sets; in the order of `RunView.values`."""
         photo, fit, turn, keep = self.photo, self.fit, self.turn, self.keep
         shown = [fit.status, fit.empty, fit.compare, fit.strip, fit.losses]
-        head = [self.session, turn.empty, turn.column, keep.column, turn.view, turn.yaw, turn.pitch]
+        head = [self.visitor, turn.empty, turn.column, keep.column, turn.view, turn.yaw, turn.pitch]
         return [photo.invert, photo.cancel, *shown, *head, keep.head_file, keep.picture_file]
 
 
@@ -75,7 +76,7 @@ def _connect_photo(page: Page, handlers: Handlers) -> None:
         [page.aligned, photo.card, photo.invert],
         show_progress_on=photo.photo,
         trigger_mode="always_last",
-        **_LIGHT,
+        **_ALIGN,
     )
 
 
@@ -84,7 +85,7 @@ def _connect_run(page: Page, handlers: Handlers, heavy: dict) -> None:
     photo, fit = page.photo, page.fit
     run = photo.invert.click(
         handlers.invert,
-        [page.aligned, photo.steps, photo.flip, photo.model],
+        [page.visitor, page.aligned, photo.steps, photo.flip, photo.model],
         page.run_outputs,
         show_progress="hidden",
         **heavy,
@@ -95,10 +96,11 @@ def _connect_run(page: Page, handlers: Handlers, heavy: dict) -> None:
     photo.cancel.click(handlers.cancelled, None, [*buttons, fit.status], cancels=run, **_AT_ONCE)
     photo.head_upload.upload(
         handlers.open_head,
-        [photo.head_upload, photo.model],
+        [page.visitor, photo.head_upload, photo.model],
         page.run_outputs,
         show_progress_on=photo.head_upload,
-        **_LIGHT,
+        **VIEWS,
+        **_PRIVATE,
     )
     # What belongs to the head before is put away once another one is made or opened.
     keep = page.keep
@@ -117,16 +119,14 @@ def _connect_view(page: Page, handlers: Handlers) -> None:
     gr.on(
         [slider.change for slider in sliders],
         handlers.turn,
-        [page.session, *sliders],
-        [turn.view, page.session, page.keep.picture_file],
+        [page.visitor, *sliders],
+        [turn.view, page.keep.picture_file, page.visitor],
         show_progress="hidden",
         trigger_mode="always_last",
-        # One after the other: moving two sliders at once sends two requests, and the last one must win.
-        concurrency_id="view",
-        concurrency_limit=1,
+        **VIEWS,
         **_PRIVATE,
     )
-    turn.reset.click(handlers.reset, page.session, sliders, **_AT_ONCE)
+    turn.reset.click(handlers.reset, page.visitor, sliders, **_AT_ONCE)
 
 
 def _connect_exports(page: Page, handlers: Handlers, heavy: dict) -> None:
@@ -138,5 +138,5 @@ def _connect_exports(page: Page, handlers: Handlers, heavy: dict) -> None:
     ):
         # The player has to be on the page before it gets something to show.
         shown = button.click(lambda: gr.update(value=None, visible=True), outputs=player, **_AT_ONCE)
-        made = shown.then(handler, [page.session, *page.turn.edits], [player, file], show_progress_on=player, **heavy)
+        made = shown.then(handler, [page.visitor, *page.turn.edits], [player, file], show_progress_on=player, **heavy)
         made.failure(lambda: gr.update(visible=False), outputs=player, **_AT_ONCE)

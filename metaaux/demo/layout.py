@@ -21,12 +21,13 @@ def build_demo(settings: Settings | None = None) -> tuple[gr.Blocks, Engine]:
     """
     settings = settings or Settings.from_environment()
     engine = Engine(settings)
+    handlers = Handlers(engine, settings)
     lifetime = 60 * settings.session_minutes
     # Files outlive the session that offers them, and are looked for every ten minutes.
     cleaning = (600, 2 * lifetime)
     with gr.Blocks(title="metaaux: one photo, a whole head", fill_width=True, delete_cache=cleaning) as demo:
         aligned = gr.State(time_to_live=lifetime)
-        session = gr.State(time_to_live=lifetime)
+        visitor = gr.State(time_to_live=lifetime, delete_callback=handlers.forget)
         with gr.Row(elem_id="masthead"):
             gr.HTML(texts.HEADER)
             model_line = gr.HTML(texts.LOADING, elem_id="model-line")
@@ -37,9 +38,9 @@ def build_demo(settings: Settings | None = None) -> tuple[gr.Blocks, Engine]:
         keep = build_keep_panel()
         with gr.Accordion("How it works", open=False):
             gr.Markdown(texts.HOW_IT_WORKS)
-        gr.Markdown(texts.NOTICE, elem_id="notice")
+        gr.Markdown(texts.notice(settings.models, settings.session_minutes), elem_id="notice")
         add_endpoints(engine, settings)
-        page = Page(demo, aligned, session, model_line, photo, fit, turn, keep)
-        connect(page, Handlers(engine, settings), settings)
+        page = Page(demo, aligned, visitor, model_line, photo, fit, turn, keep)
+        connect(page, handlers, settings)
     demo.queue(max_size=settings.max_queue)
     return demo, engine
