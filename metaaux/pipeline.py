@@ -17,6 +17,7 @@ from .cameras import camera_from_pose, frontal_shares, pose_of_camera, view_path
 from .editing import apply_edits
 from .export.images import image_to_tensor, tensor_to_image
 from .export.mesh import DEFAULT_RESOLUTION, HeadMesh, check_glb_path, extract_mesh, write_glb
+from .export.turntable import PITCHES, YAWS, Turntable, render_turntable
 from .faces.alignment import FaceAligner
 from .faces.photos import Photo, load_photo
 from .head import Head
@@ -341,6 +342,38 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
             if progress is not None:
                 progress(len(images) / len(poses))
         return images
+
+    def turntable(
+        self,
+        inversion: Inversion | Head,
+        yaws: Sequence[float] = YAWS,
+        pitches: Sequence[float] = PITCHES,
+        size: int | None = None,
+        edits: Mapping[str, float] | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> Turntable:
+        """Views from many sides in one picture, with their angles: what a page turns by itself.
+
+        Tri-planes are computed once for all views.
+
+        Args:
+            inversion: or what `prepare` made of it.
+            yaws: degrees of the grid's columns.
+            pitches: degrees of its rows.
+            size: side of one view in pixels, up to the generator's. Default: the generator's, but not above 256.
+            edits: see `render`.
+            progress: called with the share that is done, 0 to 1.
+
+        Raises:
+            ValueError: no yaw or no pitch, a size out of range, or as `render`.
+        """
+        self._check_viewpoints("turntables")
+        head = self._head(inversion, edits)
+
+        def render(yaw: float, pitch: float) -> Image.Image:
+            return self.render(head, yaw=yaw, pitch=pitch)
+
+        return render_turntable(render, self.generator.config.image_size, yaws, pitches, size, progress)
 
     @torch.no_grad()
     def export_mesh(
