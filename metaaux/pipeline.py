@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -18,11 +17,12 @@ from .cameras import camera_from_pose, frontal_shares, pose_of_camera, view_path
 from .editing import apply_edits
 from .export.images import image_to_tensor, tensor_to_image
 from .export.mesh import DEFAULT_RESOLUTION, HeadMesh, check_glb_path, extract_mesh, write_glb
+from .export.turntable import PITCHES, YAWS, Turntable, render_turntable
 from .faces.alignment import FaceAligner
 from .faces.photos import Photo, load_photo
 from .head import Head
-from .hub.loading import HubMixin
-from .inversion import STEP_KEYS, Inversion, generator_fingerprint
+from .hub import HubMixin
+from .inversion import STEP_KEYS, Inversion
 from .losses import InversionLoss, LossWeights
 from .models.auxiliary import AuxiliaryNetwork
 from .models.directions import Direction, LatentDirections
@@ -32,6 +32,7 @@ from .models.encoder import LatentEncoder
 from .models.identity import IdentityNetwork
 from .models.perceptual import LPIPS
 from .models.stylegan2 import StyleGAN2Generator
+from .models.weights import check_computable, unwrapped
 
 StepCallback = Callable[[int, Image.Image, dict[str, float]], None]
 ProgressCallback = Callable[[float], None]
@@ -119,20 +120,6 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
             )
 
     @property
-    def fingerprint(self) -> str:
-        """SHA-256 over names, shapes and values of the generator's weights, 64 hexadecimal digits.
-
-        Values count as float16, so that loading a checkpoint in another precision or onto another device leaves the
-        fingerprint as it is. Computed at the first use for each generator object.
-        """
-        generator = self.generator
-        known = getattr(self, "_generator_fingerprint", None)
-        if known is None or known[0]() is not generator:
-            known = (weakref.ref(generator), generator_fingerprint(generator))
-            self._generator_fingerprint = known
-        return known[1]
-
-    @property
     def aligner(self) -> FaceAligner:
         """Finds and crops faces as this checkpoint's generator expects; made at the first use, shared by threads."""
         aligner = getattr(self, "_aligner", None)
@@ -144,7 +131,7 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
     @property
     def has_viewpoints(self) -> bool:
         """Whether heads can be seen from other sides: not with a 2D generator."""
-        return not isinstance(self.generator, StyleGAN2Generator)
+        return not isinstance(unwrapped(self.generator), StyleGAN2Generator)
 
     @property
     def directions(self) -> dict[str, Direction]:
@@ -194,6 +181,7 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
             FloatingPointError: the loss became infinite or not a number.
         """
         self._check_inference_mode()
+        check_computable(self.components)
         steps = self.config.inner_steps if steps is None else steps
         if steps < 0:
             raise ValueError(f"steps must be 0 or more, got {steps}")
@@ -265,6 +253,7 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
                 number within ±20.
         """
         inversion.check_fits(self.generator, self.fingerprint)
+        check_computable({"generator": self.generator})
         device = self.device
         ws = apply_edits(inversion.w[None], self.directions, edits, bool(inversion.weight_offsets)).to(device)
         weight_offsets = {layer: offset.to(device) for layer, offset in inversion.weight_offsets.items()}
@@ -354,6 +343,38 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
                 progress(len(images) / len(poses))
         return images
 
+    def turntable(
+        self,
+        inversion: Inversion | Head,
+        yaws: Sequence[float] = YAWS,
+        pitches: Sequence[float] = PITCHES,
+        size: int | None = None,
+        edits: Mapping[str, float] | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> Turntable:
+        """Views from many sides in one picture, with their angles: what a page turns by itself.
+
+        Tri-planes are computed once for all views.
+
+        Args:
+            inversion: or what `prepare` made of it.
+            yaws: degrees of the grid's columns.
+            pitches: degrees of its rows.
+            size: side of one view in pixels, up to the generator's. Default: the generator's, but not above 256.
+            edits: see `render`.
+            progress: called with the share that is done, 0 to 1.
+
+        Raises:
+            ValueError: no yaw or no pitch, a size out of range, or as `render`.
+        """
+        self._check_viewpoints("turntables")
+        head = self._head(inversion, edits)
+
+        def render(yaw: float, pitch: float) -> Image.Image:
+            return self.render(head, yaw=yaw, pitch=pitch)
+
+        return render_turntable(render, self.generator.config.image_size, yaws, pitches, size, progress)
+
     @torch.no_grad()
     def export_mesh(
         self,
@@ -437,7 +458,7 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
         return [face.image for face in faces], torch.stack([face.camera for face in faces])
 
     def _take_aligned(self, photos: list[Photo], camera: torch.Tensor) -> tuple[list[Image.Image], torch.Tensor]:
-        camera = torch.as_tensor(camera, dtype=torch.float32).reshape(-1, 25)
+        camera = torch.as_tensor(camera, dtype=torch.float32, device="cpu").reshape(-1, 25)
         if len(camera) != len(photos):
             raise ValueError(f"each photo needs its camera, got {len(photos)} photos and {len(camera)} cameras")
         size = self.generator.config.image_size

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-import metaaux.training
+import metaaux
 from metaaux.cameras import camera_from_pose
 from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.encoder import LatentEncoder
@@ -29,7 +29,7 @@ from metaaux.training.encoder import (
 )
 from metaaux.training.settings import load_config
 
-CONFIGS = Path(metaaux.training.__file__).parent / "configs"
+CONFIGS = Path(metaaux.__file__).parent / "configs"
 
 TINY = {
     "image_size": 32,

@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-import metaaux.training
+import metaaux
 from metaaux.cameras import camera_from_pose
 from metaaux.models.identity import IdentityNetwork
 from metaaux.training.identity import IdentityConfig, augment, contrastive_loss, train, verification_figures
 from metaaux.training.settings import load_config
 
-CONFIGS = Path(metaaux.training.__file__).parent / "configs"
+CONFIGS = Path(metaaux.__file__).parent / "configs"
 
 TINY = {
     "input_size": 32,

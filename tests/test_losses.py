@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from metaaux import MetaAuxInverter
-from metaaux.baselines.registry import MethodOptions, make_methods
+from metaaux.baselines import MethodOptions, make_methods
 from metaaux.evaluation.metrics import ReconstructionMetrics
 from metaaux.losses import InversionLoss, LossWeights, perceptual_distance
 from metaaux.models.auxiliary import AuxiliaryNetwork

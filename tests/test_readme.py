@@ -95,7 +95,7 @@ class TestCommands:
             module = importlib.import_module(f"metaaux.training.{part}")
             load_config(getattr(module, f"{part.capitalize()}Config"), ROOT / path)
         assert {path for _, path in found} == {
-            str(path.relative_to(ROOT)) for path in (ROOT / "metaaux" / "training" / "configs").glob("*.yaml")
+            str(path.relative_to(ROOT)) for path in (ROOT / "metaaux" / "configs").glob("*.yaml")
         }
 
     def test_links_lead_somewhere(self):

@@ -230,7 +230,7 @@ def _normals(vertices, faces) -> np.ndarray:
 def _colours(generator, head, vertices, faces, normals) -> np.ndarray:
     """uint8 [V, 3]: of the rendered views, each weighted by how squarely it sees the vertex."""
     points, directions = (torch.from_numpy(array) for array in (vertices, normals))
-    total, weight = torch.zeros(len(points), 3), torch.zeros(len(points), 1)
+    total, weight = points.new_zeros(len(points), 3), points.new_zeros(len(points), 1)
     for yaw, pitch in _COLOUR_VIEWS:
         camera = camera_from_pose(float(yaw), float(pitch))
         image = generator.synthesize(
@@ -268,5 +268,5 @@ def _visible(positions: torch.Tensor, depth: torch.Tensor, side: int = 96, toler
     """Which points at `positions` [V, 2] (units of the picture) and `depth` [V] no other one is in front of."""
     pixel = (positions.clamp(0, 1 - 1e-6) * side).long()
     index = pixel[:, 1] * side + pixel[:, 0]
-    nearest = torch.full((side * side,), torch.inf).scatter_reduce(0, index, depth, "amin")
+    nearest = depth.new_full((side * side,), torch.inf).scatter_reduce(0, index, depth, "amin")
     return depth < nearest[index] + tolerance

@@ -27,6 +27,7 @@ from .stylegan2 import (
     split_offsets,
 )
 from .super_resolution import SuperResolution
+from .weights import full_dtype, half_dtype
 
 
 @dataclass
@@ -90,6 +91,9 @@ def shade(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
     """Tri-plane generator; the default configuration is the released ffhq512-128's.
+
+    With weights in float16 the super-resolution alone computes in it, as in EG3D's own training (`sr_num_fp16_res` 4,
+    `num_fp16_res` 0), and only where it suffices: on GPUs and without gradients, which would underflow.
 
     Args:
         z_dim, w_dim: latent sizes.
@@ -206,14 +210,14 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
 
         `weight_offsets` maps names of `modulated_layers` to δ [C_out, C_in, 1, 1] or [C_out, C_in, 3, 3], or one a
         sample; layers without an entry keep their weight. `noise` is "const", "random" or "none". `dtype` of the
-        convolutions: that of the weights unless given.
+        convolutions: that of the weights unless given, but float32 for float16.
 
         Raises:
             ValueError: a w or an offset of the wrong shape, an offset for a layer that there is not.
         """
         self._check_offsets(weight_offsets)
         image = self.backbone(
-            self._broadcast(ws).float(), dtype or self.dtype, noise, split_offsets(weight_offsets, "backbone.")
+            self._broadcast(ws).float(), dtype or full_dtype(self), noise, split_offsets(weight_offsets, "backbone.")
         )
         # unflatten keeps the memory format, in which a pixel's channels stay adjacent for the look-up.
         return image.unflatten(1, (len(self.config.plane_axes), self.config.plane_features))
@@ -264,7 +268,11 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
         on_cpu = planes.device.type == "cpu" and dtype == torch.float32
         if on_cpu and lookup == "auto" and not torch.is_grad_enabled():
             # A group of rays at a time, so that what is made of its samples stays in the processor's cache.
-            uniform = torch.rand(batch, rays, config.importance_samples) if jitter else None
+            uniform = (
+                torch.rand(batch, rays, config.importance_samples, dtype=torch.float32, device=planes.device)
+                if jitter
+                else None
+            )
             limits = torch.stack((depths.min(), depths.max()))
             table = renderer.PlaneTable.of(planes)
             offsets = None if offset_planes is None else renderer.PlaneTable.of(offset_planes.float())
@@ -322,7 +330,7 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
         return self.super_resolution(
             features,
             self._broadcast(ws)[:, -1].float(),
-            dtype or self.dtype,
+            dtype or half_dtype(self),
             "none",
             split_offsets(weight_offsets, "super_resolution."),
         )
@@ -343,7 +351,7 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
         """w → picture at the cameras [B, 25]; `planes` of an earlier call spare the backbone."""
         if planes is None:
             planes = self.planes(ws, weight_offsets, noise, dtype)
-        rendering = self.render(planes, cameras, resolution, offset_planes, jitter, lookup, dtype or self.dtype)
+        rendering = self.render(planes, cameras, resolution, offset_planes, jitter, lookup, dtype or full_dtype(self))
         image = self.super_resolve(rendering.features, ws, weight_offsets, dtype)
         return GeneratorOutput(image, rendering.features[:, :3], rendering.depth)
 

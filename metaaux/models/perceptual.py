@@ -204,7 +204,7 @@ class LPIPS(ModelMixin, ConfigMixin):
 
     def distance(self, x_taps: list[torch.Tensor], y_taps: list[torch.Tensor]) -> torch.Tensor:
         """LPIPS [B] of two lists of taps: squared differences of unit vectors, spatial means summed over taps."""
-        total = torch.zeros(x_taps[0].shape[0], device=x_taps[0].device)
+        total = torch.zeros(x_taps[0].shape[0], dtype=torch.float32, device=x_taps[0].device)
         for index, (x, y) in enumerate(zip(x_taps, y_taps)):
             difference = (unit_channels(x) - unit_channels(y)).square()
             if self.config.calibrated:

@@ -17,6 +17,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from .weights import full_dtype, note_origin
+
 LRELU_SLOPE = 0.2
 LRELU_GAIN = math.sqrt(2.0)
 KERNEL_SIZE = 3  # of the convolutions that take weight offsets
@@ -38,7 +40,7 @@ def blur2d(x: torch.Tensor, padding: int, gain: float = 1.0) -> torch.Tensor:
 
 
 def _blur_by_convolution(x: torch.Tensor, padding: int, gain: float) -> torch.Tensor:
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype) * (gain / 8)
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) * (gain / 8)
     kernel = (taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)
     return F.conv2d(x, kernel, padding=padding, groups=x.shape[1])
 
@@ -239,7 +241,9 @@ class SynthesisLayer(nn.Module):
         if self.use_noise and noise != "none":
             pattern = self.noise_const
             if noise == "random":
-                pattern = torch.randn(x.shape[0], 1, self.resolution, self.resolution, device=x.device)
+                pattern = torch.randn(
+                    x.shape[0], 1, self.resolution, self.resolution, dtype=torch.float32, device=x.device
+                )
             add = torch.addcmul if torch.is_grad_enabled() else torch.Tensor.addcmul_
             x = add(x, pattern.to(x.dtype), self.noise_strength.to(x.dtype))
         bias = self.bias.to(x.dtype)[:, None, None]
@@ -371,6 +375,11 @@ def modulated_layer_shapes(network: nn.Module, prefix: str = "") -> dict[str, tu
 class LatentCodes:
     """What generators of both kinds do with w: one code or one a layer, truncation, checks of weight offsets."""
 
+    def _apply(self, fn, recurse=True):
+        # Every change of device or precision comes through here.
+        note_origin(self, fn)
+        return super()._apply(fn, recurse)
+
     @property
     def w_avg(self) -> torch.Tensor:
         """Mean of w [w_dim], towards which truncation pulls."""
@@ -499,7 +508,7 @@ class StyleGAN2Generator(LatentCodes, ModelMixin, ConfigMixin):
         ws = self._broadcast(ws)
         self._check_offsets(weight_offsets)
         offsets = split_offsets(weight_offsets, "backbone.")
-        return ImageOutput(self.backbone(ws.float(), dtype or self.dtype, noise, offsets))
+        return ImageOutput(self.backbone(ws.float(), dtype or full_dtype(self), noise, offsets))
 
     def forward(self, z: torch.Tensor, truncation_psi: float = 1.0) -> ImageOutput:
         """Random pictures from z [B, z_dim]."""
