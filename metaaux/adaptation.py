@@ -19,11 +19,12 @@ from dataclasses import dataclass
 import torch
 
 from .cameras import mirror_camera
-from .losses import InversionLoss, private_view
+from .losses import InversionLoss
 from .models.auxiliary import AuxiliaryNetwork, AuxiliaryOutput
 from .models.eg3d import EG3DGenerator, GeneratorOutput
 from .models.encoder import ImageEncoder
 from .models.stylegan2 import ImageOutput, StyleGAN2Generator
+from .models.views import private_view
 
 Generator = EG3DGenerator | StyleGAN2Generator
 StepCallback = Callable[[int, torch.Tensor, dict[str, float]], None]

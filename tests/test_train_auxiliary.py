@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from metaaux.adaptation import InnerLoop, InnerProblem, Tasks, adapt, predict_tasks
-from metaaux.losses import InversionLoss, LossWeights, private_view
+from metaaux.losses import InversionLoss, LossWeights
 from metaaux.models.auxiliary import AuxiliaryNetwork
 from metaaux.models.discriminator import DualDiscriminator
 from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.perceptual import DiscriminatorPerceptualDistance
+from metaaux.models.views import private_view
 from metaaux.training.auxiliary import (
     AuxiliaryConfig,
     FrozenNetworks,
