@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from metaaux.adaptation import adapt
+from metaaux.adaptation import InnerLoop, InnerProblem, Tasks, adapt, predict_tasks
 from metaaux.losses import InversionLoss, LossWeights, private_view
 from metaaux.models.auxiliary import AuxiliaryNetwork
 from metaaux.models.discriminator import DualDiscriminator
@@ -19,6 +19,7 @@ from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.perceptual import DiscriminatorPerceptualDistance
 from metaaux.training.auxiliary import (
     AuxiliaryConfig,
+    FrozenNetworks,
     calibrate_rates,
     learning_rate_factor,
     meta_objective,
@@ -26,7 +27,6 @@ from metaaux.training.auxiliary import (
     train,
 )
 from metaaux.training.settings import load_config
-from metaaux.training.tasks import FrozenNetworks, InnerLoop, Tasks, adapt_tasks, make_tasks, predict_tasks
 
 CONFIGS = Path(__file__).resolve().parent.parent / "metaaux" / "configs"
 
@@ -56,7 +56,7 @@ def tasks(networks, cameras):
     size = networks.generator.config.image_size
     coarse = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(7)) * 2 - 1
     image = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").clamp(-1, 1)
-    return make_tasks(networks, image, cameras[:2])
+    return networks.tasks(image, cameras[:2])
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_tasks_side_by_side_come_out_as_alone(networks, tasks, tiny_components):
     rates = {name: torch.tensor(1e-3) for name in auxiliary.adaptable_parameters()}
     leaves = {n: p.detach().clone().requires_grad_() for n, p in auxiliary.adaptable_parameters().items()}
     inner = InnerLoop.of(auxiliary, 2, rates=rates)
-    adapted, outputs, _ = adapt_tasks(networks, auxiliary, tasks, leaves, inner)
+    adapted, seen = InnerProblem(networks.generator, auxiliary, networks.inner_loss, tasks, inner).run(leaves)
     offsets = predict_tasks(auxiliary, adapted, tasks)
     for i in range(2):
         part = slice(i, i + 1)
@@ -195,7 +195,7 @@ def test_tasks_side_by_side_come_out_as_alone(networks, tasks, tiny_components):
         for name, parameter in result.parameters.items():
             torch.testing.assert_close(adapted[name][i], parameter, atol=1e-5, rtol=1e-4)
         for step in range(2):
-            torch.testing.assert_close(outputs[step].image[part], images[step], atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(seen[step].image[part], images[step], atol=1e-4, rtol=1e-3)
         for name, offset in result.weight_offsets.items():
             torch.testing.assert_close(offsets.weight_offsets[name][i], offset, atol=1e-5, rtol=1e-3)
 
@@ -207,9 +207,9 @@ def test_losses_on_the_way_have_first_order_gradients(smooth_problem):
     name = "hypernetworks.backbone-b8-conv1.bias"
 
     def losses():
-        return adapt_tasks(
-            networks, auxiliary, tasks, parameters, InnerLoop.of(auxiliary, 2, rates=rates, losses=True)
-        )[2]
+        inner = InnerLoop.of(auxiliary, 2, rates=rates, losses=True)
+        problem = InnerProblem(networks.generator, auxiliary, networks.inner_loss, tasks, inner)
+        return [step.loss for step in problem.run(parameters)[1]]
 
     rates = auxiliary.inner_rates()
     before, after = losses()
@@ -249,7 +249,8 @@ def test_inner_loop_with_a_generator_in_half_precision(networks, tasks, tiny_com
     for dtype in (None, torch.bfloat16):
         leaves = {n: p.detach().clone().requires_grad_() for n, p in auxiliary.adaptable_parameters().items()}
         inner = InnerLoop(2, rates, 0.5, dtype=dtype)
-        images[dtype] = adapt_tasks(networks, auxiliary, tasks, leaves, inner)[1][-1].image
+        problem = InnerProblem(networks.generator, auxiliary, networks.inner_loss, tasks, inner)
+        images[dtype] = problem.run(leaves)[1][-1].image
     difference = (images[None] - images[torch.bfloat16]).abs()
     assert 0 < difference.max() < 0.05
 

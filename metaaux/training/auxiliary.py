@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from ..adaptation import InnerLoop, InnerProblem, Tasks, make_tasks, predict_tasks, synthesize_tasks
 from ..data.dataset import FaceDataset, to_signed
 from ..data.sampler import FaceSampler
 from ..export.sheets import grid
@@ -26,8 +27,28 @@ from ..models.identity import IdentityNetwork
 from ..models.perceptual import LPIPS
 from .cuda_graphs import CapturedFunction
 from .distributed import FlatGradients, broadcast_module
-from .tasks import FrozenNetworks, InnerLoop, Tasks, adapt_tasks, make_tasks, predict_tasks, synthesize_tasks
 from .trainer import TrainingRun, update_average
+
+
+@dataclass
+class FrozenNetworks:
+    """What the auxiliary network is trained against; nothing here is trained.
+
+    Attributes:
+        generator: the generator G.
+        encoder: gives the codes, which stay fixed.
+        inner_loss: Eq. 8 as inference has it.
+        outer_loss: of the objective.
+    """
+
+    generator: EG3DGenerator
+    encoder: LatentEncoder
+    inner_loss: InversionLoss
+    outer_loss: InversionLoss
+
+    def tasks(self, image: torch.Tensor, camera: torch.Tensor) -> Tasks:
+        """Photos [B, 3, S, S] seen by cameras [B, 25] as a task each."""
+        return make_tasks(self.generator, self.encoder, image, camera)
 
 
 @dataclass
@@ -142,7 +163,8 @@ def meta_objective(
         auxiliary, config.inner_steps, rates=rates, resolution=config.inner_resolution,
         differentiable=config.order == "second", losses=config.multi_step_weight > 0, dtype=dtype,
     )  # fmt: skip
-    adapted, outputs, earlier = adapt_tasks(networks, auxiliary, tasks, auxiliary.adaptable_parameters(), inner)
+    problem = InnerProblem(networks.generator, auxiliary, networks.inner_loss, tasks, inner)
+    adapted, seen = problem.run(auxiliary.adaptable_parameters())
     offsets = predict_tasks(auxiliary, adapted, tasks)
     last = synthesize_tasks(networks.generator, tasks, offsets, config.resolution, dtype=dtype)
 
@@ -150,8 +172,8 @@ def meta_objective(
     losses = _outer(networks, last, reference, tasks)
     objective = (1 - config.multi_step_weight) * losses["total"].mean()
     if config.multi_step_weight > 0:
-        objective = objective + config.multi_step_weight * torch.stack(earlier).mean()
-    first_mse = (outputs[0].image.detach() - tasks.image).square().mean()
+        objective = objective + config.multi_step_weight * torch.stack([step.loss for step in seen]).mean()
+    first_mse = (seen[0].image - tasks.image).square().mean()
     figures = {"objective": objective, "mse_before": first_mse}
     return objective, figures | {name: value.mean() for name, value in losses.items()}
 
@@ -199,8 +221,8 @@ def calibrate_rates(
     auxiliary.eval()
     with torch.enable_grad():
         stacked = {n: p.detach().expand(len(tasks.image), *p.shape).requires_grad_() for n, p in parameters.items()}
-        output = synthesize_tasks(networks.generator, tasks, predict_tasks(auxiliary, stacked, tasks), None)
-        losses = networks.inner_loss(output.image, output.image_raw, tasks.image, tasks.camera)
+        problem = InnerProblem(networks.generator, auxiliary, networks.inner_loss, tasks, InnerLoop.of(auxiliary, 0))
+        _, losses = problem.evaluate(0, predict_tasks(auxiliary, stacked, tasks))
         gradients = torch.autograd.grad(losses["total"].sum(), list(stacked.values()))
     auxiliary.train(was_training)
     logs = []
@@ -234,14 +256,14 @@ class Validation:
         config, generator = self.config, self.networks.generator
         inner = InnerLoop.of(auxiliary, config.inner_steps)
         images: dict[int, list[torch.Tensor]] = {-1: [], 0: [], config.inner_steps: []}
-        for tasks in make_tasks(self.networks, self.image, self.camera).split(config.tasks_per_pass):
+        for tasks in self.networks.tasks(self.image, self.camera).split(config.tasks_per_pass):
             with torch.no_grad():
                 images[-1].append(generator.synthesize(tasks.w, tasks.camera, planes=tasks.planes).image)
             parameters = {n: p.detach().requires_grad_() for n, p in auxiliary.adaptable_parameters().items()}
-            adapted, outputs, _ = adapt_tasks(self.networks, auxiliary, tasks, parameters, inner)
-            images[0].append(outputs[0].image.detach())
+            adapted, seen = InnerProblem(generator, auxiliary, self.networks.inner_loss, tasks, inner).run(parameters)
+            images[0].append(seen[0].image)
             with torch.no_grad():
-                last = synthesize_tasks(generator, tasks, predict_tasks(auxiliary, adapted, tasks), None)
+                last = synthesize_tasks(generator, tasks, predict_tasks(auxiliary, adapted, tasks))
             images[config.inner_steps].append(last.image)
         columns = {step: torch.cat(parts) for step, parts in images.items()}
         figures = {
@@ -339,7 +361,7 @@ def train(config: AuxiliaryConfig, run_folder: str | os.PathLike, resume: bool =
     sampler = FaceSampler(FaceDataset(config.data, networks.generator.config.image_size), own_batch, device, seed=seed)
 
     def calibrate(run: TrainingRun) -> None:
-        tasks = make_tasks(networks, *sampler.next()).split(config.tasks_per_pass)[0]
+        tasks = networks.tasks(*sampler.next()).split(config.tasks_per_pass)[0]
         calibrate_rates(networks, average or auxiliary, tasks, config.calibrate_rates, accelerator)
         if average is not None:
             auxiliary.log_inner_rates.data.copy_(average.log_inner_rates)
@@ -363,11 +385,11 @@ def train(config: AuxiliaryConfig, run_folder: str | os.PathLike, resume: bool =
         if len(sample_camera):
             samples = _samples(networks.generator, sample_camera, config)
             image, camera = torch.cat([image, samples]), torch.cat([camera, sample_camera])
-        objective, figures = plain_objective(networks, auxiliary, make_tasks(networks, image, camera), config)
+        objective, figures = plain_objective(networks, auxiliary, networks.tasks(image, camera), config)
         return gradients.flatten(objective), {name: value.detach() for name, value in figures.items()}
 
     def meta_pass(image, camera):
-        objective, figures = meta_objective(networks, auxiliary, make_tasks(networks, image, camera), config)
+        objective, figures = meta_objective(networks, auxiliary, networks.tasks(image, camera), config)
         return gradients.flatten(objective), {name: value.detach() for name, value in figures.items()}
 
     captured = CapturedFunction(plain_pass if config.phase == "plain" else meta_pass, config.graphs)
