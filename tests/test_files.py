@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -141,3 +143,27 @@ class TestWriters:
         with pytest.raises(OSError, match=r"ffmpeg could not write .*a\.mp4: "):
             write_video(FRAMES, tmp_path / "a.mp4", fps=0)
         assert not list(tmp_path.iterdir())
+
+
+def test_text_files_are_opened_with_an_encoding():
+    """Else Windows reads and writes them in the encoding of its language."""
+    root = Path(__file__).resolve().parent.parent
+    unnamed = []
+    for path in [*(root / "metaaux").rglob("*.py"), root / "app.py"]:
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", None)
+            owner = call.func.value if isinstance(call.func, ast.Attribute) else None
+            if name == "open" and isinstance(owner, ast.Name) and owner.id in ("Image", "archive", "os", "PIL"):
+                continue  # no text files
+            arguments = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+            binary = any(
+                isinstance(a, ast.Constant) and isinstance(a.value, str) and re.fullmatch(r"[rwax]\+?b\+?", a.value)
+                for a in arguments
+            )
+            is_text = name in ("read_text", "write_text", "TextIOWrapper") or (name == "open" and not binary)
+            named = any(keyword.arg in ("encoding", None) for keyword in call.keywords)
+            if is_text and not named:
+                unnamed.append(f"{path.relative_to(root)}:{call.lineno}")
+    assert unnamed == []
