@@ -22,7 +22,7 @@ from .faces.alignment import FaceAligner
 from .faces.photos import Photo, load_photo
 from .head import Head
 from .hub import HubMixin
-from .inversion import STEP_KEYS, Inversion
+from .inversion import STEP_KEYS, Inversion, max_file_bytes
 from .losses import InversionLoss, LossWeights
 from .models.auxiliary import AuxiliaryNetwork
 from .models.directions import Direction, LatentDirections
@@ -236,7 +236,8 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
             FileNotFoundError: there is no such file.
             ValueError: the file is not a valid inversion file or was made with another model.
         """
-        inversion = Inversion.load(path, fingerprint=self.fingerprint)
+        limit = max_file_bytes(self.generator, self.auxiliary)
+        inversion = Inversion.load(path, fingerprint=self.fingerprint, max_bytes=limit)
         inversion.check_fits(self.generator, self.fingerprint)
         return inversion
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -96,7 +97,7 @@ def check_subfolder(subfolder: str | None) -> PurePosixPath:
 def _options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     options = {name: kwargs[name] for name in DOWNLOAD_OPTIONS if kwargs.get(name) is not None}
     if "cache_dir" in options:
-        options["cache_dir"] = Path(options["cache_dir"]).expanduser()
+        options["cache_dir"] = os.path.expanduser(options["cache_dir"])
     return options
 
 

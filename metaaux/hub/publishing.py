@@ -62,7 +62,7 @@ class PublishingMixin:
                 check_finite(network, name)
         origin = origin_of(self.generator)
         pipeline = self._to_be_saved(_VARIANT_DTYPES.get(variant))
-        folder = Path(save_directory).expanduser()
+        folder = Path(os.path.expanduser(save_directory))
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
             temporary = Path(temporary)
