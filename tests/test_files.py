@@ -151,19 +151,11 @@ def test_text_files_are_opened_with_an_encoding():
     unnamed = []
     for path in [*(root / "metaaux").rglob("*.py"), root / "app.py"]:
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(call, ast.Call):
+            if not isinstance(call, ast.Call) or any(keyword.arg == "encoding" for keyword in call.keywords):
                 continue
-            name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", None)
-            owner = call.func.value if isinstance(call.func, ast.Attribute) else None
-            if name == "open" and isinstance(owner, ast.Name) and owner.id in ("Image", "archive", "os", "PIL"):
-                continue  # no text files
-            arguments = [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
-            binary = any(
-                isinstance(a, ast.Constant) and isinstance(a.value, str) and re.fullmatch(r"[rwax]\+?b\+?", a.value)
-                for a in arguments
-            )
-            is_text = name in ("read_text", "write_text", "TextIOWrapper") or (name == "open" and not binary)
-            named = any(keyword.arg in ("encoding", None) for keyword in call.keywords)
-            if is_text and not named:
-                unnamed.append(f"{path.relative_to(root)}:{call.lineno}")
+            text = ast.unparse(call)
+            opens = re.search(r"^open\(|\.open\(", text) and not re.search(r"^(Image|os)\.open|'[rwax]\+?b\+?'", text)
+            reads = isinstance(call.func, ast.Attribute) and call.func.attr in ("read_text", "write_text")
+            if opens and ast.unparse(call.func).endswith("open") or reads:
+                unnamed.append(f"{path.relative_to(root)}:{call.lineno}: {text}")
     assert unnamed == []
