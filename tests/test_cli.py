@@ -446,3 +446,14 @@ def test_help_names_every_command(run):
     assert code == 0
     for command in ("invert", "render", "orbit", "mesh", "compare-flip", "model-info", "train", "prepare"):
         assert f"\n  {command} " in out
+
+
+def test_help_waits_for_no_heavy_module():
+    """Every command is there before PyTorch, NumPy or Pillow is imported."""
+    code = (
+        "import sys; from metaaux.cli import app; from typer.main import get_command; command = get_command(app); "
+        "command.commands['evaluate'].commands['editing'].get_help(__import__('typer').Context(command)); "
+        "print(sorted({'torch', 'numpy', 'PIL', 'yaml', 'diffusers', 'tqdm'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
