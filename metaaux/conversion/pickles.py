@@ -46,8 +46,8 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 # Packages that the official sources import. None of them is imported here.
 _SOURCE_IMPORTS = set(
-    "abc click collections copy dataclasses dnnlib einops enum functools itertools json kornia math numpy PIL random re "
-    "scipy time torch torch_utils torchvision tqdm training typing warnings".split()
+    "abc click collections copy dataclasses dnnlib einops enum functools itertools json kornia math numpy PIL random "
+    "re scipy time torch torch_utils torchvision tqdm training typing warnings".split()
 )
 _SOURCE_CALLS = {"__import__", "breakpoint", "compile", "eval", "exec", "globals", "input", "open"}
 _MAX_DEPTH = 64
