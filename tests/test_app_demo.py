@@ -379,7 +379,7 @@ class TestVisitors:
         assert len(turns) == 2
         assert all(fn.concurrency_id == "view" and fn.concurrency_limit >= 8 for fn in turns)
         heavy = {fn.name for fn in demo.fns.values() if fn.concurrency_id == "heavy"}
-        assert heavy == {"invert", "orbit", "mesh"}
+        assert heavy == {"invert", "turntable", "orbit", "mesh"}
 
     def test_expiry_reaches_the_engine(self, tiny_folder):
         demo, engine = build_demo(Settings(models=(str(tiny_folder),), session_minutes=7))
@@ -461,7 +461,7 @@ class TestPage:
     def test_public_endpoints_are_those_of_the_contract(self, tiny_folder):
         demo, _ = build_demo(Settings(models=(str(tiny_folder),)))
         public = {fn.api_name for fn in demo.fns.values() if fn.api_visibility == "public"}
-        assert public == {"invert", "render", "orbit", "mesh", "directions"}
+        assert public == {"invert", "render", "turntable", "orbit", "mesh", "directions"}
         # gr.Examples adds one of its own, which only hands out the example photos.
         callable_too = {fn.api_name for fn in demo.fns.values() if fn.api_visibility == "undocumented"}
         assert callable_too <= {"load_example"}

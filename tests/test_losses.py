@@ -58,7 +58,7 @@ def test_pipeline_meta_phase_and_evaluation_compute_the_same_loss(tiny_component
 
     image, image_raw, photo, camera = pair
     expected = inverter.inversion_loss()(image, image_raw, photo, camera)
-    for loss in (networks.inner_loss, networks.outer_loss, method.networks.inner_loss):
+    for loss in (networks.inner_loss, networks.outer_loss, method.loss):
         assert loss.describe() == {"weights": WEIGHTS, "perceptual": kind, "identity": "IdentityNetwork"}
         assert loss.terms == ("mse", "perceptual", "identity", "adversarial")
         for name, value in loss(image, image_raw, photo, camera).items():

@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 
-from ..adaptation import adapt
+from ..adaptation import InnerLoop, InnerProblem, Tasks, adapt, make_tasks, predict_tasks
 from ..files import source_name
 from ..losses import InversionLoss
 from ..models.auxiliary import AuxiliaryNetwork
-from ..models.eg3d import EG3DGenerator
 from ..models.encoder import LatentEncoder
-from ..training.tasks import FrozenNetworks, InnerLoop, Tasks, adapt_tasks, make_tasks, predict_tasks
 from .base import Generator, InversionMethod, Reconstruction, weights_of
 from .registry import MethodRequest, register
 
@@ -50,8 +48,6 @@ class AuxiliaryAdaptation(InversionMethod):
         super().__init__(name, label)
         self.generator, self.encoder, self.loss, self.auxiliary = generator, encoder, loss, auxiliary
         self.steps, self.learning_rate, self.source = steps, learning_rate, source
-        # Tasks side by side share planes, which a 2D generator has not.
-        self.batched = isinstance(generator, EG3DGenerator)
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -62,7 +58,7 @@ class AuxiliaryAdaptation(InversionMethod):
         }
 
     def invert(self, image: torch.Tensor, camera: torch.Tensor) -> list[Reconstruction]:
-        if len(image) > 1 and self.batched:
+        if len(image) > 1:
             return self._invert_batch(image, camera)
         return [self._invert_one(*one) for one in zip(image.split(1), camera.split(1))]
 
@@ -83,14 +79,14 @@ class AuxiliaryAdaptation(InversionMethod):
         return Reconstruction(final, w, camera, self.generator, result.weight_offsets, result.offset_planes)
 
     def _invert_batch(self, image: torch.Tensor, camera: torch.Tensor) -> list[Reconstruction]:
-        networks, auxiliary = FrozenNetworks(self.generator, self.encoder, self.loss, self.loss), self.auxiliary
-        tasks = make_tasks(networks, image, camera)
+        generator, auxiliary = self.generator, self.auxiliary
+        tasks = make_tasks(generator, self.encoder, image, camera)
         parameters = {name: p.detach().requires_grad_() for name, p in auxiliary.adaptable_parameters().items()}
         inner = InnerLoop.of(auxiliary, self.steps)
         if self.learning_rate is not None:
             inner.rates = dict.fromkeys(inner.rates, torch.tensor(self.learning_rate, device=image.device))
         with torch.enable_grad():
-            adapted, _, _ = adapt_tasks(networks, auxiliary, tasks, parameters, inner)
+            adapted, _ = InnerProblem(generator, auxiliary, self.loss, tasks, inner).run(parameters)
         with torch.no_grad():
             offsets = predict_tasks(auxiliary, adapted, tasks)
             return [self._of_task(tasks, offsets, index) for index in range(len(image))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -29,23 +29,18 @@ def train(
         typer.Option("--run", metavar="FOLDER", help="Checkpoints and logs. Default: runs/<name of FILE>."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="In place of FILE's, such as run.total_images=1000."),
+    ] = None,
 ) -> None:
     """Train one part. Under `accelerate launch -m metaaux train ...` it uses several GPUs."""
     import importlib
 
+    from ..training.settings import default_run_folder, load_settings
+
     module = importlib.import_module(f"metaaux.training.{part.value}")
-    settings = _read(getattr(module, f"{part.value.capitalize()}Config"), config)
-    folder = Path("runs") / config.stem if run is None else run
+    settings = load_settings(getattr(module, f"{part.value.capitalize()}Config"), config, overrides or ())
+    folder = default_run_folder(config) if run is None else run
     check_folder(folder)
     module.train(settings, folder, resume)
-
-
-def _read(cls: type, path: Path) -> Any:
-    import yaml
-
-    from ..training.settings import load_config
-
-    try:
-        return load_config(cls, path)
-    except (TypeError, yaml.YAMLError) as error:  # a missing setting, or no YAML
-        raise ValueError(f"{path} is not a valid configuration: {error}") from None

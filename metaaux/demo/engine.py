@@ -11,9 +11,10 @@ import contextvars
 import functools
 import inspect
 import logging
+import math
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from .validation import explained
 if TYPE_CHECKING:
     import torch
 
+    from ..export.turntable import Turntable
     from ..faces import AlignedFace
     from ..pipeline import MetaAuxInverter
 
@@ -80,6 +82,7 @@ class Engine:
         self._render_on_gpu = _on_gpu(self._render, _seconds_of_view)
         self._orbit_on_gpu = _on_gpu(self._orbit, _seconds_of_orbit)
         self._mesh_on_gpu = _on_gpu(self._mesh, _seconds_of_mesh)
+        self._turntable_on_gpu = _on_gpu(self._turntable, _seconds_of_turntable)
 
     def start(self) -> None:
         """Loads the models: on ZeroGPU before it returns, as models are to be placed at start there; elsewhere in a
@@ -116,7 +119,7 @@ class Engine:
         """Where the models run, in a word or two for the page."""
         if self.zero_gpu:
             return "ZeroGPU"
-        return "GPU" if self.inverter().device.type == "cuda" else "CPU"
+        return "CPU" if self.inverter().device.type == "cpu" else "GPU"
 
     def align(self, model: str, photos: list[Image.Image]) -> list[AlignedFace]:
         """Crops and cameras of photos, always in this process.
@@ -216,6 +219,25 @@ class Engine:
         self._check_file(model, path)
         yield from self._mesh_on_gpu(model, path, resolution, edits, mesh)
 
+    def turntable(
+        self,
+        model: str,
+        path: str,
+        yaws: Sequence[float],
+        pitches: Sequence[float],
+        size: int | None,
+        edits: dict[str, float],
+    ) -> Turntable:
+        """A grid of views of an inversion file, as `MetaAuxInverter.turntable`.
+
+        Raises:
+            ValueError: as `orbit`, or a size beyond the model's.
+        """
+        self._check_viewpoints(model, "turntables")
+        self._check_file(model, path)
+        (table,) = self._turntable_on_gpu(model, path, yaws, pitches, size, edits)
+        return table
+
     def _check_file(self, model: str, path: str) -> None:
         # A visitor's quota is spent on what cannot work if this is found out on ZeroGPU's side. Elsewhere the file is
         # read in this process anyway.
@@ -284,6 +306,22 @@ class Engine:
 
         yield from self._stream(run)
 
+    def _turntable(
+        self,
+        model: str,
+        path: str,
+        yaws: Sequence[float],
+        pitches: Sequence[float],
+        size: int | None,
+        edits: dict[str, float],
+    ) -> Iterator[Turntable]:
+        inverter = self.inverter(model)
+
+        def run(report: Callable[[Any], None]) -> None:
+            report(inverter.turntable(inverter.load_inversion(path), yaws, pitches, size, edits))
+
+        yield from self._stream(run)
+
     def _stream(self, run: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
         """Runs `run(report)` in a thread and yields what it reports, as it does. Once the iterator is closed the next
         report ends the computation; until then it keeps its worker, so no more than `workers` ever compute."""
@@ -322,11 +360,10 @@ class Engine:
 
     def _load(self) -> None:
         try:
-            import torch
-
+            from ..devices import best_device
             from ..pipeline import MetaAuxInverter
 
-            device = self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            device = self.settings.device or best_device()
             for model in self.settings.models:
                 inverter = MetaAuxInverter.from_pretrained(model)
                 inverter.set_progress_bar_config(disable=True)
@@ -380,18 +417,37 @@ def _on_gpu(function: Callable, duration: Callable[..., int]) -> Callable:
     return spaces.GPU(duration=duration)(run)
 
 
+#: Measured on one H100 at full size (512 x 512 pixels), seconds: an inversion of one photo in five steps, tri-planes
+#: with a view of them, a further view. The embedded model takes 0.67, 0.0117 and 0.0051.
+INVERSION_SECONDS, SYNTHESIS_SECONDS, VIEW_SECONDS = 1.025, 0.021, 0.0074
+#: What is asked for beyond that: a worker process with its first kernels, and a GPU that may be half as fast.
+START_SECONDS, ALLOWANCE = 2.0, 2.0
+
+
+def _asked(measured: float) -> int:
+    """Seconds to ask ZeroGPU for; the visitor's quota is charged with them."""
+    return min(120, math.ceil(START_SECONDS + ALLOWANCE * measured))
+
+
 def _seconds_of_inversion(model, crops, cameras, steps, flip, path) -> int:
-    passes = (steps + 2) * len(crops) * (1 if flip is False else 2)
-    return min(120, 8 + passes // 4)
+    # The flip loss renders each photo's mirrored view as well; whether it is used by itself is found out later.
+    passes = len(crops) * (1 if flip is False else 2)
+    return _asked(INVERSION_SECONDS * (steps + 2) / 7 * passes)
 
 
-def _seconds_of_view(model, source, yaw, pitch, edits) -> int:
-    return 6
+def _seconds_of_view(model, path, yaw, pitch, edits) -> int:
+    return _asked(SYNTHESIS_SECONDS)
 
 
-def _seconds_of_orbit(model, source, frames, ranges, edits, path) -> int:
-    return min(60, 8 + frames // 15)
+def _seconds_of_turntable(model, path, yaws, pitches, size, edits) -> int:
+    return _asked(SYNTHESIS_SECONDS + VIEW_SECONDS * len(yaws) * len(pitches))
 
 
-def _seconds_of_mesh(model, source, resolution, edits, path) -> int:
+def _seconds_of_orbit(model, path, frames, ranges, edits, video) -> int:
+    # Encoding takes as long again.
+    return _asked(SYNTHESIS_SECONDS + 2 * VIEW_SECONDS * frames)
+
+
+def _seconds_of_mesh(model, path, resolution, edits, mesh) -> int:
+    # Not measured: most of it is work of the processor, and grows with the number of cells.
     return min(60, 10 + (resolution // 64) ** 2)

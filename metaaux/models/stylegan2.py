@@ -471,7 +471,13 @@ class StyleGAN2Generator(LatentCodes, ModelMixin, ConfigMixin):
         """z [B, z_dim] → ws [B, num_ws, w_dim]; truncation as `EG3DGenerator.mapping` has it."""
         return self._truncated(self.mapping_network(z, None), truncation_psi, truncation_cutoff)
 
-    def planes(self, ws: torch.Tensor, weight_offsets: Mapping[str, torch.Tensor] | None = None) -> None:
+    def planes(
+        self,
+        ws: torch.Tensor,
+        weight_offsets: Mapping[str, torch.Tensor] | None = None,
+        noise: str = "const",
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """`None`: there is nothing that views could share."""
         return None
 
@@ -482,16 +488,21 @@ class StyleGAN2Generator(LatentCodes, ModelMixin, ConfigMixin):
         weight_offsets: Mapping[str, torch.Tensor] | None = None,
         offset_planes: torch.Tensor | None = None,
         planes: None = None,
+        resolution: None = None,
         noise: str = "const",
+        lookup: str = "auto",
         dtype: torch.dtype | None = None,
     ) -> ImageOutput:
         """w [B, w_dim] or [B, num_ws, w_dim] → picture.
 
-        `weight_offsets`, `noise` and `dtype` are those of `EG3DGenerator.planes`.
+        `weight_offsets`, `noise` and `dtype` are those of `EG3DGenerator.planes`. Nothing is looked up in planes, so
+        any `lookup` will do.
 
         Raises:
             ValueError: a w or an offset of the wrong shape, an offset for a layer that there is not, or planes.
         """
+        if resolution is not None:
+            raise ValueError(f"a 2D generator renders no rays: leave the resolution out, got {resolution}")
         if planes is not None or offset_planes is not None:
             raise ValueError("a 2D generator has no planes; the auxiliary network needs use_offset_planes=False")
         ws = self._broadcast(ws)
