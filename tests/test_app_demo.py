@@ -327,10 +327,10 @@ class TestVisitors:
         with concurrent.futures.ThreadPoolExecutor() as pool:
             waiting = pool.submit(slow.turn, late, 5.0, 0.0)
             assert slow.begun.wait(30)
-            picture, _, _ = pool.submit(slow.turn, self.visitor(slow.session_of("quick")), 5.0, 0.0).result(30)
+            _, picture, _ = pool.submit(slow.turn, self.visitor(slow.session_of("quick")), 5.0, 0.0).result(30)
             assert picture.endswith("view.png") and not waiting.done()
             slow.gate.set()
-            assert waiting.result(30)[0].endswith("view.png")
+            assert waiting.result(30)[1].endswith("view.png")
 
     def test_a_late_view_does_not_bring_back_the_head_before(self, slow):
         visitor = self.visitor(slow.session_of("slow"))
@@ -355,7 +355,7 @@ class TestVisitors:
             while visitor._newest < 4:
                 time.sleep(0.01)
             slow.gate.set()
-            pictures = [job.result(30)[0] for job in (first, second, third)]
+            pictures = [job.result(30)[1] for job in (first, second, third)]
         assert pictures[:2] == [gr.skip(), gr.skip()]
         expected = slow.engine.view(visitor.session.model, visitor.session.path, 15.0, 0.0, {})
         assert Image.open(pictures[2]).tobytes() == expected.tobytes()
@@ -376,7 +376,7 @@ class TestVisitors:
     def test_the_page_keeps_places_for_many_views(self, tiny_folder):
         demo, _ = build_demo(Settings(models=(str(tiny_folder),)))
         turns = [fn for fn in demo.fns.values() if fn.name in ("turn", "render")]
-        assert len(turns) == 2
+        assert {fn.name for fn in turns} == {"turn", "render"}
         assert all(fn.concurrency_id == "view" and fn.concurrency_limit >= 8 for fn in turns)
         heavy = {fn.name for fn in demo.fns.values() if fn.concurrency_id == "heavy"}
         assert heavy == {"invert", "turntable", "orbit", "mesh"}
@@ -408,7 +408,7 @@ class TestTwoDimensionalModel:
         monkeypatch.setattr("metaaux.demo.handlers.save_picture", lambda image, name="view.png": image)
         visitor = Visitor()
         visitor.replace(Session(model, last.path, 5.0, 0.0))
-        image, _, same = flat_handlers.turn(visitor, 10.0, 0.0)
+        _, image, same = flat_handlers.turn(visitor, 10.0, 0.0)
         assert image.tobytes() == last.image.tobytes() and same.session.model == model
 
     def test_steps_that_are_right_are_left_alone(self, flat_handlers):
@@ -450,7 +450,7 @@ class TestEditSliders:
         amounts[NAMED_SLIDERS] = 2.0
         visitor = Visitor()
         visitor.replace(Session(model, str(path), 0.0, 0.0))
-        image, _, _ = handlers.turn(visitor, 5.0, 0.0, *amounts)
+        _, image, _ = handlers.turn(visitor, 5.0, 0.0, *amounts)
         inverter = handlers.engine.inverter(model)
         expected = inverter.render(tiny_inversion, yaw=5.0, pitch=0.0, edits={"pc1": 2.0})
         assert image.tobytes() == expected.tobytes()

@@ -14,6 +14,7 @@ from .settings import Settings
 from .uploads import FileInput, PhotoInput
 from .validation import FLIP_CHOICES, MAX_PITCH, MAX_YAW
 
+TURN_SCRIPT = (Path(__file__).parent / "turn.js").read_text(encoding="utf-8")
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
 
 
@@ -49,7 +50,7 @@ class TurnPanel:
 
     empty: gr.HTML
     column: gr.Column
-    view: gr.Image
+    view: gr.HTML
     viewpoint: gr.Column
     yaw: gr.Slider
     pitch: gr.Slider
@@ -167,13 +168,11 @@ def build_turn_panel() -> TurnPanel:
         gr.HTML(texts.heading(3, "Turn and edit"))
         empty = gr.HTML(texts.EMPTY_VIEW)
         with gr.Column(visible=False, elem_id="turn") as column:
-            view = gr.Image(
-                show_label=False,
-                format="png",
-                type="filepath",
-                interactive=False,
+            view = gr.HTML(
+                html_template=texts.STAGE.format(yaw=MAX_YAW),
+                js_on_load=TURN_SCRIPT,
+                apply_default_css=False,
                 elem_id="view",
-                buttons=["fullscreen"],
             )
             with gr.Column(elem_classes="viewpoint") as viewpoint:
                 gr.HTML(texts.DRAG_HINT)
