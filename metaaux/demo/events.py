@@ -81,20 +81,26 @@ def _connect_photo(page: Page, handlers: Handlers) -> None:
 
 
 def _connect_run(page: Page, handlers: Handlers, heavy: dict) -> None:
-    """*Invert*, *Cancel*, and a head's file that is dropped in."""
-    photo, fit = page.photo, page.fit
-    run = photo.invert.click(
-        handlers.invert,
-        [page.visitor, page.aligned, photo.steps, photo.flip, photo.model],
-        page.run_outputs,
-        show_progress="hidden",
-        **heavy,
-    )
-    _then_sheets(run, page, handlers)
+    """*Invert*, an example, *Cancel*, and a head's file that is dropped in."""
+    photo, fit, keep = page.photo, page.fit, page.keep
     buttons = [photo.invert, photo.cancel]
-    run.then(lambda: (gr.update(visible=True), gr.update(visible=False)), outputs=buttons, **_AT_ONCE)
-    run.failure(lambda: "", outputs=fit.status, **_AT_ONCE)
-    photo.cancel.click(handlers.cancelled, None, [*buttons, fit.status], cancels=run, **_AT_ONCE)
+    running = {"outputs": page.run_outputs, "show_progress": "hidden", **heavy}
+    inputs = [page.visitor, page.aligned, photo.steps, photo.flip, photo.model]
+    runs = [photo.invert.click(handlers.invert, inputs, **running)]
+    starts = [photo.invert.click, photo.head_upload.upload]
+    if photo.examples is not None:
+        inputs = [page.visitor, photo.examples, photo.model]
+        shown = {"outputs": page.run_outputs, "show_progress": "hidden", **VIEWS, **_PRIVATE}
+        # It takes the place of what is still running.
+        kept = photo.examples.click(handlers.kept_example, inputs, cancels=runs, **shown)
+        runs.append(kept.then(handlers.example, inputs, **running))
+        _then_sheets(kept, page, handlers)
+        starts.append(photo.examples.click)
+    for run in runs:
+        _then_sheets(run, page, handlers)
+        run.then(lambda: (gr.update(visible=True), gr.update(visible=False)), outputs=buttons, **_AT_ONCE)
+        run.failure(lambda: "", outputs=fit.status, **_AT_ONCE)
+    photo.cancel.click(handlers.cancelled, None, [*buttons, fit.status], cancels=runs, **_AT_ONCE)
     opened = photo.head_upload.upload(
         handlers.open_head,
         [page.visitor, photo.head_upload, photo.model],
@@ -105,8 +111,7 @@ def _connect_run(page: Page, handlers: Handlers, heavy: dict) -> None:
     )
     _then_sheets(opened, page, handlers)
     # What belongs to the head before is put away once another one is made or opened.
-    keep = page.keep
-    for event in (photo.invert.click, photo.head_upload.upload):
+    for event in starts:
         event(
             lambda: [gr.update(value=None, visible=False)] * 4 + [0] * EDIT_SLIDERS,
             outputs=[keep.video, keep.video_file, keep.mesh, keep.mesh_file, *page.turn.edits],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -12,6 +13,7 @@ from PIL import Image
 
 from ..export.turntable import Turntable
 from .engine import Engine, Step
+from .examples import ExampleStore, Kept, Key
 from .pictures import crop_card, loss_charts, note_card, progress_bar
 from .session import AlignedPhotos, Session, SessionExpiredError, Sheet, Shown, Visitor, show
 from .settings import Settings
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
     from ..models.directions import Direction
 
+#: Photos to try, in the order in which the page shows them.
+EXAMPLES = sorted((Path(__file__).resolve().parent.parent.parent / "examples").glob("*.jpg"))
 #: Parts of the page that a 2D model has no use for: turning, video and mesh.
 VIEWPOINT_PARTS = 3
 #: Sliders laid out for editing: for directions with a meaning, and for further ones such as principal components.
@@ -92,6 +96,7 @@ class Handlers:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine = engine
         self.settings = settings
+        self.examples = ExampleStore()
 
     def opened(self, model: str, steps: Any) -> tuple:
         """The page was opened, or another model chosen: waits for the model, shows its directions.
@@ -157,6 +162,49 @@ class Handlers:
             flip = check_flip(flip)
             if aligned is None or aligned.model != model:
                 raise ValueError("there is no aligned photo yet; add a photo and wait until its face is shown")
+        yield from self._run(visitor, aligned, steps, flip)
+
+    def kept_example(self, visitor: Visitor | None, chosen: tuple[int, list], model: str) -> tuple:
+        """An example was clicked: shows what was made of it before, which waits for nobody's inversion.
+
+        Args:
+            visitor: whose page it is.
+            chosen: number of the example, and the values it stands for.
+            model: as `Engine.inverter`.
+        """
+        key = (model, str(EXAMPLES[chosen[0]]))
+        self.forget(visitor)
+        visitor = visitor or Visitor()
+        kept = self.examples.get(key)
+        if kept is None:
+            visitor.waiting_for = key
+            return RunView(True, progress_bar("Starting", 0.02), visitor).values
+        session = Session(model, kept.head, kept.yaw, kept.pitch, key)
+        visitor.replace(session)
+        pose = _offered_pose(kept.yaw, kept.pitch)
+        message = visitor.show(Shown(session, {}, kept.picture, *pose, kept.sheets, bool(kept.sheets)))
+        status = progress_bar(f"Done: {len(kept.steps) - 2} steps, kept from an earlier visit", 1.0, busy=False)
+        charts, strip = loss_charts(kept.losses, len(kept.losses)), list(kept.steps)
+        compare = (kept.photo, kept.steps[-1][0])
+        view = RunView(False, status, visitor, compare, strip, charts, message, pose, kept.head, kept.picture)
+        return view.values
+
+    def example(self, visitor: Visitor | None, chosen: tuple[int, list], model: str) -> Iterator[tuple]:
+        """Inverts an example that nothing was kept of, unless its visitor has turned to something else meanwhile."""
+        key = (model, str(EXAMPLES[chosen[0]]))
+        if visitor is None or visitor.waiting_for != key:
+            yield (gr.skip(),) * len(RunView(True, "", visitor).values)
+            return
+        with explained():
+            steps = min(self.engine.inverter(model).config.inner_steps, self.settings.max_steps)
+            faces = self.engine.align(model, read_photos([key[1]], self.settings))
+        yield from self._run(visitor, AlignedPhotos(model, tuple(faces)), steps, None, key)
+
+    def _run(
+        self, visitor: Visitor | None, aligned: AlignedPhotos, steps: int, flip: bool | None, key: Key | None = None
+    ) -> Iterator[tuple]:
+        """An inversion step by step; kept as the example `key` if it is one."""
+        model = aligned.model
         self.forget(visitor)
         visitor = visitor or Visitor()
         yield RunView(True, progress_bar("Starting", 0.02), visitor).values
@@ -183,8 +231,10 @@ class Handlers:
                 else:
                     seconds = sum(entry["seconds"] for entry in losses)
                     status = progress_bar(f"Done: {steps} steps in {seconds:.1f} s", 1.0, busy=False)
-                    session = self._session(model, result.path, cameras[0])
-                    yield self._finished(status, visitor, session, compare, images, charts, result)
+                    session = self._session(model, result.path, cameras[0], key)
+                    finished = self._finished(status, visitor, session, compare, images, charts, result)
+                    self._keep_example(visitor.shown, crop, images, losses)
+                    yield finished
 
     def cancelled(self) -> tuple:
         """*Cancel* was pressed; the run itself ends at its next step.
@@ -257,9 +307,14 @@ class Handlers:
                     if message is None:
                         return
                     yield message
+                self._keep_sheets(visitor.shown)
         finally:
             if visitor.making_sheets is shown:
                 visitor.making_sheets = None
+
+    def _keep_sheets(self, shown: Shown | None) -> None:
+        if shown is not None and shown.complete and shown.session.example is not None and not shown.edits:
+            self.examples.put_sheets(shown.session.example, shown.sheets)
 
     def reset(self, visitor: Visitor | None) -> list:
         """*Reset* was pressed.
@@ -334,12 +389,21 @@ class Handlers:
                     progress(share, desc=activity)
         return gr.update(value=path, visible=True), gr.update(value=path, visible=True)
 
-    def _session(self, model: str, path: str, camera: torch.Tensor) -> Session:
+    def _keep_example(
+        self, shown: Shown | None, crop: str, images: list[tuple[str, str]], losses: list[dict[str, float]]
+    ) -> None:
+        if shown is not None and shown.session.example is not None:
+            session = shown.session
+            files = session.path, crop, shown.picture
+            kept = Kept(*files, tuple(images), tuple(losses), session.yaw, session.pitch, shown.sheets)
+            self.examples.put(session.example, kept)
+
+    def _session(self, model: str, path: str, camera: torch.Tensor, example: Key | None = None) -> Session:
         from ..faces import pose_of_camera
 
         # Of the camera as the file holds it, so that the same file always opens with the same view.
         yaw, pitch = (float(angle) for angle in pose_of_camera(camera))
-        return Session(model, path, yaw, pitch)
+        return Session(model, path, yaw, pitch, example)
 
     def _finished(
         self,

@@ -9,13 +9,12 @@ from pathlib import Path
 import gradio as gr
 
 from . import texts
-from .handlers import FURTHER_SLIDERS, NAMED_SLIDERS
+from .handlers import EXAMPLES, FURTHER_SLIDERS, NAMED_SLIDERS
 from .settings import Settings
 from .uploads import FileInput, PhotoInput
 from .validation import FLIP_CHOICES, MAX_PITCH, MAX_YAW
 
 TURN_SCRIPT = (Path(__file__).parent / "turn.js").read_text(encoding="utf-8")
-EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,7 @@ class PhotoPanel:
     """Photo in, settings, *Invert*."""
 
     photo: PhotoInput
+    examples: gr.Dataset | None
     more: FileInput
     card: gr.HTML
     invert: gr.Button
@@ -89,9 +89,9 @@ def build_photo_panel(settings: Settings) -> PhotoPanel:
             placeholder="# Drop a photo of a face\nor tap to choose one",
             buttons=["fullscreen"],
         )
-        pictures = sorted(EXAMPLES.glob("*.jpg"))
-        if pictures:
-            gr.Examples([[str(path)] for path in pictures], photo, label="or try one of these")
+        examples = None
+        if EXAMPLES:
+            examples = gr.Examples([[str(path)] for path in EXAMPLES], photo, label="or try one of these").dataset
         card = gr.HTML(visible=False, elem_id="crop")
         invert = gr.Button("Invert", variant="primary", size="lg", interactive=False, elem_id="invert")
         cancel = gr.Button("Cancel", variant="stop", size="lg", visible=False, elem_id="cancel")
@@ -113,7 +113,7 @@ def build_photo_panel(settings: Settings) -> PhotoPanel:
                 elem_id="head-upload",
             )
         steps, flip, model = _build_settings(settings)
-    return PhotoPanel(photo, more, card, invert, cancel, head_upload, steps, flip, model)
+    return PhotoPanel(photo, examples, more, card, invert, cancel, head_upload, steps, flip, model)
 
 
 def _build_settings(settings: Settings) -> tuple[gr.Slider, gr.Radio, gr.Dropdown]:

@@ -38,6 +38,7 @@ class Session:
         model: which model it belongs to.
         path: its inversion file in the cache.
         yaw, pitch: the photo's view, degrees.
+        example: what it is kept as, where it came from an example.
         number: tells it from others.
     """
 
@@ -45,6 +46,7 @@ class Session:
     path: str
     yaw: float
     pitch: float
+    example: tuple[str, str] | None = None
     number: int = field(default_factory=itertools.count().__next__)
 
 
@@ -110,12 +112,14 @@ class Visitor:
     Attributes:
         session: their head; None while another one is being made.
         shown: what their page shows of it; None before the first view.
+        waiting_for: the example whose inversion they wait for.
         making_sheets: for which `shown` sheets are being made.
     """
 
     def __init__(self) -> None:
         self.session: Session | None = None
         self.shown: Shown | None = None
+        self.waiting_for: tuple[str, str] | None = None
         self.making_sheets: Shown | None = None
         self._newest = 0
         self._lock = threading.Lock()
@@ -131,7 +135,7 @@ class Visitor:
         with self._lock:
             self._newest += 1
             before, self.session = self.session, session
-            self.shown = None
+            self.shown = self.waiting_for = None
         return before
 
     def show(self, shown: Shown, request: Request | None = None) -> dict[str, Any] | None:
