@@ -8,6 +8,7 @@ import json
 import pickle
 import shutil
 
+import accelerate
 import pytest
 import torch
 
@@ -146,6 +147,14 @@ class TestFingerprint:
         inverter.save_pretrained(tmp_path)
         loaded = MetaAuxInverter.from_pretrained(tmp_path)
         assert pixels(loaded, tiny_inversion) == expected and loaded.fingerprint == tiny_inverter.fingerprint
+
+    def test_weights_that_are_kept_elsewhere(self, inverter, tiny_inverter, tmp_path):
+        accelerate.cpu_offload(inverter.generator, torch.device("cpu"))
+        assert next(inverter.generator.parameters()).is_meta
+        assert inverter.fingerprint == tiny_inverter.fingerprint
+        with pytest.raises(ValueError, match="the generator's weights are offloaded.*remove_all_hooks"):
+            inverter.save_pretrained(tmp_path)
+        assert not list(tmp_path.iterdir())
 
     def test_compiled_2d_generator_has_one_view(self, tiny_2d_inverter):
         inverter = copy.deepcopy(tiny_2d_inverter)

@@ -59,6 +59,8 @@ class PublishingMixin:
         for name, network in self.components.items():
             if network is not None:
                 _check_class(name, type(unwrapped(network)))
+                if any(tensor.is_meta for tensor in network.parameters()):
+                    raise ValueError(f"the {name}'s weights are offloaded: call remove_all_hooks() before saving")
                 check_finite(network, name)
         origin = origin_of(self.generator)
         pipeline = self._to_be_saved(_VARIANT_DTYPES.get(variant))

@@ -159,7 +159,9 @@ class LPIPS(ModelMixin, ConfigMixin):
             ValueError: the file's weights are of something else.
         """
         if Path(path).is_dir():
-            return cls.from_pretrained(path, torch_dtype=torch.float32).eval().requires_grad_(False)
+            # Without these, diffusers would take pickles too, and ask the Hub.
+            options = {"use_safetensors": True, "local_files_only": True}
+            return cls.from_pretrained(path, torch_dtype=torch.float32, **options).eval().requires_grad_(False)
         return cls.from_features_file(path)
 
     @classmethod

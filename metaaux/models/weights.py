@@ -35,7 +35,7 @@ def named_weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     """
     state = network.state_dict()
     if any(tensor.is_meta for tensor in state.values()) and any(hasattr(m, "_hf_hook") for m in network.modules()):
-        from accelerate.utils import get_state_dict_offloaded_model
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
 
         state = get_state_dict_offloaded_model(network)
     named = {".".join(part for part in name.split(".") if part not in _WRAPPERS): t for name, t in state.items()}
