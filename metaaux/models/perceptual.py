@@ -159,7 +159,8 @@ class LPIPS(ModelMixin, ConfigMixin):
             ValueError: the file's weights are of something else.
         """
         if Path(path).is_dir():
-            return cls.from_pretrained(path, torch_dtype=torch.float32).eval().requires_grad_(False)
+            network = cls.from_pretrained(path, torch_dtype=torch.float32, use_safetensors=True)
+            return network.eval().requires_grad_(False)
         return cls.from_features_file(path)
 
     @classmethod
