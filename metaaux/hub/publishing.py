@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..files import forget_origin, write_json, write_text
-from ..models.weights import ORIGIN, cast, check_finite, origin_of, unwrapped
+from ..models.weights import ORIGIN, cast, check_finite, origin_of, unwrapped, without_wrappers
 from .card import CARD, card_of, updated_card
 from .layout import CONFIG, INDEX, NETWORKS, PIPELINE, WEIGHTS, read_json, variant_files
 
@@ -131,7 +131,9 @@ class PublishingMixin:
 
     def _to_be_saved(self, dtype: torch.dtype | None):
         """A pipeline like this one, its networks without wrappers and, where a precision is given, copies in it."""
-        networks = {name: None if network is None else unwrapped(network) for name, network in self.components.items()}
+        networks = {
+            name: None if network is None else without_wrappers(network) for name, network in self.components.items()
+        }
         if dtype is not None:
             networks = {
                 name: None if network is None else cast(copy.deepcopy(network), name, dtype)
