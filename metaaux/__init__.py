@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .head import Head
     from .inversion import Inversion, InversionFileError
     from .pipeline import MetaAuxInverter
+
+if sys.platform == "darwin":
+    # PyTorch reads this when it is imported: see `devices.MPS_FALLBACK_OPERATORS`.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 __version__ = "0.1.0"
 __all__ = ["Head", "Inversion", "InversionFileError", "MetaAuxInverter"]

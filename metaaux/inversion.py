@@ -7,7 +7,6 @@ there are any, `offset_planes` and `aligned`. Metadata, each value a JSON string
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from safetensors.torch import save as serialize_tensors
 
 from .files import atomic_path
 from .models.stylegan2 import offset_shapes
+from .models.weights import generator_fingerprint as generator_fingerprint
 
 FORMAT = "metaaux-inversion"
 VERSION = 1
@@ -188,15 +188,6 @@ class Inversion:
         )
 
 
-def generator_fingerprint(generator: torch.nn.Module) -> str:
-    """SHA-256 over names, shapes and values (as float16) of a generator's weights, 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(generator.state_dict().items()):
-        digest.update(f"{name} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _parse_metadata(data: bytes) -> dict[str, Any]:
     """Checked `model`, `fingerprint` and `steps` of a file whose header safetensors has already accepted."""
     header_size = int.from_bytes(data[:8], "little")
@@ -282,8 +273,8 @@ def _check_tensors(tensors: dict[str, torch.Tensor]) -> None:
             raise InversionFileError(f"its tensor {name!r:.80} has values that are not finite")
     extrinsics = tensors["camera"][:16].cpu().double().view(4, 4)
     rotation = extrinsics[:3, :3]
-    is_rotation = torch.allclose(rotation @ rotation.T, torch.eye(3, dtype=torch.float64), atol=1e-3)
-    last_row_fits = torch.allclose(extrinsics[3], torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64))
+    is_rotation = torch.allclose(rotation @ rotation.T, torch.eye(3, dtype=torch.float64, device="cpu"), atol=1e-3)
+    last_row_fits = torch.allclose(extrinsics[3], extrinsics.new_tensor([0.0, 0.0, 0.0, 1.0]))
     if not is_rotation or rotation.det() < 0 or not last_row_fits:
         raise InversionFileError("its camera is not a rigid camera-to-world matrix")
     if not (tensors["camera"][16] > 0 and tensors["camera"][20] > 0):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import weakref
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -18,11 +18,12 @@ from .editing import apply_edits
 from .export.images import image_to_tensor, tensor_to_image
 from .export.mesh import DEFAULT_RESOLUTION, DEFAULT_TEXTURE, HeadMesh, check_sizes, extract_mesh
 from .export.mesh_files import check_mesh_path, write_mesh
+from .export.turntable import PITCHES, YAWS, Turntable, render_turntable
 from .faces.alignment import FaceAligner
 from .faces.photos import Photo, load_photo
 from .head import Head
-from .hub.loading import HubMixin
-from .inversion import STEP_KEYS, Inversion, generator_fingerprint
+from .hub import HubMixin
+from .inversion import STEP_KEYS, Inversion
 from .losses import InversionLoss, LossWeights
 from .models.auxiliary import AuxiliaryNetwork
 from .models.directions import Direction, LatentDirections
@@ -30,8 +31,9 @@ from .models.discriminator import DualDiscriminator
 from .models.eg3d import EG3DGenerator
 from .models.encoder import LatentEncoder
 from .models.identity import IdentityNetwork
-from .models.perceptual import LPIPS, DiscriminatorPerceptualDistance
+from .models.perceptual import LPIPS
 from .models.stylegan2 import StyleGAN2Generator
+from .models.weights import check_computable, unwrapped
 
 StepCallback = Callable[[int, Image.Image, dict[str, float]], None]
 ProgressCallback = Callable[[float], None]
@@ -110,20 +112,13 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
             flip_yaw=flip_yaw,
             crop_scale=crop_scale,
         )
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over names, shapes and values of the generator's weights, 64 hexadecimal digits.
-
-        Values count as float16, so that loading a checkpoint in another precision or onto another device leaves the
-        fingerprint as it is. Computed at the first use for each generator object.
-        """
-        generator = self.generator
-        known = getattr(self, "_generator_fingerprint", None)
-        if known is None or known[0]() is not generator:
-            known = (weakref.ref(generator), generator_fingerprint(generator))
-            self._generator_fingerprint = known
-        return known[1]
+        trained = auxiliary.config.inner_loss
+        if trained is not None and trained != (used := self.inversion_loss().describe()):
+            warnings.warn(
+                f"the auxiliary network's inner learning rates were learnt for another loss than this pipeline adapts "
+                f"it with: {trained} in training, {used} here; inversions will be worse than those that were measured",
+                stacklevel=2,
+            )
 
     @property
     def aligner(self) -> FaceAligner:
@@ -137,7 +132,7 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
     @property
     def has_viewpoints(self) -> bool:
         """Whether heads can be seen from other sides: not with a 2D generator."""
-        return not isinstance(self.generator, StyleGAN2Generator)
+        return not isinstance(unwrapped(self.generator), StyleGAN2Generator)
 
     @property
     def directions(self) -> dict[str, Direction]:
@@ -187,6 +182,7 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
             FloatingPointError: the loss became infinite or not a number.
         """
         self._check_inference_mode()
+        check_computable(self.components)
         steps = self.config.inner_steps if steps is None else steps
         if steps < 0:
             raise ValueError(f"steps must be 0 or more, got {steps}")
@@ -214,7 +210,7 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
             result = adapt(
                 self.generator,
                 self.auxiliary,
-                self._loss(flip),
+                self.inversion_loss(flip),
                 target,
                 w,
                 cameras,
@@ -258,6 +254,7 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
                 number within ±20.
         """
         inversion.check_fits(self.generator, self.fingerprint)
+        check_computable({"generator": self.generator})
         device = self.device
         ws = apply_edits(inversion.w[None], self.directions, edits, bool(inversion.weight_offsets)).to(device)
         weight_offsets = {layer: offset.to(device) for layer, offset in inversion.weight_offsets.items()}
@@ -347,6 +344,38 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
                 progress(len(images) / len(poses))
         return images
 
+    def turntable(
+        self,
+        inversion: Inversion | Head,
+        yaws: Sequence[float] = YAWS,
+        pitches: Sequence[float] = PITCHES,
+        size: int | None = None,
+        edits: Mapping[str, float] | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> Turntable:
+        """Views from many sides in one picture, with their angles: what a page turns by itself.
+
+        Tri-planes are computed once for all views.
+
+        Args:
+            inversion: or what `prepare` made of it.
+            yaws: degrees of the grid's columns.
+            pitches: degrees of its rows.
+            size: side of one view in pixels, up to the generator's. Default: the generator's, but not above 256.
+            edits: see `render`.
+            progress: called with the share that is done, 0 to 1.
+
+        Raises:
+            ValueError: no yaw or no pitch, a size out of range, or as `render`.
+        """
+        self._check_viewpoints("turntables")
+        head = self._head(inversion, edits)
+
+        def render(yaw: float, pitch: float) -> Image.Image:
+            return self.render(head, yaw=yaw, pitch=pitch)
+
+        return render_turntable(render, self.generator.config.image_size, yaws, pitches, size, progress)
+
     @torch.no_grad()
     def export_mesh(
         self,
@@ -410,11 +439,13 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
         yaws = pose_of_camera(cameras)[0]
         return bool((yaws > self.config.flip_yaw).all() or (yaws < -self.config.flip_yaw).all())
 
-    def _loss(self, flip: bool = False) -> InversionLoss:
+    def inversion_loss(self, flip: bool = False) -> InversionLoss:
+        """Eq. 8 with this checkpoint's weights and networks; with `flip` Eq. 12 takes part, as `InversionLoss.flip`.
+
+        Raises:
+            ValueError: `flip` is wanted and the checkpoint has no weight for it.
+        """
         config = self.config
-        perceptual = self.perceptual
-        if perceptual is None:
-            perceptual = DiscriminatorPerceptualDistance(self.discriminator)
         weights = LossWeights(
             perceptual=config.weight_perceptual,
             identity=config.weight_identity,
@@ -430,14 +461,14 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
                 raise ValueError(
                     "this model has no flip loss: its weight_flip_perceptual and weight_flip_adversarial are both 0"
                 )
-        return InversionLoss(weights, perceptual, self.identity, self.discriminator)
+        return InversionLoss.from_components(weights, self.discriminator, self.identity, self.perceptual)
 
     def _align(self, photos: list[Photo]) -> tuple[list[Image.Image], torch.Tensor]:
         faces = [self.aligner.align(photo) for photo in photos]
         return [face.image for face in faces], torch.stack([face.camera for face in faces])
 
     def _take_aligned(self, photos: list[Photo], camera: torch.Tensor) -> tuple[list[Image.Image], torch.Tensor]:
-        camera = torch.as_tensor(camera, dtype=torch.float32).reshape(-1, 25)
+        camera = torch.as_tensor(camera, dtype=torch.float32, device="cpu").reshape(-1, 25)
         if len(camera) != len(photos):
             raise ValueError(f"each photo needs its camera, got {len(photos)} photos and {len(camera)} cameras")
         size = self.generator.config.image_size

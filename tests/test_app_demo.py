@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
+import gc
 import threading
 import time
+import weakref
 
 import gradio as gr
 import pytest
@@ -14,8 +18,10 @@ from metaaux import MetaAuxInverter
 from metaaux.demo import Settings, build_demo
 from metaaux.demo.engine import Engine
 from metaaux.demo.handlers import FURTHER_SLIDERS, NAMED_SLIDERS, VIEWPOINT_PARTS, Handlers
+from metaaux.demo.heads import HeadCache, head_bytes
 from metaaux.demo.pictures import loss_charts, note_card, progress_bar
-from metaaux.demo.session import Session, SessionExpiredError, show
+from metaaux.demo.session import Session, SessionExpiredError, Visitor, show
+from metaaux.demo.texts import notice
 from metaaux.demo.validation import (
     check_angle,
     check_edits,
@@ -218,17 +224,172 @@ class TestSession:
         path = tmp_path / "head.safetensors"
         tiny_inversion.save(path)
         session = Session(engine.settings.models[0], str(path), 0.0, 0.0)
-        first, session = show(engine, session, 5.0, 0.0, {})
+        first = show(engine, session, 5.0, 0.0, {})
         path.unlink()
-        second, turned = show(engine, session, 10.0, 0.0, {})
-        assert turned is session and first.tobytes() != second.tobytes()
+        second = show(engine, session, 10.0, 0.0, {})
+        assert first.tobytes() != second.tobytes()
         assert second.tobytes() == engine.inverter().render(tiny_inversion, yaw=10.0, pitch=0.0).tobytes()
+        engine.forget(session.path)
+        with pytest.raises(SessionExpiredError):
+            show(engine, session, 10.0, 0.0, {})
 
     def test_expired(self, engine, tmp_path):
         with pytest.raises(SessionExpiredError, match="invert the photo again"):
             show(engine, None, 0.0, 0.0, {})
         with pytest.raises(SessionExpiredError):
-            show(engine, Session("m", str(tmp_path / "gone.safetensors"), 0.0, 0.0), 0.0, 0.0, {})
+            show(engine, Session(engine.settings.models[0], str(tmp_path / "gone.safetensors"), 0.0, 0.0), 0, 0, {})
+
+
+class TestHeadCache:
+    def test_bytes_are_bounded_and_the_longest_unused_goes(self, tiny_inverter, tiny_inversion):
+        head = tiny_inverter.prepare(tiny_inversion)
+        size = head_bytes(head)
+        assert size > head.planes.nbytes
+        cache = HeadCache(3 * size)
+        made = []
+
+        def get(name):
+            return cache.get("m", name, {}, lambda: made.append(name) or dataclasses.replace(head))
+
+        for name in ("a", "b", "c", "a", "d"):
+            get(name)
+        assert made == ["a", "b", "c", "d"] and cache.bytes == 3 * size and len(cache) == 3
+        get("a"), get("b")
+        assert made == ["a", "b", "c", "d", "b"] and cache.bytes == 3 * size
+        cache.forget("b")
+        assert cache.bytes == 2 * size
+
+    def test_a_hundred_visitors_stay_within_it(self, tiny_inverter, tiny_inversion):
+        size = head_bytes(tiny_inverter.prepare(tiny_inversion))
+        cache = HeadCache(10 * size)
+        heads = []
+        for number in range(100):
+            head = cache.get("m", str(number), {}, lambda: tiny_inverter.prepare(tiny_inversion))
+            heads.append(weakref.ref(head))
+        del head
+        gc.collect()
+        assert sum(reference() is not None for reference in heads) == len(cache) == 10
+
+    def test_edits_are_different_heads_of_one_file(self, tiny_inverter, tiny_inversion):
+        head = tiny_inverter.prepare(tiny_inversion)
+        cache = HeadCache(10 * head_bytes(head))
+        made = []
+
+        def get(edits):
+            cache.get("m", "a", edits, lambda: made.append(edits) or head)
+
+        for edits in ({}, {"smile": 1.0}, {"smile": 1.0}):
+            get(edits)
+        assert made == [{}, {"smile": 1.0}]
+        cache.forget("a")
+        assert len(cache) == 0 == cache.bytes
+
+    def test_a_head_too_large_is_not_kept(self, tiny_inverter, tiny_inversion):
+        head = tiny_inverter.prepare(tiny_inversion)
+        cache = HeadCache(head_bytes(head) - 1)
+        assert cache.get("m", "a", {}, lambda: head) is head and len(cache) == 0 == cache.bytes
+
+
+class TestVisitors:
+    """Views of many visitors, some slow, and heads that change meanwhile."""
+
+    @pytest.fixture
+    def slow(self, engine, tiny_inversion, tmp_path, monkeypatch):
+        """Handlers whose views of `slow.safetensors` wait for an event."""
+        gate, begun = threading.Event(), threading.Event()
+        view = engine.view
+
+        def delayed(model, path, *arguments):
+            if path.endswith("slow.safetensors"):
+                begun.set()
+                assert gate.wait(30)
+            return view(model, path, *arguments)
+
+        monkeypatch.setattr(engine, "view", delayed)
+        handlers = Handlers(engine, engine.settings)
+        handlers.gate, handlers.begun = gate, begun
+        handlers.session_of = lambda name: self.session(engine, tiny_inversion, tmp_path / f"{name}.safetensors")
+        yield handlers
+        gate.set()
+
+    @staticmethod
+    def session(engine, inversion, path):
+        inversion.save(path)
+        return Session(engine.settings.models[0], str(path), 0.0, 0.0)
+
+    def visitor(self, session):
+        visitor = Visitor()
+        visitor.replace(session)
+        return visitor
+
+    def test_a_slow_view_holds_up_nobody_else(self, slow):
+        late = self.visitor(slow.session_of("slow"))
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            waiting = pool.submit(slow.turn, late, 5.0, 0.0)
+            assert slow.begun.wait(30)
+            picture, _, _ = pool.submit(slow.turn, self.visitor(slow.session_of("quick")), 5.0, 0.0).result(30)
+            assert picture.endswith("view.png") and not waiting.done()
+            slow.gate.set()
+            assert waiting.result(30)[0].endswith("view.png")
+
+    def test_a_late_view_does_not_bring_back_the_head_before(self, slow):
+        visitor = self.visitor(slow.session_of("slow"))
+        after = slow.session_of("after")
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            waiting = pool.submit(slow.turn, visitor, 5.0, 0.0)
+            assert slow.begun.wait(30)
+            visitor.replace(after)
+            slow.gate.set()
+            assert waiting.result(30) == (gr.skip(), gr.skip(), visitor)
+        assert visitor.session is after
+
+    def test_of_several_moves_the_last_one_counts(self, slow):
+        visitor = self.visitor(slow.session_of("slow"))
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            first = pool.submit(slow.turn, visitor, 5.0, 0.0)
+            assert slow.begun.wait(30)
+            second = pool.submit(slow.turn, visitor, 10.0, 0.0)
+            while visitor._newest < 3:
+                time.sleep(0.01)
+            third = pool.submit(slow.turn, visitor, 15.0, 0.0)
+            while visitor._newest < 4:
+                time.sleep(0.01)
+            slow.gate.set()
+            pictures = [job.result(30)[0] for job in (first, second, third)]
+        assert pictures[:2] == [gr.skip(), gr.skip()]
+        expected = slow.engine.view(visitor.session.model, visitor.session.path, 15.0, 0.0, {})
+        assert Image.open(pictures[2]).tobytes() == expected.tobytes()
+
+    def test_while_another_head_is_made_there_is_nothing_to_show(self, slow):
+        visitor = self.visitor(None)
+        assert slow.turn(visitor, 5.0, 0.0) == (gr.skip(), gr.skip(), visitor)
+        with pytest.raises(gr.Error, match="no longer kept"):
+            slow.turn(None, 5.0, 0.0)
+
+    def test_a_visitor_whose_time_is_over_leaves_nothing(self, slow):
+        visitor = self.visitor(slow.session_of("other"))
+        slow.turn(visitor, 5.0, 0.0)
+        before = len(slow.engine._heads)
+        slow.forget(visitor)
+        assert len(slow.engine._heads) == before - 1 and visitor.session is None
+
+    def test_the_page_keeps_places_for_many_views(self, tiny_folder):
+        demo, _ = build_demo(Settings(models=(str(tiny_folder),)))
+        turns = [fn for fn in demo.fns.values() if fn.name in ("turn", "render")]
+        assert len(turns) == 2
+        assert all(fn.concurrency_id == "view" and fn.concurrency_limit >= 8 for fn in turns)
+        heavy = {fn.name for fn in demo.fns.values() if fn.concurrency_id == "heavy"}
+        assert heavy == {"invert", "orbit", "mesh"}
+
+    def test_expiry_reaches_the_engine(self, tiny_folder):
+        demo, engine = build_demo(Settings(models=(str(tiny_folder),), session_minutes=7))
+        states = [block for block in demo.blocks.values() if isinstance(block, gr.State)]
+        assert {state.time_to_live for state in states} == {420}
+        forgotten = []
+        engine.forget = forgotten.append
+        for state in states:
+            state.delete_callback(self.visitor(Session("m", "path", 0.0, 0.0)))
+        assert forgotten == ["path"]
 
 
 class TestTwoDimensionalModel:
@@ -245,8 +406,10 @@ class TestTwoDimensionalModel:
         path = tmp_path / "head.safetensors"
         *_, last = flat_handlers.engine.invert(model, [crops[0]], [cameras[0]], 1, None, str(path))
         monkeypatch.setattr("metaaux.demo.handlers.save_picture", lambda image, name="view.png": image)
-        image, session, _ = flat_handlers.turn(Session(model, last.path, 5.0, 0.0), 10.0, 0.0)
-        assert image.tobytes() == last.image.tobytes() and session.model == model
+        visitor = Visitor()
+        visitor.replace(Session(model, last.path, 5.0, 0.0))
+        image, _, same = flat_handlers.turn(visitor, 10.0, 0.0)
+        assert image.tobytes() == last.image.tobytes() and same.session.model == model
 
     def test_steps_that_are_right_are_left_alone(self, flat_handlers):
         model = flat_handlers.settings.models[0]
@@ -285,10 +448,13 @@ class TestEditSliders:
         tiny_inversion.save(path)
         amounts = [0.0] * (NAMED_SLIDERS + FURTHER_SLIDERS)
         amounts[NAMED_SLIDERS] = 2.0
-        image, session, _ = handlers.turn(Session(model, str(path), 0.0, 0.0), 5.0, 0.0, *amounts)
+        visitor = Visitor()
+        visitor.replace(Session(model, str(path), 0.0, 0.0))
+        image, _, _ = handlers.turn(visitor, 5.0, 0.0, *amounts)
         inverter = handlers.engine.inverter(model)
         expected = inverter.render(tiny_inversion, yaw=5.0, pitch=0.0, edits={"pc1": 2.0})
-        assert image.tobytes() == expected.tobytes() and session.edits == {"pc1": 2.0}
+        assert image.tobytes() == expected.tobytes()
+        assert image.tobytes() != inverter.render(tiny_inversion, yaw=5.0, pitch=0.0).tobytes()
 
 
 class TestPage:
@@ -299,6 +465,14 @@ class TestPage:
         # gr.Examples adds one of its own, which only hands out the example photos.
         callable_too = {fn.api_name for fn in demo.fns.values() if fn.api_visibility == "undocumented"}
         assert callable_too <= {"load_example"}
+
+    def test_the_notice_says_what_is_set(self):
+        usual = notice(("metaaux-mini",), 30)
+        assert "metaaux-mini" in usual and "about an hour" in usual
+        other = notice(("org/metaaux-ffhq",), 10)
+        assert "`metaaux-ffhq`" in other and "about 20 minutes" in other
+        assert "mini" not in other and "hour" not in other
+        assert "about 4 hours" in notice(("a", "b"), 120) and "`a`, `b`" in notice(("a", "b"), 120)
 
     def test_names_of_files_stay_text(self):
         assert "<script>" not in note_card("<script>") and "<script>" not in progress_bar("<script>", 0.5)

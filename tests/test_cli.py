@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
+import shutil
+import subprocess
 import sys
 import zipfile
 
@@ -13,9 +17,11 @@ import pytest
 import skimage.data
 from conftest import IMAGE_SIZE
 from PIL import Image
+from typer.main import get_command
 
 from metaaux import Inversion, MetaAuxInverter
-from metaaux.cli import main
+from metaaux.cli import app, main
+from metaaux.cli.options import ComparisonOptions, echo_json
 from metaaux.export.images import label_strip
 from metaaux.export.video import write_video
 from metaaux.faces import camera_from_pose
@@ -276,6 +282,128 @@ class TestRendering:
         with pytest.raises(ValueError, match=match):
             write_video([Image.new("RGB", size) for size in sizes], tmp_path / name)
         assert not list(tmp_path.iterdir())
+
+
+class TestPrinting:
+    """What a command prints fails for no terminal and no pipe; its files are written."""
+
+    @staticmethod
+    def start(*arguments, **options):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", **options.pop("environment", {})}
+        command = [sys.executable, "-m", "metaaux", *map(str, arguments)]
+        return subprocess.Popen(
+            command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment, **options}
+        )
+
+    @pytest.fixture
+    def cyrillic_folder(self, tiny_folder, tmp_path):
+        return shutil.copytree(tiny_folder, tmp_path / "фото")
+
+    @pytest.mark.parametrize("encoding", ["cp1252", "ascii:strict", "utf-8"])
+    def test_encodings_without_the_letters_of_a_name(self, cyrillic_folder, encoding):
+        process = self.start("model-info", cyrillic_folder, environment={"PYTHONIOENCODING": encoding})
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        # ASCII counts as a terminal that does not tell its encoding.
+        name = rb"\u0444\u043e\u0442\u043e" if encoding == "cp1252" else "фото".encode()
+        assert name in out.splitlines()[0]
+
+    def test_invert_into_such_a_folder(self, tiny_folder, photo, tmp_path):
+        out = tmp_path / "фото"
+        process = self.start(
+            *("invert", photo, "--out", out, "--model", tiny_folder, "--steps", 0),
+            environment={"PYTHONIOENCODING": "cp1252"},
+        )
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+        assert {path.name for path in out.iterdir()} == RESULTS
+
+    @pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-8"])
+    def test_json_is_ascii_under_every_encoding(self, cyrillic_folder, encoding):
+        process = self.start("model-info", cyrillic_folder, "--json", environment={"PYTHONIOENCODING": encoding})
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert json.loads(out.decode("ascii"))["model"] == str(cyrillic_folder)
+
+    @pytest.mark.parametrize("arguments", [["model-info"], ["model-info", "--json"]])
+    def test_nobody_reads(self, tiny_folder, arguments):
+        process = self.start(*arguments, tiny_folder)
+        process.stdout.close()
+        err = process.stderr.read()
+        assert process.wait() == 0, err
+        assert b"Traceback" not in err and b"BrokenPipe" not in err
+
+    @pytest.mark.skipif(os.name != "posix", reason="a shell's redirections")
+    def test_closed_streams(self, tiny_folder):
+        command = [sys.executable, "-m", "metaaux", "model-info", str(tiny_folder)]
+        subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], check=True)
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device without room")
+    def test_a_full_disk_is_told(self, tiny_folder):
+        with open("/dev/full", "wb") as full:
+            process = self.start("model-info", tiny_folder, stdout=full)
+            err = process.communicate()[1].decode()
+        assert process.returncode == 1 and "No space left" in err and "Traceback" not in err
+
+    def test_json_has_no_word_for_infinity(self):
+        with pytest.raises(ValueError, match="JSON"):
+            echo_json({"mse": float("inf")})
+
+
+class TestPlaces:
+    """Where results cannot lie is said before the work, in one line."""
+
+    def test_folders(self, run, photo, tmp_path, monkeypatch):
+        monkeypatch.setattr(MetaAuxInverter, "from_pretrained", None)  # nothing is loaded
+        (tmp_path / "file").touch()
+        for command in (["invert", photo], ["compare-flip", photo], ["evaluate", "--data", photo]):
+            for out in ("file", "file/a", "a" * 256):
+                code, stdout, err = run(*command, "--out", tmp_path / out)
+                assert code == 2 and stdout == "" and ("is a file" in err or "too long" in err)
+        code, _, err = run("evaluate", "generator", "--out", tmp_path / "file")
+        assert code == 2 and "file is a file" in err
+        assert (tmp_path / "file").read_bytes() == b""
+
+    def test_files(self, run, inversion_file, tmp_path, monkeypatch):
+        monkeypatch.setattr(MetaAuxInverter, "from_pretrained", None)
+        for command, suffix in (("render", "png"), ("orbit", "mp4"), ("mesh", "glb")):
+            (tmp_path / f"folder.{suffix}").mkdir()
+            for name, match in (("folder", "it is a folder"), ("none/a", "does not exist"), ("a" * 252, "too long")):
+                code, _, err = run(command, inversion_file, "--out", tmp_path / f"{name}.{suffix}")
+                assert code == 2 and match in err
+        code, _, err = run("benchmark", "--out", tmp_path)
+        assert code == 2 and "it is a folder" in err
+
+    def test_names_as_long_as_the_file_system_allows(self, run, tiny_folder, inversion_file, tmp_path):
+        for command, suffix, options in (("render", "png", []), ("orbit", "mp4", ["--frames", 2])):
+            out = tmp_path / ("é" * 125 + f".{suffix}")
+            code, _, err = run(command, inversion_file, "--out", out, "--model", tiny_folder, *options)
+            assert code == 0 and out.is_file(), err
+
+    def test_colon_in_a_videos_name(self, run, tiny_folder, inversion_file, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        code, _, err = run("orbit", inversion_file, "--out", "10:30.mp4", "--frames", 2, "--model", tiny_folder)
+        assert code == 0, err
+        assert len(list(imageio_ffmpeg.read_frames(str(tmp_path / "10:30.mp4")))) == 3  # properties first
+
+
+class TestSharedOptions:
+    def test_evaluate_and_editing_have_the_same(self):
+        evaluate = get_command(app).commands["evaluate"]
+        editing = evaluate.commands["editing"]
+        shared = [field.name for field in dataclasses.fields(ComparisonOptions)]
+        found = [{p.name: p for p in command.params} for command in (evaluate, editing)]
+        for name in shared:
+            first, second = (parameters[name] for parameters in found)
+            assert (first.opts, first.help) == (second.opts, second.help)
+            assert name == "methods" or first.default == second.default
+        assert found[1]["methods"].default == "metaaux,encoder"
+
+    def test_help_of_methods_names_each_of_them(self):
+        from metaaux.baselines import METHODS
+
+        words = ComparisonOptions.__annotations__["methods"]
+        assert all(re.search(rf"[ (]{re.escape(name)}[,.;) ]", words) for name in METHODS)
 
 
 def test_help_names_every_command(run):

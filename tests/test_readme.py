@@ -87,15 +87,15 @@ class TestCommands:
     def test_configurations_exist_and_load(self):
         import importlib
 
-        from metaaux.training.settings import load_config
+        from metaaux.training.settings import load_settings
 
         found = re.findall(r"train (\w+) --config (\S+)", TEXT)
         assert {part for part, _ in found} == {"generator", "encoder", "identity", "auxiliary", "directions"}
         for part, path in found:
             module = importlib.import_module(f"metaaux.training.{part}")
-            load_config(getattr(module, f"{part.capitalize()}Config"), ROOT / path)
+            load_settings(getattr(module, f"{part.capitalize()}Config"), ROOT / path)
         assert {path for _, path in found} == {
-            str(path.relative_to(ROOT)) for path in (ROOT / "metaaux" / "configs").glob("*.yaml")
+            str(path.relative_to(ROOT)) for path in (ROOT / "metaaux" / "configs" / "mini").glob("*.yaml")
         }
 
     def test_links_lead_somewhere(self):
@@ -123,6 +123,15 @@ class TestPackage:
     def test_every_package_is_listed(self):
         found = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "metaaux").rglob("__init__.py")}
         assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | {"metaaux.hub_configs"}
+
+    def test_extras_are_what_the_requirements_say(self):
+        extras = {
+            name: {r.name: r for r in map(Requirement, lines)}
+            for name, lines in PROJECT["project"]["optional-dependencies"].items()
+        }
+        for name, requirement in extras["train"].items():
+            assert requirement.specifier == requirements("requirements-dev.txt")[name].specifier
+        assert extras["demo"]["gradio"].specifier == requirements("requirements.txt")["gradio"].specifier
 
     def test_package_data_exists(self):
         folders = PROJECT["tool"]["setuptools"]["package-dir"]

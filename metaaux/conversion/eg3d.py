@@ -241,7 +241,9 @@ def _plane_axes(renderer: Record | None, notes: list[str]) -> list[str]:
     if not isinstance(axes, torch.Tensor):
         notes.append(f"the file does not say its plane axes; the released checkpoints' {RELEASED_AXES} were assumed")
         return list(RELEASED_AXES)
-    if axes.shape != (3, 3, 3) or not torch.equal(axes.float() @ axes.float().mT, torch.eye(3).expand(3, 3, 3)):
+    if axes.shape != (3, 3, 3) or not torch.equal(
+        axes.float() @ axes.float().mT, torch.eye(3, dtype=torch.float32, device=axes.device).expand(3, 3, 3)
+    ):
         raise ConversionError("its plane axes are not permutations of x, y and z")
     # A plane's first two rows are the unit vectors along its columns and rows.
     return ["".join("xyz"[int(row.argmax())] for row in plane[:2]) for plane in axes]
@@ -253,7 +255,7 @@ def rename_tensors(tensors: Mapping[str, torch.Tensor], rename: Callable[[str], 
     Raises:
         ConversionError: another resampling filter than [1, 3, 3, 1].
     """
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float32, device="cpu") / 8
     renamed = {}
     for name, tensor in tensors.items():
         if name.rpartition(".")[2] == "resample_filter":

@@ -392,7 +392,7 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: An
     if min(layout) < 0 or len(rest) == 3 and rest[2]:
         raise ConversionError(f"a tensor with the layout {layout}")
     if math.prod(size) == 0 or not storage.data:
-        return torch.empty(size, dtype=storage.dtype)
+        return torch.empty(size, dtype=storage.dtype, device="cpu")
     if (last + 1) * storage.dtype.itemsize > len(storage.data) or math.prod(size) > 2**31:
         raise ConversionError(f"a tensor of size {list(size)} that reaches beyond its storage")
     values = torch.frombuffer(bytearray(storage.data), dtype=storage.dtype)

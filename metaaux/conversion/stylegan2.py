@@ -132,7 +132,7 @@ def _from_state(state: Mapping[str, Any]) -> Converted:
     w_dim = tensors["style.1.weight"].shape[0] if "style.1.weight" in tensors else 0
     if not isinstance(average, torch.Tensor):
         notes.append("the file has no latent_avg: w_avg is zero, and truncation would pull towards it")
-        average = torch.zeros(w_dim)
+        average = torch.zeros(w_dim, dtype=torch.float32, device="cpu")
     if average.ndim > 1:  # one a layer, all alike, as encoders store it
         average = average.reshape(-1, average.shape[-1])[0]
     renamed["mapping_network.w_avg"] = average

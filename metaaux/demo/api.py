@@ -5,13 +5,13 @@ They keep nothing between calls. What one call hands to the next is the inversio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
 import gradio as gr
 
-from .engine import Engine
+from .engine import VIEWS, Engine
 from .settings import Settings
 from .uploads import FileInput, PhotoInput, new_file, save_picture
 from .validation import (
@@ -186,65 +186,45 @@ class Api:
 def add_endpoints(engine: Engine, settings: Settings) -> None:
     """Adds the endpoints to the `gr.Blocks` that is being built. Their components are part of no page."""
     api = Api(engine, settings)
-    models = list(settings.models)
     heavy = {"concurrency_id": "heavy", "concurrency_limit": settings.workers}
-    light = {"concurrency_id": "light", "concurrency_limit": 2}
 
-    def edits() -> gr.JSON:
-        return gr.JSON(label="edits", value={})
+    def add(function: Callable, inputs: list, outputs: list, options: dict) -> None:
+        trigger.click(function, inputs, outputs, api_name=function.__name__, **options)
 
-    def model() -> gr.Dropdown:
-        return gr.Dropdown(models, value=models[0], label="model")
-
-    def inversion() -> FileInput:
-        return FileInput(label="inversion", type="filepath")
+    def head(*between: gr.components.Component) -> list:
+        """Inputs of an endpoint that takes an inversion: its file, `between`, then edits and model."""
+        file = FileInput(label="inversion", type="filepath")
+        return [file, *between, gr.JSON(label="edits", value={}), _model_input(settings)]
 
     with gr.Column(visible=False):
         trigger = gr.Button()
-        trigger.click(
-            api.invert,
-            [
-                PhotoInput(label="photo", type="filepath"),
-                gr.Number(label="steps"),
-                gr.Dropdown(list(FLIP_CHOICES), value="automatic", label="flip"),
-                FileInput(label="more_photos", type="filepath", file_count="multiple"),
-                model(),
-            ],
-            [
-                gr.Image(label="reconstruction", format="png"),
-                gr.JSON(label="report"),
-                gr.File(label="inversion"),
-                gr.Image(label="aligned", format="png"),
-            ],
-            api_name="invert",
-            **heavy,
-        )
-        trigger.click(
-            api.render,
-            [inversion(), gr.Number(label="yaw"), gr.Number(label="pitch"), edits(), model()],
-            gr.Image(label="view", format="png"),
-            api_name="render",
-            **light,
-        )
-        trigger.click(
-            api.orbit,
-            [
-                inversion(),
-                gr.Number(60, label="frames"),
-                gr.Number(25, label="yaw_range"),
-                gr.Number(10, label="pitch_range"),
-                edits(),
-                model(),
-            ],
-            gr.File(label="video"),
-            api_name="orbit",
-            **heavy,
-        )
-        trigger.click(
-            api.mesh,
-            [inversion(), gr.Number(160, label="resolution"), edits(), model()],
-            gr.File(label="mesh"),
-            api_name="mesh",
-            **heavy,
-        )
-        trigger.click(api.directions, model(), gr.JSON(label="directions"), api_name="directions", **light)
+        add(api.invert, _invert_inputs(settings), _invert_outputs(), heavy)
+        angles = gr.Number(label="yaw"), gr.Number(label="pitch")
+        add(api.render, head(*angles), [gr.Image(label="view", format="png")], VIEWS)
+        path = gr.Number(60, label="frames"), gr.Number(25, label="yaw_range"), gr.Number(10, label="pitch_range")
+        add(api.orbit, head(*path), [gr.File(label="video")], heavy)
+        add(api.mesh, head(gr.Number(160, label="resolution")), [gr.File(label="mesh")], heavy)
+        add(api.directions, [_model_input(settings)], [gr.JSON(label="directions")], {"concurrency_limit": None})
+
+
+def _model_input(settings: Settings) -> gr.Dropdown:
+    return gr.Dropdown(list(settings.models), value=settings.models[0], label="model")
+
+
+def _invert_inputs(settings: Settings) -> list:
+    return [
+        PhotoInput(label="photo", type="filepath"),
+        gr.Number(label="steps"),
+        gr.Dropdown(list(FLIP_CHOICES), value="automatic", label="flip"),
+        FileInput(label="more_photos", type="filepath", file_count="multiple"),
+        _model_input(settings),
+    ]
+
+
+def _invert_outputs() -> list:
+    return [
+        gr.Image(label="reconstruction", format="png"),
+        gr.JSON(label="report"),
+        gr.File(label="inversion"),
+        gr.Image(label="aligned", format="png"),
+    ]

@@ -8,8 +8,9 @@ process once the parent has used it, so faces are aligned outside of them.
 from __future__ import annotations
 
 import contextvars
+import functools
+import inspect
 import logging
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -20,19 +21,23 @@ import spaces
 from PIL import Image
 from spaces.config import Config as spaces_config
 
+from .heads import HeadCache
 from .settings import Settings
+from .validation import explained
 
 if TYPE_CHECKING:
     import torch
 
     from ..faces import AlignedFace
-    from ..head import Head
     from ..pipeline import MetaAuxInverter
 
 logger = logging.getLogger(__name__)
 
 #: How long a request waits for the models that are still being loaded, seconds.
 LOADING_TIMEOUT = 300.0
+
+#: Views have places for many visitors, each of whom takes one at a time: nobody's slow view holds up the others'.
+VIEWS = {"concurrency_id": "view", "concurrency_limit": 16}
 
 
 class _Cancelled(BaseException):
@@ -70,11 +75,11 @@ class Engine:
         self._loaded = threading.Event()
         self._failure: Exception | None = None
         self._workers = threading.BoundedSemaphore(settings.workers)
-        # Off ZeroGPU `spaces.GPU` returns the function as it is.
-        self.invert = spaces.GPU(duration=_seconds_of_inversion)(self._invert)
-        self.render = spaces.GPU(duration=_seconds_of_view)(self._render)
-        self.orbit = spaces.GPU(duration=_seconds_of_orbit)(self._orbit)
-        self.mesh = spaces.GPU(duration=_seconds_of_mesh)(self._mesh)
+        self._heads = HeadCache(settings.max_heads_mb * 1_000_000)
+        self._invert_on_gpu = _on_gpu(self._invert, _seconds_of_inversion)
+        self._render_on_gpu = _on_gpu(self._render, _seconds_of_view)
+        self._orbit_on_gpu = _on_gpu(self._orbit, _seconds_of_orbit)
+        self._mesh_on_gpu = _on_gpu(self._mesh, _seconds_of_mesh)
 
     def start(self) -> None:
         """Loads the models: on ZeroGPU before it returns, as models are to be placed at start there; elsewhere in a
@@ -88,11 +93,6 @@ class Engine:
     def ready(self) -> bool:
         """Whether the models are loaded, or have failed to."""
         return self._loaded.is_set()
-
-    @property
-    def keeps_heads(self) -> bool:
-        """Whether prepared heads outlive a call: on ZeroGPU the process that holds them does not."""
-        return not self.zero_gpu
 
     def inverter(self, model: str | None = None) -> MetaAuxInverter:
         """The pipeline of a model, once it is loaded.
@@ -118,11 +118,6 @@ class Engine:
             return "ZeroGPU"
         return "GPU" if self.inverter().device.type == "cuda" else "CPU"
 
-    def prepare(self, model: str, path: str, edits: dict[str, float]) -> Head:
-        """What all views of an inversion file share. Only where `keeps_heads`."""
-        inverter = self.inverter(model)
-        return inverter.prepare(inverter.load_inversion(path), edits)
-
     def align(self, model: str, photos: list[Image.Image]) -> list[AlignedFace]:
         """Crops and cameras of photos, always in this process.
 
@@ -140,7 +135,7 @@ class Engine:
                 raise type(error)(f"photo {number}: {error}") from None
         return faces
 
-    def _invert(
+    def invert(
         self,
         model: str,
         crops: list[Image.Image],
@@ -158,7 +153,88 @@ class Engine:
             steps: gradient steps.
             flip: as `MetaAuxInverter.invert`.
             path: where the inversion's file goes.
+
+        Raises:
+            ValueError: the model has no flip loss, and it was asked for.
         """
+        if flip:
+            self._check_viewpoints(model, "the flip loss")
+            self.inverter(model).inversion_loss(flip=True)
+        yield from self._invert_on_gpu(model, crops, cameras, steps, flip, path)
+
+    def render(
+        self, model: str, path: str, yaw: float | None, pitch: float | None, edits: dict[str, float]
+    ) -> Image.Image:
+        """One view of an inversion file, for one who keeps nothing here.
+
+        Raises:
+            ValueError: the file is no inversion of this model.
+        """
+        if yaw is not None or pitch is not None:
+            self._check_viewpoints(model, "yaw and pitch")
+        self._check_file(model, path)
+        return self._render_on_gpu(model, path, yaw, pitch, edits)
+
+    def view(
+        self, model: str, path: str, yaw: float | None, pitch: float | None, edits: dict[str, float]
+    ) -> Image.Image:
+        """As `render`, for a visitor who turns a head: what its views share is kept for the next one.
+
+        Raises:
+            FileNotFoundError: neither the file nor what was made of it is there any more.
+        """
+        if self.zero_gpu:
+            # The process that would keep it does not outlive the call.
+            return self.render(model, path, yaw, pitch, edits)
+        inverter = self.inverter(model)
+        head = self._heads.get(model, path, edits, lambda: inverter.prepare(inverter.load_inversion(path), edits))
+        return inverter.render(head, yaw=yaw, pitch=pitch)
+
+    def forget(self, path: str) -> None:
+        """Drops what is kept of an inversion file for `view`."""
+        self._heads.forget(path)
+
+    def orbit(
+        self, model: str, path: str, frames: int, ranges: tuple[float, float], edits: dict[str, float], video: str
+    ) -> Iterator[float]:
+        """Writes a video of the turning head of an inversion file; yields the share that is done.
+
+        Raises:
+            ValueError: as `render`, or heads of this model cannot be turned.
+        """
+        self._check_viewpoints(model, "videos")
+        self._check_file(model, path)
+        yield from self._orbit_on_gpu(model, path, frames, ranges, edits, video)
+
+    def mesh(self, model: str, path: str, resolution: int, edits: dict[str, float], mesh: str) -> Iterator[float]:
+        """Writes a mesh of the head of an inversion file; yields the share that is done.
+
+        Raises:
+            ValueError: as `orbit`, or the head has no surface.
+        """
+        self._check_viewpoints(model, "meshes")
+        self._check_file(model, path)
+        yield from self._mesh_on_gpu(model, path, resolution, edits, mesh)
+
+    def _check_file(self, model: str, path: str) -> None:
+        # A visitor's quota is spent on what cannot work if this is found out on ZeroGPU's side. Elsewhere the file is
+        # read in this process anyway.
+        if self.zero_gpu:
+            self.inverter(model).load_inversion(path)
+
+    def _check_viewpoints(self, model: str, what: str) -> None:
+        if not self.inverter(model).has_viewpoints:
+            raise ValueError(f"{what} need a model whose heads can be turned; this one's have one view, the photo's")
+
+    def _invert(
+        self,
+        model: str,
+        crops: list[Image.Image],
+        cameras: list[torch.Tensor],
+        steps: int,
+        flip: bool | None,
+        path: str,
+    ) -> Iterator[Step]:
         import torch
 
         inverter = self.inverter(model)
@@ -180,18 +256,14 @@ class Engine:
             yield Step(last.step, last.image, last.losses, path)
 
     def _render(
-        self, model: str, source: str | Head, yaw: float | None, pitch: float | None, edits: dict[str, float]
+        self, model: str, path: str, yaw: float | None, pitch: float | None, edits: dict[str, float]
     ) -> Image.Image:
-        """One view of an inversion file, or of a head that `prepare` made with the same edits."""
         inverter = self.inverter(model)
-        if isinstance(source, str):
-            return inverter.render(inverter.load_inversion(source), yaw=yaw, pitch=pitch, edits=edits)
-        return inverter.render(source, yaw=yaw, pitch=pitch)
+        return inverter.render(inverter.load_inversion(path), yaw=yaw, pitch=pitch, edits=edits)
 
     def _orbit(
         self, model: str, source: str, frames: int, ranges: tuple[float, float], edits: dict[str, float], path: str
     ) -> Iterator[float]:
-        """Writes a video of the turning head; yields the share that is done."""
         from ..export.video import write_video
 
         inverter = self.inverter(model)
@@ -204,7 +276,6 @@ class Engine:
         yield from self._stream(run)
 
     def _mesh(self, model: str, source: str, resolution: int, edits: dict[str, float], path: str) -> Iterator[float]:
-        """Writes a mesh of the head; yields the share that is done."""
         inverter = self.inverter(model)
 
         def run(report: Callable[[Any], None]) -> None:
@@ -287,6 +358,28 @@ class Engine:
             logger.exception("the warm-up failed; the demo goes on without")
 
 
+def _on_gpu(function: Callable, duration: Callable[..., int]) -> Callable:
+    """`spaces.GPU`, which off ZeroGPU returns the function as it is. On ZeroGPU an error's message is lost on its way
+    to the visitor unless it is a `gr.Error`, which it is therefore made where it is raised."""
+    if not spaces_config.zero_gpu:
+        return function
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def run(*arguments: Any) -> Iterator[Any]:
+            with explained():
+                yield from function(*arguments)
+
+    else:
+
+        @functools.wraps(function)
+        def run(*arguments: Any) -> Any:
+            with explained():
+                return function(*arguments)
+
+    return spaces.GPU(duration=duration)(run)
+
+
 def _seconds_of_inversion(model, crops, cameras, steps, flip, path) -> int:
     passes = (steps + 2) * len(crops) * (1 if flip is False else 2)
     return min(120, 8 + passes // 4)
@@ -302,8 +395,3 @@ def _seconds_of_orbit(model, source, frames, ranges, edits, path) -> int:
 
 def _seconds_of_mesh(model, source, resolution, edits, path) -> int:
     return min(60, 10 + (resolution // 64) ** 2)
-
-
-def is_absent(path: str) -> bool:
-    """Whether a file of a session has been deleted from the cache meanwhile."""
-    return not os.path.isfile(path)

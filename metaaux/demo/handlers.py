@@ -12,8 +12,9 @@ from PIL import Image
 
 from .engine import Engine
 from .pictures import crop_card, loss_charts, note_card, progress_bar
-from .session import AlignedPhotos, Session, SessionExpiredError, show
+from .session import AlignedPhotos, Session, SessionExpiredError, Visitor, show
 from .settings import Settings
+from .texts import model_name
 from .uploads import new_file, save_picture
 from .validation import (
     MAX_PITCH,
@@ -27,6 +28,8 @@ from .validation import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from ..models.directions import Direction
 
 #: Parts of the page that a 2D model has no use for: turning, video and mesh.
@@ -43,10 +46,10 @@ class RunView:
 
     running: bool
     status: str
+    visitor: Visitor
     compare: Any = None
     strip: Any = None
     losses: Any = None
-    session: Any = None
     view: Any = None
     pose: tuple[float, float] | None = None
     head_file: str | None = None
@@ -55,7 +58,7 @@ class RunView:
     @property
     def values(self) -> tuple:
         skip = gr.skip()
-        ready = self.session is not None
+        ready = self.view is not None
         yaw, pitch = self.pose if self.pose is not None else (skip, skip)
         return (
             gr.update(visible=not self.running),
@@ -65,7 +68,7 @@ class RunView:
             gr.update(value=self.compare, visible=True) if self.compare is not None else skip,
             gr.update(value=self.strip, visible=True) if self.strip is not None else skip,
             gr.update(value=self.losses, visible=True) if self.losses is not None else skip,
-            self.session,
+            self.visitor,
             gr.update(visible=not ready),
             gr.update(visible=ready),
             gr.update(visible=ready),
@@ -102,7 +105,7 @@ class Handlers:
         """
         with explained():
             inverter = self.engine.inverter(model)
-        line = f'<span class="chip ready">{self._name(model)} · {self.engine.describe_device()}</span>'
+        line = f'<span class="chip ready">{model_name(model)} · {self.engine.describe_device()}</span>'
         slots = _slots(inverter.directions)
         sliders = [
             gr.update(visible=False, value=0)
@@ -144,14 +147,18 @@ class Handlers:
         card = gr.update(value=crop_card(faces, photos), visible=True)
         return AlignedPhotos(model, tuple(faces)), card, gr.update(interactive=True)
 
-    def invert(self, aligned: AlignedPhotos | None, steps: Any, flip: Any, model: str) -> Iterator[tuple]:
+    def invert(
+        self, visitor: Visitor | None, aligned: AlignedPhotos | None, steps: Any, flip: Any, model: str
+    ) -> Iterator[tuple]:
         """*Invert* was pressed: a result a step, the last one with the head."""
         with explained():
             steps = check_integer("steps", steps, 0, self.settings.max_steps)
             flip = check_flip(flip)
             if aligned is None or aligned.model != model:
                 raise ValueError("there is no aligned photo yet; add a photo and wait until its face is shown")
-        yield RunView(True, progress_bar("Starting", 0.02)).values
+        self.forget(visitor)
+        visitor = visitor or Visitor()
+        yield RunView(True, progress_bar("Starting", 0.02), visitor).values
 
         crops = [face.image for face in aligned.faces]
         crop = save_picture(crops[0], "photo.png")
@@ -171,11 +178,12 @@ class Handlers:
                 if result.path is None:
                     text = f"{_step_name(result.step).capitalize()} done, fitting to your photo"
                     status = progress_bar(text, len(images) / (steps + 2))
-                    yield RunView(True, status, compare, images, charts).values
+                    yield RunView(True, status, visitor, compare, images, charts).values
                 else:
                     seconds = sum(entry["seconds"] for entry in losses)
                     status = progress_bar(f"Done: {steps} steps in {seconds:.1f} s", 1.0, busy=False)
-                    yield self._finished(status, compare, images, charts, model, result.path, cameras[0])
+                    session = self._session(model, result.path, cameras[0])
+                    yield self._finished(status, visitor, session, compare, images, charts)
 
     def cancelled(self) -> tuple:
         """*Cancel* was pressed; the run itself ends at its next step.
@@ -186,7 +194,7 @@ class Handlers:
         status = progress_bar("Cancelled", 0.0, busy=False)
         return gr.update(visible=True), gr.update(visible=False), status
 
-    def open_head(self, path: str | None, model: str) -> tuple:
+    def open_head(self, visitor: Visitor | None, path: str | None, model: str) -> tuple:
         """A head file was dropped in."""
         with explained():
             inverter = self.engine.inverter(model)
@@ -194,40 +202,55 @@ class Handlers:
             # Written anew, so that what is kept and offered for download is what was checked, under our own name.
             kept = new_file("head.safetensors")
             inversion.save(kept)
-            image = self.engine.render(model, kept, None, None, {})
+            image = self.engine.view(model, kept, None, None, {})
         crop = image
         if inversion.aligned is not None:
             crop = Image.fromarray(inversion.aligned.permute(1, 2, 0).numpy())
         charts = loss_charts(inversion.steps, len(inversion.steps)) if inversion.steps else None
         status = progress_bar("Opened from your file", 1.0, busy=False)
         compare = (save_picture(crop, "photo.png"), save_picture(image, "step.png"))
-        return self._finished(status, compare, None, charts, model, kept, inversion.camera)
+        session = self._session(model, kept, inversion.camera)
+        return self._finished(status, visitor or Visitor(), session, compare, None, charts)
 
-    def turn(self, session: Session | None, yaw: float, pitch: float, *amounts: float) -> tuple:
+    def turn(self, visitor: Visitor | None, yaw: float, pitch: float, *amounts: float) -> tuple:
         """A slider was moved.
 
         Returns:
-            the view, the session, the picture's download.
+            the view, the picture's download, the visitor; without any change where the visitor has moved on by then.
         """
         with explained():
-            if session is None:
+            if visitor is None:
                 raise SessionExpiredError
-            image, session = self._show(session, yaw, pitch, self._edits(session.model, amounts))
-            picture = save_picture(image)
-        return picture, session, picture
+            with visitor.newest() as request:
+                # Of several moves the last one counts; without a head another one is being made.
+                if not request.is_current or request.session is None:
+                    return gr.skip(), gr.skip(), visitor
+                edits = self._edits(request.session.model, amounts)
+                picture = save_picture(self._show(request.session, yaw, pitch, edits))
+                if not request.is_current:
+                    return gr.skip(), gr.skip(), visitor
+        return picture, picture, visitor
 
-    def reset(self, session: Session | None) -> list:
+    def reset(self, visitor: Visitor | None) -> list:
         """*Reset* was pressed.
 
         Returns:
             yaw, pitch, then 0 for each edit slider.
         """
+        session = None if visitor is None else visitor.session
         yaw, pitch = (0.0, 0.0) if session is None else _offered_pose(session.yaw, session.pitch)
         return [yaw, pitch, *[0] * EDIT_SLIDERS]
 
+    def forget(self, visitor: Visitor | None) -> None:
+        """A visitor's head is not shown any more."""
+        if visitor is not None:
+            session = visitor.replace(None)
+            if session is not None:
+                self.engine.forget(session.path)
+
     def orbit(
         self,
-        session: Session | None,
+        visitor: Visitor | None,
         *amounts: float,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple:
@@ -240,11 +263,11 @@ class Handlers:
         def compute(model: str, head: str, edits: dict[str, float], path: str) -> Iterator[float]:
             return self.engine.orbit(model, head, 60, (25.0, 10.0), edits, path)
 
-        return self._export(session, amounts, "orbit.mp4", compute, progress, "Rendering views")
+        return self._export(visitor, amounts, "orbit.mp4", compute, progress, "Rendering views")
 
     def mesh(
         self,
-        session: Session | None,
+        visitor: Visitor | None,
         *amounts: float,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple:
@@ -257,11 +280,11 @@ class Handlers:
         def compute(model: str, head: str, edits: dict[str, float], path: str) -> Iterator[float]:
             return self.engine.mesh(model, head, 160, edits, path)
 
-        return self._export(session, amounts, "head.glb", compute, progress, "Extracting the surface")
+        return self._export(visitor, amounts, "head.glb", compute, progress, "Extracting the surface")
 
     def _export(
         self,
-        session: Session | None,
+        visitor: Visitor | None,
         amounts: tuple[float, ...],
         name: str,
         compute: Callable[[str, str, dict[str, float], str], Iterator[float]],
@@ -269,6 +292,7 @@ class Handlers:
         activity: str,
     ) -> tuple:
         """Has a file made from the visitor's head; returns it for its player and for its download."""
+        session = None if visitor is None else visitor.session
         with explained():
             if session is None:
                 raise SessionExpiredError
@@ -280,19 +304,27 @@ class Handlers:
                     progress(share, desc=activity)
         return gr.update(value=path, visible=True), gr.update(value=path, visible=True)
 
-    def _finished(self, status, compare, images, charts, model, path, camera) -> tuple:
+    def _session(self, model: str, path: str, camera: torch.Tensor) -> Session:
         from ..faces import pose_of_camera
 
         # Of the camera as the file holds it, so that the same file always opens with the same view.
         yaw, pitch = (float(angle) for angle in pose_of_camera(camera))
-        session = Session(model, path, yaw, pitch)
-        yaw, pitch = _offered_pose(yaw, pitch)
-        with explained():
-            image, session = self._show(session, yaw, pitch, {})
-        picture = save_picture(image)
-        return RunView(False, status, compare, images, charts, session, picture, (yaw, pitch), path, picture).values
+        return Session(model, path, yaw, pitch)
 
-    def _show(self, session: Session, yaw: float, pitch: float, edits: dict[str, float]) -> tuple:
+    def _finished(
+        self, status: str, visitor: Visitor, session: Session, compare: tuple, images: Any, charts: str | None
+    ) -> tuple:
+        """Gives the visitor a head, and the page what it shows of it."""
+        yaw, pitch = _offered_pose(session.yaw, session.pitch)
+        with explained():
+            picture = save_picture(self._show(session, yaw, pitch, {}))
+        before = visitor.replace(session)
+        if before is not None:
+            self.engine.forget(before.path)
+        view = RunView(False, status, visitor, compare, images, charts, picture, (yaw, pitch), session.path, picture)
+        return view.values
+
+    def _show(self, session: Session, yaw: float, pitch: float, edits: dict[str, float]) -> Image.Image:
         if not self.engine.inverter(session.model).has_viewpoints:
             return show(self.engine, session, None, None, edits)
         return show(self.engine, session, yaw, pitch, edits)
@@ -302,10 +334,6 @@ class Handlers:
         slots = zip(_slots(directions), amounts)
         edits = {direction.name: amount for direction, amount in slots if direction is not None}
         return check_edits(edits, directions)
-
-    @staticmethod
-    def _name(model: str) -> str:
-        return model.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _slots(directions: Mapping[str, Direction]) -> list[Direction | None]:

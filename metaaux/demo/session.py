@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from .engine import Engine, is_absent
+from .engine import Engine
 
 if TYPE_CHECKING:
     from ..faces import AlignedFace
-    from ..head import Head
 
 
 @dataclass(frozen=True)
@@ -29,22 +31,18 @@ class AlignedPhotos:
 
 @dataclass(frozen=True)
 class Session:
-    """A visitor's head.
+    """A visitor's head. It holds nothing large: what views share is kept by the engine.
 
     Attributes:
         model: which model it belongs to.
         path: its inversion file in the cache.
         yaw, pitch: the photo's view, degrees.
-        edits: those that `head` was prepared with.
-        head: tri-planes and all else that its views share, or `None` where the engine keeps none.
     """
 
     model: str
     path: str
     yaw: float
     pitch: float
-    edits: dict[str, float] = field(default_factory=dict)
-    head: Head | None = None
 
 
 class SessionExpiredError(ValueError):
@@ -54,20 +52,75 @@ class SessionExpiredError(ValueError):
         super().__init__("your head is no longer kept here; invert the photo again, or open the head file you saved")
 
 
+class Visitor:
+    """A visitor's head, and the order of what they asked for.
+
+    Events read and change this one object instead of handing sessions back and forth: a view that arrives after the
+    next head must not bring back the one before.
+
+    Attributes:
+        session: their head; None while another one is being made.
+    """
+
+    def __init__(self) -> None:
+        self.session: Session | None = None
+        self._newest = 0
+        self._lock = threading.Lock()
+        self._turn = threading.Lock()
+
+    def __deepcopy__(self, memo: dict) -> Visitor:
+        # Gradio copies initial values of a state; this one is the visitor's own wherever it is.
+        return self
+
+    def replace(self, session: Session | None) -> Session | None:
+        """Takes another head, or none, and returns the one before. Views that are still being computed are out of
+        date from now on."""
+        with self._lock:
+            self._newest += 1
+            before, self.session = self.session, session
+        return before
+
+    @contextmanager
+    def newest(self) -> Iterator[Request]:
+        """A request for a view, which waits for this visitor's one before, and for nobody else's."""
+        with self._lock:
+            self._newest += 1
+            request = Request(self, self.session, self._newest)
+        with self._turn:
+            yield request
+
+
+@dataclass(frozen=True)
+class Request:
+    """One of a visitor's requests.
+
+    Attributes:
+        visitor: whose.
+        session: the head that was theirs when they asked.
+        number: counts their requests and heads.
+    """
+
+    visitor: Visitor
+    session: Session | None
+    number: int
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the visitor has asked for nothing else since, and has no other head by now."""
+        return self.number == self.visitor._newest
+
+
 def show(
     engine: Engine, session: Session | None, yaw: float | None, pitch: float | None, edits: dict[str, float]
-) -> tuple[Image.Image, Session]:
-    """A view, and the session with what was computed for it: a change of the view alone reuses the tri-planes.
+) -> Image.Image:
+    """A view; a change of the view alone reuses the tri-planes.
 
     Raises:
         SessionExpiredError: there is no head.
     """
     if session is None:
         raise SessionExpiredError
-    if session.head is None or session.edits != edits:
-        if is_absent(session.path):
-            raise SessionExpiredError
-        if engine.keeps_heads:
-            session = replace(session, head=engine.prepare(session.model, session.path, edits), edits=edits)
-    source = session.path if session.head is None else session.head
-    return engine.render(session.model, source, yaw, pitch, edits), session
+    try:
+        return engine.view(session.model, session.path, yaw, pitch, edits)
+    except FileNotFoundError:
+        raise SessionExpiredError from None

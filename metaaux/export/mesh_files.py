@@ -13,7 +13,7 @@ import numpy as np
 import trimesh
 from PIL import Image
 
-from ..files import atomic_path
+from ..files import atomic_path, check_output_file
 from .mesh import HeadMesh
 
 #: Endings of the files that [`write_mesh`] makes.
@@ -23,16 +23,17 @@ _ROUGHNESS = 0.9
 
 
 def check_mesh_path(path: str | os.PathLike, suffixes: tuple[str, ...] = MESH_SUFFIXES) -> None:
-    """Raises ValueError unless `path` ends in one of `suffixes`, FileNotFoundError unless its folder exists, and
-    IsADirectoryError if it is a folder itself."""
+    """Checks that a mesh can be written to `path`, before the work that it takes.
+
+    Raises:
+        ValueError: `path` ends in none of `suffixes`.
+        OSError: as [`~metaaux.files.check_output_file`].
+    """
     path = Path(path)
     if path.suffix.lower() not in suffixes:
         endings = " or ".join(filter(None, [", ".join(suffixes[:-1]), suffixes[-1]]))
         raise ValueError(f"the ending of a mesh's file says what it holds: {str(path)!r} must end in {endings}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write {path}: it is a folder")
+    check_output_file(path)
 
 
 def write_mesh(mesh: HeadMesh, path: str | os.PathLike) -> None:
@@ -115,9 +116,6 @@ def write_obj(mesh: HeadMesh, path: str | os.PathLike) -> None:
     row = f"f {corner} {corner.replace('0', '1')} {corner.replace('0', '2')}\n"
     lines += [row.format(*face) for face in (mesh.faces + 1).tolist()]
     files[path] = "".join(lines).encode()
-    for target in files:
-        if target.is_dir():
-            raise IsADirectoryError(f"cannot write {target}: it is a folder")
     with ExitStack() as stack:
         # Renamed from the last to the first once all are written: the mesh after what it refers to.
         for target in reversed(files):

@@ -179,7 +179,7 @@ def _seen(views: list[_View], points: np.ndarray, normals: np.ndarray) -> tuple[
     weigh [M, 1]."""
     points, normals = (torch.from_numpy(np.array(array, dtype=np.float32)) for array in (points, normals))
     normals = F.normalize(normals, dim=1)
-    total, weight = torch.zeros(len(points), 3), torch.zeros(len(points), 1)
+    total, weight = points.new_zeros(len(points), 3), points.new_zeros(len(points), 1)
     for view in views:
         positions, depth = project_points(points, view.camera)
         grid = positions[None, None] * 2 - 1

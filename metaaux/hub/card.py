@@ -7,6 +7,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..models.weights import unwrapped
+
 CARD = "README.md"
 TAGS = ("3d-gan-inversion", "eg3d", "faces", "meta-learning", "metaaux")
 _FIGURES = "## Figures"
@@ -58,7 +60,7 @@ def generated_card(pipeline: Any, repo_id: str | None = None) -> str:
     """Card of a pipeline that has none: what can be read off the pipeline itself. Its licence is "unknown"."""
     networks = {name: network for name, network in sorted(pipeline.components.items()) if network is not None}
     components = "\n".join(
-        f"| `{name}` | `{type(network).__name__}` | {sum(p.numel() for p in network.parameters()):,} |"
+        f"| `{name}` | `{type(unwrapped(network)).__name__}` | {sum(p.numel() for p in network.parameters()):,} |"
         for name, network in networks.items()
     )
     data = ModelCardData(
