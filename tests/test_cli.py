@@ -198,7 +198,7 @@ class TestMesh:
         assert "vertices" in stdout and "100%" in err
 
     def test_errors(self, run, tiny_folder, inversion_file, tmp_path):
-        code, _, err = run("mesh", inversion_file, "--out", tmp_path / "a.obj")
+        code, _, err = run("mesh", inversion_file, "--out", tmp_path / "a.stl")
         assert code == 2 and "must end in .glb" in err
         code, _, err = run("mesh", inversion_file, "--out", tmp_path / "a.glb", "--resolution", 2000)
         assert code == 2 and "--resolution" in err

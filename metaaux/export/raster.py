@@ -75,10 +75,10 @@ def _draw(buffers, part, corners, depths, low, extent, counts, size) -> None:
     column, row = column + low[triangle, 0], row + low[triangle, 1]
     a, b, c = corners[triangle].transpose(1, 2, 0)
     area = (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
-    with np.errstate(divide="ignore", invalid="ignore"):  # of triangles that are seen edge-on, which are dropped
+    with np.errstate(divide="ignore", invalid="ignore"):  # of triangles seen edge-on, which are dropped
         weight_b = ((column - a[0]) * (c[1] - a[1]) - (row - a[1]) * (c[0] - a[0])) / area
         weight_c = ((b[0] - a[0]) * (row - a[1]) - (b[1] - a[1]) * (column - a[0])) / area
-    weights = np.stack([1 - weight_b - weight_c, weight_b, weight_c], axis=1)
+        weights = np.stack([1 - weight_b - weight_c, weight_b, weight_c], axis=1)
     # Rounding must not leave a gap between two triangles.
     inside = (weights >= -1e-9).all(axis=1)
     triangle, weights, pixel = triangle[inside], weights[inside], row[inside] * size + column[inside]

@@ -81,9 +81,11 @@ class Atlas:
 
 
 def simplify(surface: trimesh.Trimesh, triangles: int = _TRIANGLES) -> trimesh.Trimesh:
-    """The surface with at most about so many triangles (quadric error metrics), closed as before."""
+    """The surface with at most so many triangles (quadric error metrics), closed as before."""
     import fast_simplification
 
+    if len(surface.faces) <= triangles:
+        return surface
     # The more it may err at once the sooner it ends, but the likelier it pinches the surface.
     for aggressiveness in (3, 1):
         vertices, faces = fast_simplification.simplify(
