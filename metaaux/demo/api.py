@@ -147,7 +147,7 @@ class Api:
         return path
 
     def mesh(self, inversion: str, resolution: int = 160, edits: dict | None = None, model: str | None = None) -> str:
-        """Extracts the head's surface as a mesh with vertex colours.
+        """Extracts the head's surface as a mesh with a texture.
 
         Args:
             inversion: file that /invert returned.
