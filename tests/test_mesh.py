@@ -225,10 +225,9 @@ class TestTexture:
         expected = look_up(view.astype(np.uint8), positions.numpy())
         assert np.abs(look_up(textured.texture, textured.uv[nose]) - expected).mean() < 3
 
-    def test_no_texel_is_left_empty(self, ball, textured):
-        """The views are bright everywhere here: so are the texture, hidden parts and gaps included."""
-        generator, head = ball
-        assert textured.texture.min() > 40
+    def test_no_texel_is_left_empty(self, textured):
+        """Hidden parts and gaps between charts included: no view is black anywhere here."""
+        assert textured.texture.any(axis=-1).all()
         # Beside a chart the texture goes on, so that look-ups across its border find the same colours.
         covered = rasterize(textured.uv, textured.faces, 256).covered
         beside = ~covered & np.roll(covered, 1, axis=1)

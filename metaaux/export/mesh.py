@@ -70,17 +70,21 @@ def extract_mesh(
     surface = extract_surface(generator, head, resolution, lambda share: report(0.4 * share))
     if not texture:
         colours = colour_vertices(generator, head, surface, lambda share: report(0.4 + 0.6 * share))
-        normals = surface.vertex_normals.astype(np.float32)
-        return HeadMesh(surface.vertices.astype(np.float32), surface.faces.astype(np.int32), colours, normals)
+        return HeadMesh(
+            vertices=np.asarray(surface.vertices, dtype=np.float32),
+            faces=np.asarray(surface.faces, dtype=np.int32),
+            colours=colours,
+            normals=np.asarray(surface.vertex_normals, dtype=np.float32),
+        )
     surface = simplify(surface)
     atlas = unwrap(surface, texture)
     report(0.6)
     picture, colours = bake(generator, head, surface, atlas, texture, lambda share: report(0.6 + 0.4 * share))
     return HeadMesh(
-        vertices=surface.vertices[atlas.vertices].astype(np.float32),
+        vertices=np.asarray(surface.vertices[atlas.vertices], dtype=np.float32),
         faces=atlas.faces.astype(np.int32),
         colours=colours[atlas.vertices],
-        normals=surface.vertex_normals[atlas.vertices].astype(np.float32),
+        normals=np.asarray(surface.vertex_normals[atlas.vertices], dtype=np.float32),
         uv=atlas.uv.astype(np.float32),
         texture=picture,
     )
