@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from .cameras import mirror_camera
+from .devices import synchronize
 from .losses import InversionLoss
 from .models.auxiliary import AuxiliaryNetwork, AuxiliaryOutput
 from .models.eg3d import EG3DGenerator, GeneratorOutput
@@ -444,8 +445,7 @@ class _Reports:
 
     def start(self) -> None:
         """A step's time begins."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         self.started = time.perf_counter()
 
     def add(self, step: int, image: torch.Tensor, losses: Mapping[str, torch.Tensor]) -> None:

@@ -26,7 +26,7 @@ from .export.images import image_to_tensor, tensor_to_image
 from .faces.alignment import FaceAligner
 from .faces.photos import Photo, load_photo
 from .hub import HubMixin
-from .inversion import STEP_KEYS, Inversion
+from .inversion import STEP_KEYS, Inversion, max_file_bytes
 from .losses import InversionLoss, LossWeights
 from .models.auxiliary import AuxiliaryNetwork
 from .models.directions import LatentDirections
@@ -285,7 +285,8 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
             FileNotFoundError: there is no such file.
             ValueError: the file is not a valid inversion file or was made with another model.
         """
-        inversion = Inversion.load(path, fingerprint=self.fingerprint)
+        limit = max_file_bytes(self.generator, self.auxiliary)
+        inversion = Inversion.load(path, fingerprint=self.fingerprint, max_bytes=limit)
         inversion.check_fits(self.generator, self.fingerprint)
         return inversion
 

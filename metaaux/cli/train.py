@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from .options import check_folder
+from ..files import check_output_folder
+from .options import usage_error
 
 
 class Part(str, enum.Enum):
@@ -26,26 +27,31 @@ def train(
     config: Annotated[Path, typer.Option("--config", metavar="FILE", help="YAML, see metaaux/configs.")],
     run: Annotated[
         Path | None,
-        typer.Option("--run", metavar="FOLDER", help="Checkpoints and logs. Default: runs/<name of FILE>."),
+        typer.Option(
+            "--run",
+            metavar="FOLDER",
+            help="Checkpoints and logs. Default: runs/ and the name of FILE; of metaaux/configs/mini/encoder.yaml "
+            "runs/mini-encoder.",
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Value in place of the FILE's, for example run.seed=1 (YAML after the =); may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Train one part. Under `accelerate launch -m metaaux train ...` it uses several GPUs."""
     import importlib
 
+    from ..training.settings import default_run_folder, load_settings
+
     module = importlib.import_module(f"metaaux.training.{part.value}")
-    settings = _read(getattr(module, f"{part.value.capitalize()}Config"), config)
-    folder = Path("runs") / config.stem if run is None else run
-    check_folder(folder)
-    module.train(settings, folder, resume)
-
-
-def _read(cls: type, path: Path) -> Any:
-    import yaml
-
-    from ..training.settings import load_config
-
-    try:
-        return load_config(cls, path)
-    except (TypeError, yaml.YAMLError) as error:  # a missing setting, or no YAML
-        raise ValueError(f"{path} is not a valid configuration: {error}") from None
+    loaded = load_settings(getattr(module, f"{part.value.capitalize()}Config"), config, settings or ())
+    folder = default_run_folder(config) if run is None else run
+    with usage_error("--run"):
+        check_output_folder(folder)
+    module.train(loaded, folder, resume)

@@ -122,6 +122,8 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
     """
 
     config_name = "config.json"
+    # An attribute, so that a training run can compile its own generator's.
+    shade = staticmethod(shade)
 
     @register_to_config
     def __init__(
@@ -315,7 +317,7 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
         densities, logits = evaluate(depths)
         if not config.importance_samples:
             weights, distance, opacity = renderer.merge_and_weigh(depths, densities, limits)
-            return shade(logits, weights), distance, opacity
+            return self.shade(logits, weights), distance, opacity
         coarse = renderer.compositing_weights(depths, densities.detach())
         fine_depths = renderer.importance_depths(
             depths, coarse, config.importance_samples, jitter, uniform, config.stratified_importance
@@ -325,7 +327,7 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
             torch.cat((depths, fine_depths), dim=-1), torch.cat((densities, fine_densities), dim=-1), limits
         )
         coarse_weights, fine_weights = weights.split((config.depth_samples, config.importance_samples), dim=-1)
-        return shade(logits, coarse_weights) + shade(fine_logits, fine_weights), distance, opacity
+        return self.shade(logits, coarse_weights) + self.shade(fine_logits, fine_weights), distance, opacity
 
     def super_resolve(
         self,
