@@ -361,8 +361,8 @@ class AdaptationResult:
         parameters: adapted parameters of the auxiliary network, by name; detached.
         weight_offsets: δ per generator layer, as `generator.synthesize` takes it.
         offset_planes: [1, 3, 3, r, r] world units, or `None` without the 3D module.
-        steps: one dictionary a step from -1 to N: "step", the terms of `InnerProblem.evaluate`, and "seconds", the time
-            that this step alone took.
+        steps: one dictionary a step from -1 to N: "step", the terms of `InnerProblem.evaluate`, and "seconds", the
+            time that this step alone took.
         image: the last reconstruction of each photo [P, 3, S, S].
     """
 
