@@ -93,6 +93,7 @@ def _normal_exponent(batch: int, deviation: float, device: torch.device, channel
     return torch.exp2(torch.randn(batch, channels, 1, 1, device=device) * deviation)
 
 
+# kornia's augmentations read on the host which images they hit, a wait for the GPU at each of the seven changes.
 def augment(image: torch.Tensor) -> torch.Tensor:
     """What changes between two photos of a person, for images [B, 3, S, S] in [-1, 1], at random for each image.
 
