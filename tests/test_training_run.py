@@ -110,6 +110,21 @@ class TestLatest:
             load_network(EG3DGenerator, tmp_path / "latest" / "generator")
 
 
+def test_schedules_follow_the_images_where_the_clock_ends_the_run(tmp_path, monkeypatch):
+    step, rates = GeneratorTrainer.step, {}
+
+    def step_and_look(trainer, images):
+        figures = step(trainer, images)
+        rates[images] = trainer.optimizers["generator"].param_groups[0]["lr"]
+        return figures
+
+    monkeypatch.setattr(GeneratorTrainer, "step", step_and_look)
+    run = {"total_images": 1000, "interval_images": 1000, "max_seconds": 0.0}
+    checkpoint = train(tiny_config(tmp_path, run=run, optimiser={"warmup_images": 99}), tmp_path / "run")
+    assert checkpoint.name == "checkpoint-64"  # the clock is looked at every 16 steps
+    assert rates == {images: pytest.approx(0.0025 * (images + 1) / 100) for images in range(0, 64, 4)}
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_run_that_was_stopped_comes_out_as_one_that_was_not(tmp_path, in_memory):
     """Weights, optimisers, order of the photos, random codes, augmentation: to the bit, on a CPU."""

@@ -172,6 +172,7 @@ class IdentityTrainer(AveragedTrainer):
     """The state of a run and its pairs of pictures."""
 
     name = "identity"
+    packages = ("sklearn",)
     EVALUATED = 400
 
     def __init__(self, config: IdentityConfig, accelerator: Accelerator):
@@ -253,4 +254,4 @@ def train(config: IdentityConfig, run_folder: str | os.PathLike, resume: bool = 
     Raises:
         FileExistsError, FileNotFoundError, ValueError, FloatingPointError, RuntimeError: see `loop.train`.
     """
-    return loop.train(IdentityTrainer, config, run_folder, resume, packages=("sklearn",)).checkpoints[-1]
+    return loop.train(IdentityTrainer, config, run_folder, resume).checkpoints[-1]
