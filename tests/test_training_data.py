@@ -118,7 +118,7 @@ class TestFaceSampler:
     def test_sources_are_repeated(self, tmp_path):
         dataset = FaceDataset(write_dataset(tmp_path / "a.zip", count=2), 16)
         dataset.names[1] = "new/00001.png"
-        sampler = FaceSampler(dataset, 1, "cpu", repeats={"new/": 3})
+        sampler = FaceSampler(dataset, 1, "cpu", in_memory=False, repeats={"new/": 3})
         assert sampler.order.tolist() == [0, 1, 1, 1]
         with pytest.raises(ValueError, match="no picture of .* starts with 'old'"):
             FaceSampler(dataset, 1, "cpu", repeats={"old": 3})
