@@ -11,7 +11,8 @@ from PIL import Image
 from .cameras import camera_from_pose, pose_of_camera, view_path
 from .editing import apply_edits
 from .export.images import tensor_to_image
-from .export.mesh import DEFAULT_RESOLUTION, HeadMesh, check_glb_path, extract_mesh, write_glb
+from .export.mesh import DEFAULT_RESOLUTION, DEFAULT_TEXTURE, HeadMesh, check_sizes, extract_mesh
+from .export.mesh_files import check_mesh_path, write_mesh
 from .export.turntable import PITCHES, YAWS, Turntable, render_turntable
 from .head import Head
 from .inversion import Inversion
@@ -194,31 +195,40 @@ class RenderingMixin:
         resolution: int = DEFAULT_RESOLUTION,
         edits: Mapping[str, float] | None = None,
         progress: ProgressCallback | None = None,
+        texture: int | None = DEFAULT_TEXTURE,
     ) -> HeadMesh:
-        """Writes the head's surface, closed and coloured, as binary glTF, whole or not at all.
+        """Writes the head's surface, closed and coloured, in the format that the ending of `path` names.
 
-        The head stands upright (+y up) and looks along +z, as viewers expect.
+        The head stands upright (+y up) and looks along +z, as viewers expect. Files are whole or absent.
 
         Args:
             inversion: or what `prepare` made of it.
-            path: the file, ending in `.glb`.
+            path: the file. `.glb`: binary glTF. `.obj`: Wavefront, with a `.mtl` and a `.png` of the same name beside
+                it. `.ply`: with vertex colours, whatever `texture` is.
             resolution: cells along each side of the generator's cube; see [`~metaaux.export.mesh.extract_mesh`].
             edits: see `render`.
             progress: called with the share that is done, 0 to 1.
+            texture: side in texels of a texture baked from rendered views, the photo's first. Vertices on the seams
+                of its charts occur several times; the mesh is closed once equal positions are merged. `None` or 0:
+                each vertex has a colour instead.
 
         Returns:
             What was written.
 
         Raises:
-            ValueError: a path that does not end in `.glb`, a resolution out of range, a head without any surface, or
-                as `render`.
+            ValueError: a path with another ending, a resolution or texture out of range, a head without any surface,
+                or as `render`.
             FileNotFoundError: the folder of `path` does not exist.
+            IsADirectoryError: `path` is a folder.
         """
         self._check_viewpoints("meshes")
-        check_glb_path(path)
+        check_mesh_path(path)
+        check_sizes(resolution, texture)
+        if os.fspath(path).lower().endswith(".ply"):
+            texture = None
         head = self._head(inversion, edits)
-        mesh = extract_mesh(self.generator, head, resolution, progress)
-        write_glb(mesh, path)
+        mesh = extract_mesh(self.generator, head, resolution, progress, texture)
+        write_mesh(mesh, path)
         return mesh
 
     def _head(self, inversion: Inversion | Head, edits: Mapping[str, float] | None) -> Head:

@@ -198,9 +198,15 @@ class TestMesh:
         assert code == 0, err
         assert (tmp_path / "a.glb").read_bytes()[:4] == b"glTF"
         assert "vertices" in stdout and "100%" in err
+        arguments = ("--resolution", 32, "--texture", 0)
+        code, stdout, err = run("mesh", tmp_path / "a.safetensors", "--out", tmp_path / "a.ply", *arguments)
+        assert code == 0, err
+        assert (tmp_path / "a.ply").read_bytes()[:4] == b"ply\n"
 
     def test_errors(self, run, tiny_folder, inversion_file, tmp_path):
-        code, _, err = run("mesh", inversion_file, "--out", tmp_path / "a.obj")
+        code, _, err = run("mesh", inversion_file, "--out", tmp_path / "a.glb", "--texture", 5000)
+        assert code == 2 and "--texture" in err
+        code, _, err = run("mesh", inversion_file, "--out", tmp_path / "a.stl")
         assert code == 2 and "must end in .glb" in err
         code, _, err = run("mesh", inversion_file, "--out", tmp_path / "a.glb", "--resolution", 2000)
         assert code == 2 and "--resolution" in err

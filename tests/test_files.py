@@ -15,7 +15,8 @@ from PIL import Image
 
 from metaaux import Inversion
 from metaaux.export.images import save_image
-from metaaux.export.mesh import HeadMesh, write_glb
+from metaaux.export.mesh import HeadMesh
+from metaaux.export.mesh_files import write_glb
 from metaaux.export.video import write_video
 from metaaux.files import atomic_path, check_output_file, check_output_folder, write_json, write_text
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hub_server import WORKER, LoopbackHub
 
@@ -403,6 +404,26 @@ class TestFolders:
         (tmp_path / "generator" / "diffusion_pytorch_model.safetensors.index.json").write_text("[]")
         with pytest.raises(ValueError, match="generator/.*index.json is damaged"):
             check_components(tmp_path, ["generator"])
+
+    def test_card_states_the_fingerprint_of_today(self, tiny_folder, tmp_path):
+        pipeline = MetaAuxInverter.from_pretrained(tiny_folder)
+        before = pipeline.fingerprint
+        assert before in pipeline.card
+        with torch.no_grad():
+            pipeline.generator.decoder.out.bias += 1
+        pipeline.save_pretrained(tmp_path)
+        card = MetaAuxInverter.from_pretrained(tmp_path).card
+        assert card == pipeline.card.replace(before, pipeline.fingerprint) != pipeline.card
+
+    @pytest.mark.parametrize("variant", ["../fp16", "*", "a b", ""])
+    def test_variants_are_words(self, tiny_inverter, tiny_folder, tmp_path, variant):
+        with pytest.raises(ValueError, match="a variant is a word"):
+            tiny_inverter.save_pretrained(tmp_path, variant=variant)
+        with pytest.raises(ValueError, match="a variant is a word"):
+            MetaAuxInverter.from_pretrained(tiny_folder, variant=variant)
+        with pytest.raises(ValueError, match="a variant is a word"):
+            MetaAuxInverter.download(REPO, variant=variant)
+        assert not list(tmp_path.iterdir())
 
     def test_pickles_are_not_written(self, tiny_inverter, tmp_path):
         with pytest.raises(ValueError, match="safe_serialization must stay True"):

@@ -148,6 +148,15 @@ class TestFingerprint:
         loaded = MetaAuxInverter.from_pretrained(tmp_path)
         assert pixels(loaded, tiny_inversion) == expected and loaded.fingerprint == tiny_inverter.fingerprint
 
+    @pytest.mark.parametrize("variant", [None, "fp16"])
+    def test_saving_with_compiled_parts(self, inverter, tiny_inverter, tmp_path, variant):
+        inverter.generator.backbone = torch.compile(inverter.generator.backbone)
+        inverter.encoder = torch.compile(inverter.encoder)
+        inverter.save_pretrained(tmp_path, variant=variant)
+        assert "_orig_mod" in next(iter(inverter.encoder.state_dict()))
+        loaded = MetaAuxInverter.from_pretrained(tmp_path, variant=variant)
+        assert loaded.fingerprint == tiny_inverter.fingerprint
+
     def test_weights_that_are_kept_elsewhere(self, inverter, tiny_inverter, tmp_path):
         accelerate.cpu_offload(inverter.generator, torch.device("cpu"))
         assert next(inverter.generator.parameters()).is_meta

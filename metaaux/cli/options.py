@@ -223,10 +223,10 @@ def check_folder(folder: Path, option: str = "--out") -> None:
         check_output_folder(folder)
 
 
-def check_file(path: Path, suffix: str | None = None, option: str = "--out") -> None:
-    """Ends the command, before any work, where no file can be written there, or its suffix is another."""
-    if suffix is not None and path.suffix.lower() != suffix:
-        raise typer.BadParameter(f"{path} must end in {suffix}", param_hint=option)
+def check_file(path: Path, *suffixes: str, option: str = "--out") -> None:
+    """Ends the command, before any work, where no file can be written at `path`, or it has none of these suffixes."""
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise typer.BadParameter(f"{path} must end in {' or '.join(suffixes)}", param_hint=option)
     with _usage_error(option):
         check_output_file(path)
 

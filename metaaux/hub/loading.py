@@ -93,6 +93,7 @@ def _read(cls: type[Network], folder: Path, variant: str | None) -> Network:
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            disable_mmap=os.name == "nt",  # where a mapped file could not be replaced by saving
         )
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: weights and {CONFIG} do not fit together: {str(error)[:300]}") from None

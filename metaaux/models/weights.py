@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import re
@@ -25,6 +26,19 @@ def unwrapped(network: torch.nn.Module) -> torch.nn.Module:
     """The network itself, without torch.compile and (Distributed)DataParallel around it."""
     while wrapper := next((name for name in _WRAPPERS if name in network._modules), None):
         network = network._modules[wrapper]
+    return network
+
+
+def without_wrappers(network: torch.nn.Module) -> torch.nn.Module:
+    """The network itself; if parts of it are wrapped, a copy without wrappers that shares its tensors."""
+    network = unwrapped(network)
+    if not any(part in _WRAPPERS for name, _ in network.named_modules() for part in name.split(".")):
+        return network
+    tensors = itertools.chain(network.parameters(), network.buffers())
+    network = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            module._modules[name] = unwrapped(child)
     return network
 
 
