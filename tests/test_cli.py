@@ -401,6 +401,8 @@ class TestPlaces:
             for out in ("file", "file/a", "a" * 256):
                 code, stdout, err = run(*command, "--out", tmp_path / out)
                 assert code == 2 and stdout == "" and ("is a file" in err or "too long" in err)
+        code, _, err = run("convert", "lpips", photo, tmp_path / "file")
+        assert code == 2 and "file is a file" in err
         code, _, err = run("evaluate", "generator", "--out", tmp_path / "file")
         assert code == 2 and "file is a file" in err
         assert (tmp_path / "file").read_bytes() == b""
