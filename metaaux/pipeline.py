@@ -126,11 +126,13 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
 
     @property
     def aligner(self) -> FaceAligner:
-        """Finds and crops faces as this checkpoint's generator expects; made at the first use, shared by threads."""
+        """Finds and crops faces as this checkpoint's generator expects; made at the first use, shared by threads, and
+        given up with the pipeline."""
+        settings = {"image_size": self.generator.config.image_size, "crop_scale": self.config.crop_scale}
         aligner = getattr(self, "_aligner", None)
-        if aligner is None:
-            aligner = FaceAligner(image_size=self.generator.config.image_size, crop_scale=self.config.crop_scale)
-            self._aligner = aligner
+        # Another generator may have been put in.
+        if aligner is None or any(getattr(aligner, name) != value for name, value in settings.items()):
+            self._aligner = aligner = FaceAligner(**settings)
         return aligner
 
     @property
