@@ -5,31 +5,93 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+#: Bytes of the longest suffix that a writer may choose its format by; what is longer only looks like one.
+_LONGEST_SUFFIX = 16
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary name beside `path`; renames it to `path` once the block ends without an error.
 
-    The temporary name keeps `path`'s suffix, since writers choose their format by it. After an error inside the
-    block, `path` is as it was before and the temporary file is gone.
+    The temporary name keeps `path`'s suffix, since writers choose their format by it, and nothing else of its name,
+    which may be as long as the file system allows or mean something to the writer (`-x`, `%d`). After an error inside
+    the block, `path` is as it was before and the temporary file is gone.
 
     Raises:
         FileNotFoundError: the folder of `path` does not exist.
+        IsADirectoryError: `path` is a folder.
+        OSError: the name is longer than the file system allows.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+    check_output_file(path)
+    suffix = path.suffix if len(os.fsencode(path.suffix)) <= _LONGEST_SUFFIX else ""
+    temporary = path.with_name(f".{secrets.token_hex(8)}{suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output_file(path: str | os.PathLike) -> None:
+    """Checks that a file can come to lie at `path`, before the work that its content takes.
+
+    Raises:
+        FileNotFoundError: the folder of `path` does not exist.
+        IsADirectoryError: `path` is a folder.
+        OSError: the name is longer than the file system allows, or nothing can be written into the folder.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: the folder {path.parent} does not exist")
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        is_folder = False
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from None
+    if is_folder:
+        raise IsADirectoryError(f"cannot write {path}: it is a folder")
+    _check_writable(path.parent)
+
+
+def check_output_folder(path: str | os.PathLike) -> None:
+    """Checks that `path` is a folder for results or can become one; makes nothing.
+
+    Raises:
+        NotADirectoryError: `path`, or what should be a folder above it, is a file.
+        OSError: nothing can be written there.
+    """
+    path = Path(path)
+    for place in (path, *path.absolute().parents):
+        try:
+            mode = place.stat().st_mode
+        except FileNotFoundError:
+            continue
+        except NotADirectoryError:  # a file lies further up
+            continue
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write into {path}: {error.strerror}") from None
+        if not stat.S_ISDIR(mode):
+            raise NotADirectoryError(f"cannot write into {path}: {place} is a file")
+        _check_writable(place)
+        return
+
+
+def _check_writable(folder: Path) -> None:
+    # By writing: what os.access says is not so for read-only mounts on some systems, and for Windows' folders.
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write into the folder {folder}: {error.strerror}") from None
 
 
 def forget_origin(folder: str | os.PathLike) -> None:
@@ -38,8 +100,7 @@ def forget_origin(folder: str | os.PathLike) -> None:
     for path in [*Path(folder).glob("*.json"), *Path(folder).glob("*/*.json")]:
         values = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
-            with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", path)
 
 
 def source_name(source: str | os.PathLike | None) -> str:
@@ -64,6 +125,6 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Writes a text file, whole or not at all."""
+    """Writes a text file as UTF-8 with `\\n` at the end of lines on every system, whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")

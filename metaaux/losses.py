@@ -1,22 +1,69 @@
-"""The total loss between a photo and its reconstruction, Eq. 8-12: the only place where a loss is built."""
+"""The total loss between a photo and its reconstruction, Eq. 8-12: the only place where a loss is built.
+
+Inference, both phases of training, the encoder, the baselines and the evaluation compare images by an `InversionLoss`
+or by the distance that `perceptual_distance` picks, so that a checkpoint is trained for what it is used with.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
+from .models.discriminator import DualDiscriminator
+from .models.perceptual import LPIPS, DiscriminatorPerceptualDistance
+from .models.weights import unwrapped
+
 
 class PerceptualDistance(Protocol):
-    """What `models.perceptual` offers: feature maps of images in [-1, 1], the distance [B] of two lists of them."""
+    """P of Eq. 10, as `models.perceptual` offers it.
 
-    def taps(self, image: torch.Tensor) -> list[torch.Tensor]: ...
+    Attributes:
+        kind: which distance it is, in a word that checkpoints record.
+    """
 
-    def distance(self, x_taps: list[torch.Tensor], y_taps: list[torch.Tensor]) -> torch.Tensor: ...
+    kind: str
+
+    def taps(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """Feature maps [B, C_l, H_l, W_l] of images [B, 3, S, S] in [-1, 1]."""
+
+    def distance(self, x_taps: list[torch.Tensor], y_taps: list[torch.Tensor]) -> torch.Tensor:
+        """Distance [B] of two lists of feature maps."""
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Distance [B] of images [B, 3, S, S] in [-1, 1]."""
+
+
+class IdentityEmbedding(Protocol):
+    """R of Eq. 11: what every identity network offers, whether it finds the face by the camera or not."""
+
+    def __call__(self, image: torch.Tensor, cameras: torch.Tensor | None) -> torch.Tensor:
+        """Unit vectors [B, D] of the faces of images [B, 3, S, S] in [-1, 1] seen by cameras [B, 25]."""
+
+
+def perceptual_distance(
+    perceptual: LPIPS | None, discriminator: DualDiscriminator | None, dtype: torch.dtype | None = None
+) -> PerceptualDistance:
+    """P of Eq. 10 for a checkpoint: its own perceptual network or, without one, its discriminator's features.
+
+    Args:
+        perceptual: the checkpoint's network, if it has one.
+        discriminator: the checkpoint's.
+        dtype: precision of the discriminator's convolutions; `None` leaves it to the discriminator.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if perceptual is not None:
+        return perceptual
+    if discriminator is None:
+        raise ValueError("a perceptual distance needs a perceptual network or a discriminator, got neither")
+    return DiscriminatorPerceptualDistance(discriminator, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -60,8 +107,9 @@ class InversionLoss:
     Args:
         weights: the constants.
         perceptual: distance of images; `None` only where no term with a weight needs it.
-        identity: network image -> unit vectors [B, D]; `None` only with `weights.identity == 0`.
+        identity: network (image, cameras) -> unit vectors [B, D]; `None` only with `weights.identity == 0`.
         discriminator: network (image, image_raw, cameras) -> logits [B, 1]; `None` only where no term needs it.
+        dtype: of the networks' autocast; `None` or float32: off. The squared error keeps the images' precision.
 
     Raises:
         ValueError: a term has a weight but not its network.
@@ -71,8 +119,9 @@ class InversionLoss:
         self,
         weights: LossWeights,
         perceptual: PerceptualDistance | None,
-        identity: torch.nn.Module | None,
-        discriminator: torch.nn.Module | None,
+        identity: IdentityEmbedding | None,
+        discriminator: DualDiscriminator | None,
+        dtype: torch.dtype | None = None,
     ):
         missing = [
             name
@@ -89,19 +138,59 @@ class InversionLoss:
         self.perceptual = perceptual
         self.identity = identity
         self.discriminator = discriminator
+        self.dtype = dtype
         if discriminator is not None:
             # Groups of one: a photo's loss must not depend on the other photos of the batch.
             self.discriminator = private_view(discriminator)
             self.discriminator.register_to_config(deviation_group=1)
 
+    @classmethod
+    def from_components(
+        cls,
+        weights: LossWeights,
+        discriminator: DualDiscriminator,
+        identity: IdentityEmbedding,
+        perceptual: LPIPS | None = None,
+    ) -> InversionLoss:
+        """Eq. 8 of a checkpoint with these components, for its inversions and for the inner loop that trains it.
+
+        Args:
+            weights: the constants.
+            discriminator: the adversarial term's and, without `perceptual`, that of the perceptual distance.
+            identity: the identity network.
+            perceptual: the checkpoint's perceptual network, if it has one.
+        """
+        return cls(weights, perceptual_distance(perceptual, discriminator), identity, discriminator)
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint records of the loss that its inner learning rates were learnt for.
+
+        Returns:
+            {"weights": {term: weight}, "perceptual": its `kind`, "identity": the network's class}, plain JSON values.
+            The flip loss is no part of it: it is switched on photo by photo.
+        """
+        weights = {name: value for name, value in asdict(self.weights).items() if not name.startswith("flip_")}
+        return {
+            "weights": weights,
+            "perceptual": None if self.perceptual is None else self.perceptual.kind,
+            "identity": None if self.identity is None else type(unwrapped(self.identity)).__name__,
+        }
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the terms that are computed: "mse" and those whose network there is."""
+        networks = {"perceptual": self.perceptual, "identity": self.identity, "adversarial": self.discriminator}
+        return ("mse", *(name for name, network in networks.items() if network is not None))
+
     @torch.no_grad()
-    def reference(self, target: torch.Tensor) -> Reference:
-        """What the loss needs of the photos [B, 3, S, S], to be computed once where they are compared often."""
-        return Reference(
-            target,
-            None if self.perceptual is None else self.perceptual.taps(target),
-            None if self.identity is None else self.identity(target),
-        )
+    def reference(self, target: torch.Tensor, camera: torch.Tensor) -> Reference:
+        """What the loss needs of photos [B, 3, S, S] seen by cameras [B, 25], to be computed once for many calls."""
+        with self._autocast(target):
+            return Reference(
+                target,
+                None if self.perceptual is None else self.perceptual.taps(target),
+                None if self.identity is None else self.identity(target, camera),
+            )
 
     def __call__(
         self, image: torch.Tensor, image_raw: torch.Tensor, target: torch.Tensor | Reference, camera: torch.Tensor
@@ -116,19 +205,23 @@ class InversionLoss:
 
         Returns:
             "mse", "perceptual", "identity", "adversarial" and "total", each [B]. A term without a network is 0.
+
+        Raises:
+            ValueError: image and photo differ in shape.
         """
-        reference = target if isinstance(target, Reference) else self.reference(target)
+        reference = target if isinstance(target, Reference) else self.reference(target, camera)
         if image.shape != reference.image.shape:
             raise ValueError(f"image {tuple(image.shape)} and target {tuple(reference.image.shape)} differ in shape")
         zero = image.new_zeros(len(image))
         mse = (image - reference.image).square().flatten(1).mean(1)  # Eq. 9
         perceptual = identity = adversarial = zero
-        if self.perceptual is not None:
-            perceptual = self.perceptual.distance(self.perceptual.taps(image), reference.taps)  # Eq. 10
-        if self.identity is not None:
-            identity = 1 - F.cosine_similarity(self.identity(image), reference.identity, dim=1)  # Eq. 11
-        if self.discriminator is not None:
-            adversarial = self._adversarial(image, image_raw, camera)
+        with self._autocast(image):
+            if self.perceptual is not None:
+                perceptual = self.perceptual.distance(self.perceptual.taps(image), reference.taps)  # Eq. 10
+            if self.identity is not None:
+                identity = 1 - F.cosine_similarity(self.identity(image, camera), reference.identity, dim=1)  # Eq. 11
+            if self.discriminator is not None:
+                adversarial = self._adversarial(image, image_raw, camera)
         total = (
             self.weights.mse * mse
             + self.weights.perceptual * perceptual
@@ -136,8 +229,12 @@ class InversionLoss:
             + self.weights.adversarial * adversarial
         )
         return {
-            "mse": mse, "perceptual": perceptual, "identity": identity, "adversarial": adversarial, "total": total
-        }  # fmt: skip
+            "mse": mse,
+            "perceptual": perceptual,
+            "identity": identity,
+            "adversarial": adversarial,
+            "total": total,
+        }
 
     def flip(
         self, image: torch.Tensor, image_raw: torch.Tensor, target: torch.Tensor | Reference, camera: torch.Tensor
@@ -150,14 +247,20 @@ class InversionLoss:
             target: the photo, mirrored, or its `reference`.
             camera: the mirrored camera.
         """
-        reference = target if isinstance(target, Reference) else self.reference(target)
+        reference = target if isinstance(target, Reference) else self.reference(target, camera)
         loss = image.new_zeros(len(image))
-        if self.weights.flip_perceptual > 0:
-            distance = self.perceptual.distance(self.perceptual.taps(image), reference.taps)
-            loss = loss + self.weights.flip_perceptual * distance
-        if self.weights.flip_adversarial > 0:
-            loss = loss + self.weights.flip_adversarial * self._adversarial(image, image_raw, camera)
+        with self._autocast(image):
+            if self.weights.flip_perceptual > 0:
+                distance = self.perceptual.distance(self.perceptual.taps(image), reference.taps)
+                loss = loss + self.weights.flip_perceptual * distance
+            if self.weights.flip_adversarial > 0:
+                loss = loss + self.weights.flip_adversarial * self._adversarial(image, image_raw, camera)
         return loss
+
+    def _autocast(self, image: torch.Tensor) -> contextlib.AbstractContextManager:
+        if self.dtype in (None, torch.float32):
+            return contextlib.nullcontext()
+        return torch.autocast(image.device.type, self.dtype)
 
     def _adversarial(self, image: torch.Tensor, image_raw: torch.Tensor, camera: torch.Tensor) -> torch.Tensor:
         # StyleGAN's non-saturating generator loss.

@@ -37,8 +37,9 @@ class RunningApp:
 
 
 @contextmanager
-def running_app(folder: Path, **environment: str):
-    """Starts the app with a cache in `folder`, yields a `RunningApp` once it answers, and ends it."""
+def running_app(folder: Path, script: str = "app.py", **environment: str):
+    """Starts the app, or a script that starts it, with a cache in `folder`, yields a `RunningApp` once it answers, and
+    ends it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -56,7 +57,7 @@ def running_app(folder: Path, **environment: str):
     started = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "app.py"], cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT
+            [sys.executable, script], cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT
         )
     try:
         url = f"http://127.0.0.1:{port}/"

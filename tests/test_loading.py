@@ -15,8 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
 
 from metaaux import MetaAuxInverter
+from metaaux.hub.loading import load_component
+from metaaux.models.encoder import LatentEncoder
+from metaaux.models.psp import PSPEncoder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -126,9 +130,157 @@ class TestLoading:
         with pytest.raises(ValueError, match=match):
             MetaAuxInverter.from_pretrained(folder)
 
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            ["metaaux.models.eg3d", "torch"],
+            ["metaaux.models.eg3d", "TriPlaneDecoder"],
+            ["metaaux.models.eg3d", "ModelMixin"],
+            ["metaaux.models.eg3d", 3],
+        ],
+    )
+    def test_what_is_no_network_is_refused(self, tiny_folder, tmp_path, entry):
+        folder = shutil.copytree(tiny_folder, tmp_path / "model")
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {"generator": entry}))
+        with pytest.raises(ValueError, match="as generator, which is no network"):
+            MetaAuxInverter.from_pretrained(folder)
+
+    @pytest.mark.parametrize(
+        ("text", "match"),
+        [("[" * 100_000, "not valid JSON"), ("3", "holds a int"), ("x" * (2**23 + 1), "larger than 8 MiB")],
+        ids=["deep", "number", "large"],
+    )
+    def test_damaged_index(self, tiny_folder, tmp_path, text, match):
+        folder = shutil.copytree(tiny_folder, tmp_path / "model")
+        (folder / "model_index.json").write_text(text)
+        with pytest.raises(ValueError, match=match):
+            MetaAuxInverter.from_pretrained(folder)
+
+    def test_settings_in_place_of_the_checkpoints(self, tiny_folder, tiny_components):
+        loaded = MetaAuxInverter.from_pretrained(
+            tiny_folder, inner_steps=2, low_cpu_mem_usage=False, encoder=tiny_components["encoder"]
+        )
+        assert loaded.config.inner_steps == 2 and loaded.encoder is tiny_components["encoder"]
+
     def test_empty_folder(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no model_index.json"):
             MetaAuxInverter.from_pretrained(tmp_path)
+
+
+class TestComponent:
+    """`load_component`: one network from one folder."""
+
+    @pytest.fixture
+    def folder(self, tiny_folder, tmp_path):
+        return Path(shutil.copytree(tiny_folder / "encoder", tmp_path / "my encoder ü"))
+
+    def test_loads_for_inference(self, folder, tiny_components):
+        network = load_component(LatentEncoder, folder)
+        assert type(network) is LatentEncoder and not network.training
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+        expected = tiny_components["encoder"].state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in network.state_dict().items())
+
+    def test_trainable(self, folder):
+        network = load_component(LatentEncoder, folder, trainable=True)
+        assert network.training and all(parameter.requires_grad for parameter in network.parameters())
+
+    def test_parameters_made_in_inference_mode_are_ordinary(self, folder):
+        with torch.inference_mode():
+            network = load_component(LatentEncoder, folder)
+        assert not any(parameter.is_inference() for parameter in network.parameters())
+
+    def test_precision_is_the_one_asked_for(self, folder):
+        load_component(LatentEncoder, folder).half().save_pretrained(folder, variant="fp16")
+        assert load_component(LatentEncoder, folder, variant="fp16").dtype == torch.float32
+        assert load_component(LatentEncoder, folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert load_component(LatentEncoder, folder).dtype == torch.float32
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    def test_one_of_several_classes(self, folder):
+        assert type(load_component((PSPEncoder, LatentEncoder), str(folder))) is LatentEncoder
+        with pytest.raises(ValueError, match="holds a LatentEncoder, expected PSPEncoder"):
+            load_component(PSPEncoder, folder)
+
+    @pytest.mark.parametrize(
+        "path", ["someone/absent", "absent", "./absent", "../a/b", "C:\\models\\encoder", "~/absent/x"]
+    )
+    def test_missing_folders_are_never_asked_of_the_hub(self, path, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
+        for missing in (path, Path(path)):
+            with pytest.raises(FileNotFoundError, match="there is no folder"):
+                load_component(LatentEncoder, missing)
+        with pytest.raises(FileNotFoundError, match="there is no folder"):
+            load_component(LatentEncoder, Path(path), allow_hub=True)
+
+    def test_home_folder(self, folder, monkeypatch):
+        monkeypatch.setenv("HOME", str(folder.parent))
+        assert load_component(LatentEncoder, f"~/{folder.name}").config.w_dim == 16
+
+    def test_pickles_are_not_read(self, folder):
+        weights = folder / "diffusion_pytorch_model.safetensors"
+        torch.save(load_component(LatentEncoder, folder).state_dict(), weights.with_suffix(".bin"))
+        weights.unlink()
+        with pytest.raises(FileNotFoundError, match="lacks diffusion_pytorch_model.safetensors.*pickles"):
+            load_component(LatentEncoder, folder)
+
+    def test_missing_variant(self, folder):
+        with pytest.raises(
+            FileNotFoundError, match="lacks .*model.fp16.safetensors; it has diffusion_pytorch_model.saf"
+        ):
+            load_component(LatentEncoder, folder, variant="fp16")
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            (lambda state: state.pop("to_offset.weight"), "missing_keys.*to_offset.weight"),
+            (lambda state: state.update(other=torch.zeros(1)), "unexpected_keys.*other"),
+            (
+                lambda state: state.update({"to_offset.weight": torch.zeros(2, 3)}),
+                "do not fit together.*to_offset.weight",
+            ),
+            (
+                lambda state: state["to_offset.weight"].fill_(torch.nan),
+                "to_offset.weight has values that are not finite",
+            ),
+        ],
+    )
+    def test_weights_that_do_not_fit(self, folder, change, match):
+        path = folder / "diffusion_pytorch_model.safetensors"
+        state = load_file(path)
+        change(state)
+        save_file(state, path, {"format": "pt"})
+        with pytest.raises(ValueError, match=match):
+            load_component(LatentEncoder, folder)
+
+    def test_too_large_for_half_precision(self, folder):
+        path = folder / "diffusion_pytorch_model.safetensors"
+        state = load_file(path)
+        state["to_offset.weight"][0, 0] = 1e5
+        save_file(state, path, {"format": "pt"})
+        assert load_component(LatentEncoder, folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+        with pytest.raises(OverflowError, match="to_offset.weight has values up to 1e.05, too large for float16"):
+            load_component(LatentEncoder, folder, dtype=torch.float16)
+
+    @pytest.mark.parametrize(
+        ("text", "match"),
+        [
+            ("[" * 100_000, "not valid JSON"),
+            ("[]", "holds a list"),
+            (b"\xff{}", "not valid JSON"),
+            ('{"a": "' + "x" * 2**23 + '"}', "larger than 8 MiB"),
+        ],
+        ids=["deep", "list", "bytes", "large"],
+    )
+    def test_damaged_configuration(self, folder, text, match):
+        (folder / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(ValueError, match=match):
+            load_component(LatentEncoder, folder)
 
 
 class TestHub:

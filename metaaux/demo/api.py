@@ -1,17 +1,18 @@
-"""The endpoints that programs call: /invert, /render, /orbit, /mesh and /directions.
+"""The endpoints that programs call: /invert, /render, /turntable, /orbit, /mesh and /directions.
 
 They keep nothing between calls. What one call hands to the next is the inversion's file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
 import gradio as gr
 
-from .engine import Engine
+from ..export.turntable import PITCHES, YAWS
+from .engine import VIEWS, Engine
 from .settings import Settings
 from .uploads import FileInput, PhotoInput, new_file, save_picture
 from .validation import (
@@ -19,6 +20,7 @@ from .validation import (
     MAX_PITCH,
     MAX_YAW,
     check_angle,
+    check_angles,
     check_edits,
     check_flip,
     check_integer,
@@ -26,6 +28,9 @@ from .validation import (
     explained,
     read_photos,
 )
+
+#: Views of a grid.
+MAX_VIEWS = 512
 
 
 class Api:
@@ -61,7 +66,7 @@ class Api:
         Returns:
             reconstruction: PNG of the head as the photo shows it.
             report: step, its losses, seconds, the photo's camera (yaw and pitch in degrees) and faces found.
-            inversion: safetensors file for /render, /orbit and /mesh, with the last result only.
+            inversion: safetensors file for /render, /turntable, /orbit and /mesh, with the last result only.
             aligned: PNG of the photo as it was cropped.
         """
         with explained():
@@ -146,8 +151,48 @@ class Api:
                 pass
         return path
 
+    def turntable(
+        self,
+        inversion: str,
+        yaws: list | None = None,
+        pitches: list | None = None,
+        size: int | None = None,
+        edits: dict | None = None,
+        model: str | None = None,
+    ) -> tuple[str, dict]:
+        """Renders an inverted head from many sides into one picture, a grid that a page can turn without a request.
+
+        Args:
+            inversion: file that /invert returned.
+            yaws: degrees of the grid's columns, at most 64. Default: -45 to 45 in steps of 3.
+            pitches: degrees of the grid's rows, at most 64. Default: -30 to 30 in steps of 10.
+            size: side of one view in pixels, up to the model's. Default: the model's, but not above 256.
+            edits: as for /render.
+            model: as for /render.
+
+        Returns:
+            grid: PNG; row r, column c, each `size` pixels wide, shows the head at pitches[r] and yaws[c].
+            angles: yaws, pitches and size.
+        """
+        with explained():
+            source = check_inversion_file(inversion, self.settings)
+            columns, rows = (
+                check_angles("yaws", yaws, YAWS, MAX_YAW),
+                check_angles("pitches", pitches, PITCHES, MAX_PITCH),
+            )
+            if len(columns) * len(rows) > MAX_VIEWS:
+                raise ValueError(f"a grid has up to {MAX_VIEWS} views, got {len(columns)} x {len(rows)}")
+            inverter = self.engine.inverter(model)
+            if size is not None:
+                size = check_integer("size", size, 16, inverter.generator.config.image_size)
+            edits = check_edits(edits, inverter.directions)
+            table = self.engine.turntable(model or self.settings.models[0], source, columns, rows, size, edits)
+            path = new_file("turntable.png")
+            table.save(path)
+        return path, table.angles
+
     def mesh(self, inversion: str, resolution: int = 160, edits: dict | None = None, model: str | None = None) -> str:
-        """Extracts the head's surface as a mesh with vertex colours.
+        """Extracts the head's surface as a mesh with a texture.
 
         Args:
             inversion: file that /invert returned.
@@ -186,65 +231,47 @@ class Api:
 def add_endpoints(engine: Engine, settings: Settings) -> None:
     """Adds the endpoints to the `gr.Blocks` that is being built. Their components are part of no page."""
     api = Api(engine, settings)
-    models = list(settings.models)
     heavy = {"concurrency_id": "heavy", "concurrency_limit": settings.workers}
-    light = {"concurrency_id": "light", "concurrency_limit": 2}
 
-    def edits() -> gr.JSON:
-        return gr.JSON(label="edits", value={})
+    def add(function: Callable, inputs: list, outputs: list, options: dict) -> None:
+        trigger.click(function, inputs, outputs, api_name=function.__name__, **options)
 
-    def model() -> gr.Dropdown:
-        return gr.Dropdown(models, value=models[0], label="model")
-
-    def inversion() -> FileInput:
-        return FileInput(label="inversion", type="filepath")
+    def head(*between: gr.components.Component) -> list:
+        """Inputs of an endpoint that takes an inversion: its file, `between`, then edits and model."""
+        file = FileInput(label="inversion", type="filepath")
+        return [file, *between, gr.JSON(label="edits", value={}), _model_input(settings)]
 
     with gr.Column(visible=False):
         trigger = gr.Button()
-        trigger.click(
-            api.invert,
-            [
-                PhotoInput(label="photo", type="filepath"),
-                gr.Number(label="steps"),
-                gr.Dropdown(list(FLIP_CHOICES), value="automatic", label="flip"),
-                FileInput(label="more_photos", type="filepath", file_count="multiple"),
-                model(),
-            ],
-            [
-                gr.Image(label="reconstruction", format="png"),
-                gr.JSON(label="report"),
-                gr.File(label="inversion"),
-                gr.Image(label="aligned", format="png"),
-            ],
-            api_name="invert",
-            **heavy,
-        )
-        trigger.click(
-            api.render,
-            [inversion(), gr.Number(label="yaw"), gr.Number(label="pitch"), edits(), model()],
-            gr.Image(label="view", format="png"),
-            api_name="render",
-            **light,
-        )
-        trigger.click(
-            api.orbit,
-            [
-                inversion(),
-                gr.Number(60, label="frames"),
-                gr.Number(25, label="yaw_range"),
-                gr.Number(10, label="pitch_range"),
-                edits(),
-                model(),
-            ],
-            gr.File(label="video"),
-            api_name="orbit",
-            **heavy,
-        )
-        trigger.click(
-            api.mesh,
-            [inversion(), gr.Number(160, label="resolution"), edits(), model()],
-            gr.File(label="mesh"),
-            api_name="mesh",
-            **heavy,
-        )
-        trigger.click(api.directions, model(), gr.JSON(label="directions"), api_name="directions", **light)
+        add(api.invert, _invert_inputs(settings), _invert_outputs(), heavy)
+        angles = gr.Number(label="yaw"), gr.Number(label="pitch")
+        add(api.render, head(*angles), [gr.Image(label="view", format="png")], VIEWS)
+        path = gr.Number(60, label="frames"), gr.Number(25, label="yaw_range"), gr.Number(10, label="pitch_range")
+        add(api.orbit, head(*path), [gr.File(label="video")], heavy)
+        grid = gr.JSON(label="yaws"), gr.JSON(label="pitches"), gr.Number(label="size")
+        add(api.turntable, head(*grid), [gr.Image(label="grid", format="png"), gr.JSON(label="angles")], heavy)
+        add(api.mesh, head(gr.Number(160, label="resolution")), [gr.File(label="mesh")], heavy)
+        add(api.directions, [_model_input(settings)], [gr.JSON(label="directions")], {"concurrency_limit": None})
+
+
+def _model_input(settings: Settings) -> gr.Dropdown:
+    return gr.Dropdown(list(settings.models), value=settings.models[0], label="model")
+
+
+def _invert_inputs(settings: Settings) -> list:
+    return [
+        PhotoInput(label="photo", type="filepath"),
+        gr.Number(label="steps"),
+        gr.Dropdown(list(FLIP_CHOICES), value="automatic", label="flip"),
+        FileInput(label="more_photos", type="filepath", file_count="multiple"),
+        _model_input(settings),
+    ]
+
+
+def _invert_outputs() -> list:
+    return [
+        gr.Image(label="reconstruction", format="png"),
+        gr.JSON(label="report"),
+        gr.File(label="inversion"),
+        gr.Image(label="aligned", format="png"),
+    ]

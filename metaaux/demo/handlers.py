@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from PIL import Image
 
-from .engine import Engine
+from ..export.turntable import Turntable
+from .engine import Engine, Step
+from .examples import ExampleStore, Kept, Key
 from .pictures import crop_card, loss_charts, note_card, progress_bar
-from .session import AlignedPhotos, Session, SessionExpiredError, show
+from .session import AlignedPhotos, Session, SessionExpiredError, Sheet, Shown, Visitor, show
 from .settings import Settings
+from .texts import model_name
 from .uploads import new_file, save_picture
 from .validation import (
     MAX_PITCH,
@@ -27,8 +31,12 @@ from .validation import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from ..models.directions import Direction
 
+#: Photos to try, in the order in which the page shows them.
+EXAMPLES = sorted((Path(__file__).resolve().parent.parent.parent / "examples").glob("*.jpg"))
 #: Parts of the page that a 2D model has no use for: turning, video and mesh.
 VIEWPOINT_PARTS = 3
 #: Sliders laid out for editing: for directions with a meaning, and for further ones such as principal components.
@@ -43,10 +51,10 @@ class RunView:
 
     running: bool
     status: str
+    visitor: Visitor
     compare: Any = None
     strip: Any = None
     losses: Any = None
-    session: Any = None
     view: Any = None
     pose: tuple[float, float] | None = None
     head_file: str | None = None
@@ -55,7 +63,7 @@ class RunView:
     @property
     def values(self) -> tuple:
         skip = gr.skip()
-        ready = self.session is not None
+        ready = self.view is not None
         yaw, pitch = self.pose if self.pose is not None else (skip, skip)
         return (
             gr.update(visible=not self.running),
@@ -65,7 +73,7 @@ class RunView:
             gr.update(value=self.compare, visible=True) if self.compare is not None else skip,
             gr.update(value=self.strip, visible=True) if self.strip is not None else skip,
             gr.update(value=self.losses, visible=True) if self.losses is not None else skip,
-            self.session,
+            self.visitor,
             gr.update(visible=not ready),
             gr.update(visible=ready),
             gr.update(visible=ready),
@@ -88,6 +96,7 @@ class Handlers:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine = engine
         self.settings = settings
+        self.examples = ExampleStore()
 
     def opened(self, model: str, steps: Any) -> tuple:
         """The page was opened, or another model chosen: waits for the model, shows its directions.
@@ -102,7 +111,7 @@ class Handlers:
         """
         with explained():
             inverter = self.engine.inverter(model)
-        line = f'<span class="chip ready">{self._name(model)} · {self.engine.describe_device()}</span>'
+        line = f'<span class="chip ready">{model_name(model)} · {self.engine.describe_device()}</span>'
         slots = _slots(inverter.directions)
         sliders = [
             gr.update(visible=False, value=0)
@@ -144,24 +153,71 @@ class Handlers:
         card = gr.update(value=crop_card(faces, photos), visible=True)
         return AlignedPhotos(model, tuple(faces)), card, gr.update(interactive=True)
 
-    def invert(self, aligned: AlignedPhotos | None, steps: Any, flip: Any, model: str) -> Iterator[tuple]:
+    def invert(
+        self, visitor: Visitor | None, aligned: AlignedPhotos | None, steps: Any, flip: Any, model: str
+    ) -> Iterator[tuple]:
         """*Invert* was pressed: a result a step, the last one with the head."""
         with explained():
             steps = check_integer("steps", steps, 0, self.settings.max_steps)
             flip = check_flip(flip)
             if aligned is None or aligned.model != model:
                 raise ValueError("there is no aligned photo yet; add a photo and wait until its face is shown")
-        yield RunView(True, progress_bar("Starting", 0.02)).values
+        yield from self._run(visitor, aligned, steps, flip)
+
+    def kept_example(self, visitor: Visitor | None, chosen: tuple[int, list], model: str) -> tuple:
+        """An example was clicked: shows what was made of it before, which waits for nobody's inversion.
+
+        Args:
+            visitor: whose page it is.
+            chosen: number of the example, and the values it stands for.
+            model: as `Engine.inverter`.
+        """
+        key = (model, str(EXAMPLES[chosen[0]]))
+        self.forget(visitor)
+        visitor = visitor or Visitor()
+        kept = self.examples.get(key)
+        if kept is None:
+            visitor.waiting_for = key
+            return RunView(True, progress_bar("Starting", 0.02), visitor).values
+        session = Session(model, kept.head, kept.yaw, kept.pitch, key)
+        visitor.replace(session)
+        pose = _offered_pose(kept.yaw, kept.pitch)
+        message = visitor.show(Shown(session, {}, kept.picture, *pose, kept.sheets, bool(kept.sheets)))
+        status = progress_bar(f"Done: {len(kept.steps) - 2} steps, kept from an earlier visit", 1.0, busy=False)
+        charts, strip = loss_charts(kept.losses, len(kept.losses)), list(kept.steps)
+        compare = (kept.photo, kept.steps[-1][0])
+        view = RunView(False, status, visitor, compare, strip, charts, message, pose, kept.head, kept.picture)
+        return view.values
+
+    def example(self, visitor: Visitor | None, chosen: tuple[int, list], model: str) -> Iterator[tuple]:
+        """Inverts an example that nothing was kept of, unless its visitor has turned to something else meanwhile."""
+        key = (model, str(EXAMPLES[chosen[0]]))
+        if visitor is None or visitor.waiting_for != key:
+            yield (gr.skip(),) * len(RunView(True, "", visitor).values)
+            return
+        with explained():
+            steps = min(self.engine.inverter(model).config.inner_steps, self.settings.max_steps)
+            faces = self.engine.align(model, read_photos([key[1]], self.settings))
+        yield from self._run(visitor, AlignedPhotos(model, tuple(faces)), steps, None, key)
+
+    def _run(
+        self, visitor: Visitor | None, aligned: AlignedPhotos, steps: int, flip: bool | None, key: Key | None = None
+    ) -> Iterator[tuple]:
+        """An inversion step by step; kept as the example `key` if it is one."""
+        model = aligned.model
+        self.forget(visitor)
+        visitor = visitor or Visitor()
+        yield RunView(True, progress_bar("Starting", 0.02), visitor).values
 
         crops = [face.image for face in aligned.faces]
         crop = save_picture(crops[0], "photo.png")
         cameras = [face.camera for face in aligned.faces]
         images: list[tuple[str, str]] = []
         losses: list[dict[str, float]] = []
-        with (
-            explained(),
-            closing(self.engine.invert(model, crops, cameras, steps, flip, new_file("head.safetensors"))) as results,
-        ):
+        with explained():
+            grid = self.engine.makes_turntables_at_once and self.engine.inverter(model).has_viewpoints
+        run = self.engine.invert(model, crops, cameras, steps, flip, new_file("head.safetensors"), grid)
+        with explained(), closing(run) as results:
             for result in results:
                 picture = save_picture(result.image, "step.png")
                 images.append((picture, _step_name(result.step)))
@@ -171,11 +227,14 @@ class Handlers:
                 if result.path is None:
                     text = f"{_step_name(result.step).capitalize()} done, fitting to your photo"
                     status = progress_bar(text, len(images) / (steps + 2))
-                    yield RunView(True, status, compare, images, charts).values
+                    yield RunView(True, status, visitor, compare, images, charts).values
                 else:
                     seconds = sum(entry["seconds"] for entry in losses)
                     status = progress_bar(f"Done: {steps} steps in {seconds:.1f} s", 1.0, busy=False)
-                    yield self._finished(status, compare, images, charts, model, result.path, cameras[0])
+                    session = self._session(model, result.path, cameras[0], key)
+                    finished = self._finished(status, visitor, session, compare, images, charts, result)
+                    self._keep_example(visitor.shown, crop, images, losses)
+                    yield finished
 
     def cancelled(self) -> tuple:
         """*Cancel* was pressed; the run itself ends at its next step.
@@ -186,7 +245,7 @@ class Handlers:
         status = progress_bar("Cancelled", 0.0, busy=False)
         return gr.update(visible=True), gr.update(visible=False), status
 
-    def open_head(self, path: str | None, model: str) -> tuple:
+    def open_head(self, visitor: Visitor | None, path: str | None, model: str) -> tuple:
         """A head file was dropped in."""
         with explained():
             inverter = self.engine.inverter(model)
@@ -194,40 +253,89 @@ class Handlers:
             # Written anew, so that what is kept and offered for download is what was checked, under our own name.
             kept = new_file("head.safetensors")
             inversion.save(kept)
-            image = self.engine.render(model, kept, None, None, {})
+            if self.engine.zero_gpu:
+                image, table = self.engine.edit(model, kept, None, None, {})
+            else:
+                image, table = self.engine.view(model, kept, None, None, {}), None
         crop = image
         if inversion.aligned is not None:
             crop = Image.fromarray(inversion.aligned.permute(1, 2, 0).numpy())
         charts = loss_charts(inversion.steps, len(inversion.steps)) if inversion.steps else None
         status = progress_bar("Opened from your file", 1.0, busy=False)
         compare = (save_picture(crop, "photo.png"), save_picture(image, "step.png"))
-        return self._finished(status, compare, None, charts, model, kept, inversion.camera)
+        session = self._session(model, kept, inversion.camera)
+        opened = Step(0, image, {}, kept, table)
+        return self._finished(status, visitor or Visitor(), session, compare, None, charts, opened)
 
-    def turn(self, session: Session | None, yaw: float, pitch: float, *amounts: float) -> tuple:
-        """A slider was moved.
+    def turn(self, visitor: Visitor | None, yaw: float, pitch: float, *amounts: float) -> tuple:
+        """The head has come to rest after a turn, or an edit was made.
 
         Returns:
-            the view, the session, the picture's download.
+            the view, the picture's download, the visitor; without any change where the visitor has moved on by then.
         """
         with explained():
-            if session is None:
+            if visitor is None:
                 raise SessionExpiredError
-            image, session = self._show(session, yaw, pitch, self._edits(session.model, amounts))
-            picture = save_picture(image)
-        return picture, session, picture
+            with visitor.newest() as request:
+                # Of several moves the last one counts; without a head another one is being made.
+                if not request.is_current or request.session is None:
+                    return gr.skip(), gr.skip(), visitor
+                edits = self._edits(request.session.model, amounts)
+                shown = self._look(request.session, edits, yaw, pitch, visitor.shown)
+                message = visitor.show(shown, request)
+        if message is None:
+            return gr.skip(), gr.skip(), visitor
+        return message, shown.picture, visitor
 
-    def reset(self, session: Session | None) -> list:
+    def sheets(self, visitor: Visitor | None) -> Iterator[Any]:
+        """A new view is there: what the page needs to turn the head by itself, unless it has it or will get it."""
+        yield gr.skip()
+        shown = None if visitor is None else visitor.shown
+        if shown is None or shown.complete or shown.is_alike(visitor.making_sheets):
+            return
+        session = shown.session
+        if not self.engine.inverter(session.model).has_viewpoints:
+            return
+        visitor.making_sheets = shown
+        try:
+            with explained():
+                parts = self.engine.sheets(
+                    session.model, session.path, shown.edits, lambda: shown.is_alike(visitor.shown)
+                )
+                for table, last in parts:
+                    message = visitor.add_sheet(shown, _save_sheet(table), last)
+                    if message is None:
+                        return
+                    yield message
+                self._keep_sheets(visitor.shown)
+        finally:
+            if visitor.making_sheets is shown:
+                visitor.making_sheets = None
+
+    def _keep_sheets(self, shown: Shown | None) -> None:
+        if shown is not None and shown.complete and shown.session.example is not None and not shown.edits:
+            self.examples.put_sheets(shown.session.example, shown.sheets)
+
+    def reset(self, visitor: Visitor | None) -> list:
         """*Reset* was pressed.
 
         Returns:
             yaw, pitch, then 0 for each edit slider.
         """
+        session = None if visitor is None else visitor.session
         yaw, pitch = (0.0, 0.0) if session is None else _offered_pose(session.yaw, session.pitch)
         return [yaw, pitch, *[0] * EDIT_SLIDERS]
 
+    def forget(self, visitor: Visitor | None) -> None:
+        """A visitor's head is not shown any more."""
+        if visitor is not None:
+            session = visitor.replace(None)
+            if session is not None:
+                self.engine.forget(session.path)
+
     def orbit(
         self,
-        session: Session | None,
+        visitor: Visitor | None,
         *amounts: float,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple:
@@ -240,11 +348,11 @@ class Handlers:
         def compute(model: str, head: str, edits: dict[str, float], path: str) -> Iterator[float]:
             return self.engine.orbit(model, head, 60, (25.0, 10.0), edits, path)
 
-        return self._export(session, amounts, "orbit.mp4", compute, progress, "Rendering views")
+        return self._export(visitor, amounts, "orbit.mp4", compute, progress, "Rendering views")
 
     def mesh(
         self,
-        session: Session | None,
+        visitor: Visitor | None,
         *amounts: float,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple:
@@ -257,11 +365,11 @@ class Handlers:
         def compute(model: str, head: str, edits: dict[str, float], path: str) -> Iterator[float]:
             return self.engine.mesh(model, head, 160, edits, path)
 
-        return self._export(session, amounts, "head.glb", compute, progress, "Extracting the surface")
+        return self._export(visitor, amounts, "head.glb", compute, progress, "Extracting the surface")
 
     def _export(
         self,
-        session: Session | None,
+        visitor: Visitor | None,
         amounts: tuple[float, ...],
         name: str,
         compute: Callable[[str, str, dict[str, float], str], Iterator[float]],
@@ -269,6 +377,7 @@ class Handlers:
         activity: str,
     ) -> tuple:
         """Has a file made from the visitor's head; returns it for its player and for its download."""
+        session = None if visitor is None else visitor.session
         with explained():
             if session is None:
                 raise SessionExpiredError
@@ -280,19 +389,69 @@ class Handlers:
                     progress(share, desc=activity)
         return gr.update(value=path, visible=True), gr.update(value=path, visible=True)
 
-    def _finished(self, status, compare, images, charts, model, path, camera) -> tuple:
+    def _keep_example(
+        self, shown: Shown | None, crop: str, images: list[tuple[str, str]], losses: list[dict[str, float]]
+    ) -> None:
+        if shown is not None and shown.session.example is not None:
+            session = shown.session
+            files = session.path, crop, shown.picture
+            kept = Kept(*files, tuple(images), tuple(losses), session.yaw, session.pitch, shown.sheets)
+            self.examples.put(session.example, kept)
+
+    def _session(self, model: str, path: str, camera: torch.Tensor, example: Key | None = None) -> Session:
         from ..faces import pose_of_camera
 
         # Of the camera as the file holds it, so that the same file always opens with the same view.
         yaw, pitch = (float(angle) for angle in pose_of_camera(camera))
-        session = Session(model, path, yaw, pitch)
-        yaw, pitch = _offered_pose(yaw, pitch)
-        with explained():
-            image, session = self._show(session, yaw, pitch, {})
-        picture = save_picture(image)
-        return RunView(False, status, compare, images, charts, session, picture, (yaw, pitch), path, picture).values
+        return Session(model, path, yaw, pitch, example)
 
-    def _show(self, session: Session, yaw: float, pitch: float, edits: dict[str, float]) -> tuple:
+    def _finished(
+        self,
+        status: str,
+        visitor: Visitor,
+        session: Session,
+        compare: tuple,
+        images: Any,
+        charts: str | None,
+        last: Step,
+    ) -> tuple:
+        """Gives the visitor a head, and the page what it shows of it."""
+        yaw, pitch = _offered_pose(session.yaw, session.pitch)
+        sheets = () if last.turntable is None else (_save_sheet(last.turntable),)
+        with explained():
+            # Another view than the one at hand, which differs by a quarter of a degree, would cost a request there.
+            image = last.image if self.engine.zero_gpu else self._view(session, yaw, pitch, {})
+        picture = save_picture(image)
+        before = visitor.replace(session)
+        if before is not None:
+            self.engine.forget(before.path)
+        message = visitor.show(Shown(session, {}, picture, yaw, pitch, sheets, bool(sheets)))
+        view = RunView(False, status, visitor, compare, images, charts, message, (yaw, pitch), session.path, picture)
+        return view.values
+
+    def _look(
+        self, session: Session, edits: dict[str, float], yaw: float, pitch: float, before: Shown | None
+    ) -> Shown:
+        """The head from another side or with other edits.
+
+        On ZeroGPU views cost quota: there a turned head is shown as its sheet has it, which is near, and an edit
+        brings a new sheet along.
+        """
+        if not self.engine.zero_gpu:
+            return Shown(session, edits, save_picture(self._view(session, yaw, pitch, edits)), yaw, pitch)
+        if before is not None and before.session is session and before.edits == edits and before.sheets:
+            image = Turntable.load(before.sheets[0].picture).view(yaw, pitch)
+            return Shown(session, edits, save_picture(image), yaw, pitch)
+        turns = self.engine.inverter(session.model).has_viewpoints
+        angles = (yaw, pitch) if turns else (None, None)
+        try:
+            image, table = self.engine.edit(session.model, session.path, *angles, edits)
+        except FileNotFoundError:
+            raise SessionExpiredError from None
+        sheets = () if table is None else (_save_sheet(table),)
+        return Shown(session, edits, save_picture(image), yaw, pitch, sheets, True)
+
+    def _view(self, session: Session, yaw: float, pitch: float, edits: dict[str, float]) -> Image.Image:
         if not self.engine.inverter(session.model).has_viewpoints:
             return show(self.engine, session, None, None, edits)
         return show(self.engine, session, yaw, pitch, edits)
@@ -303,9 +462,11 @@ class Handlers:
         edits = {direction.name: amount for direction, amount in slots if direction is not None}
         return check_edits(edits, directions)
 
-    @staticmethod
-    def _name(model: str) -> str:
-        return model.rstrip("/").rsplit("/", 1)[-1]
+
+def _save_sheet(table: Turntable) -> Sheet:
+    path = new_file("turntable.webp")
+    table.save(path, quality=90)
+    return Sheet(path, table.yaws, table.pitches, table.size)
 
 
 def _slots(directions: Mapping[str, Direction]) -> list[Direction | None]:

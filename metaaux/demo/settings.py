@@ -22,6 +22,8 @@ class Settings:
         max_queue: requests that may wait; more are turned away with a message (`METAAUX_MAX_QUEUE`).
         session_minutes: how long a visitor's head is kept after its last use; files are deleted after twice that
             time (`METAAUX_SESSION_MINUTES`).
+        max_heads_mb: memory for what views of visitors' heads share, on the models' device, in megabytes; the longest
+            unused goes first and is computed anew when it is needed (`METAAUX_MAX_HEADS_MB`).
         max_sessions: visitors whose heads are kept at once; the longest unused goes first (`METAAUX_MAX_SESSIONS`).
         mcp: whether the API is offered as MCP tools too; needs `pip install "gradio[mcp]"` (`METAAUX_MCP=1`).
         max_file_mb: largest upload in megabytes (`METAAUX_MAX_FILE_MB`).
@@ -37,6 +39,7 @@ class Settings:
     workers: int = 1
     max_queue: int = 32
     session_minutes: int = 30
+    max_heads_mb: int = 2000
     max_sessions: int = 100
     mcp: bool = False
     max_file_mb: int = 20
@@ -62,7 +65,15 @@ class Settings:
             values["device"] = environment["METAAUX_DEVICE"]
         if "METAAUX_MCP" in environment:
             values["mcp"] = environment["METAAUX_MCP"].lower() in ("1", "true", "yes", "on")
-        for name in ("workers", "max_queue", "session_minutes", "max_sessions", "max_file_mb", "max_megapixels"):
+        for name in (
+            "workers",
+            "max_queue",
+            "session_minutes",
+            "max_heads_mb",
+            "max_sessions",
+            "max_file_mb",
+            "max_megapixels",
+        ):
             variable = f"METAAUX_{name.upper()}"
             if variable in environment:
                 if not environment[variable].isdecimal() or int(environment[variable]) < 1:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from ..hub.loading import EMBEDDED_MODEL
+
 PAPER = "https://arxiv.org/abs/2305.10884"
 
 HEADER = f"""
@@ -42,7 +46,19 @@ EMPTY_VIEW = """
 </div>
 """
 
-DRAG_HINT = '<p class="hint">Drag the picture to turn the head</p>'
+STAGE = """
+<div class="stage" role="slider" tabindex="0" aria-label="Head, to be turned with the arrow keys"
+  aria-valuemin="-{yaw}" aria-valuemax="{yaw}" aria-valuenow="0">
+  <img alt="The head from the chosen side" draggable="false" hidden>
+  <canvas aria-hidden="true"></canvas>
+  <div class="tools">
+    <button type="button" class="tilt" aria-pressed="false" title="Turn the head by tilting" hidden>Tilt</button>
+    <button type="button" class="full" title="Full screen" aria-label="Full screen" hidden>⛶</button>
+  </div>
+</div>
+"""
+
+DRAG_HINT = '<p class="hint">Drag the picture, or use the arrow keys, to turn the head</p>'
 
 HEAD_FILE_HINT = '<p class="hint">The head file opens here again, and in Python.</p>'
 
@@ -65,9 +81,38 @@ The generator itself is never changed. All that belongs to your photo is the hea
 Method: [Meta-Auxiliary Network for 3D GAN Inversion]({PAPER}), Jiang, Guo and Yang, 2023.
 """
 
-NOTICE = """
-**For research and demonstration.** `metaaux-mini`, the model that comes with this demo, is small (128 × 128 pixels)
-and learnt from few portraits of adults, most of them taken from the front: details, glasses, hands, hats and far turns
-come out poorly, and some faces better than others. Use photos of yourself, or of people who agreed. Uploads and
-results are deleted from the server after about an hour.
+_NOTICE = """
+**For research and demonstration.** {models}{limits}Use photos of yourself, or of people who agreed. Uploads and
+results are deleted from the server after about {age}.
 """
+
+_LIMITS_OF_EMBEDDED = """ is small
+(128 × 128 pixels) and learnt from few portraits of adults, most of them taken from the front: details, glasses, hands,
+hats and far turns come out poorly, and some faces better than others. """
+
+
+def notice(models: Sequence[str], session_minutes: int) -> str:
+    """Markdown below the page: what the models offered here cannot do, and how long things are kept.
+
+    Args:
+        models: `Settings.models`.
+        session_minutes: `Settings.session_minutes`; files live twice as long.
+    """
+    if EMBEDDED_MODEL in models:
+        first, limits = f"`{EMBEDDED_MODEL}`, the model that comes with this demo,", _LIMITS_OF_EMBEDDED
+    else:
+        names = ", ".join(f"`{model_name(model)}`" for model in models)
+        first, limits = f"The model here is {names}; its card says what it cannot do. ", ""
+    return _NOTICE.format(models=first, limits=limits, age=_duration(2 * session_minutes))
+
+
+def model_name(model: str) -> str:
+    """What the page calls a model: the last part of its id or folder."""
+    return model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _duration(minutes: int) -> str:
+    if minutes < 55:
+        return f"{minutes} minutes"
+    hours = round(minutes / 60)
+    return "an hour" if hours == 1 else f"{hours} hours"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_path
+from ..files import write_text
 
 
 class Records:
@@ -53,8 +53,7 @@ class Records:
                 )
         merged = known | settings | {"methods": methods | settings["methods"]}
         if merged != known:
-            with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
+            write_text(json.dumps(merged, indent=2) + "\n", path)
 
     def _path(self, method: str) -> Path:
         number, count = self.shard
@@ -84,14 +83,14 @@ class Records:
 
     def append(self, method: str, record: dict[str, Any]) -> None:
         """Adds a record, which must have the photo's `index`; on disk when this returns."""
-        path = self._path(method)
         line = json.dumps(record).encode() + b"\n"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            size = os.fstat(descriptor).st_size
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                os.ftruncate(descriptor, path.read_bytes().rfind(b"\n") + 1)
-            os.write(descriptor, line)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        # Appending and unbuffered: the line is written in one go.
+        with self._path(method).open("a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size:
+                file.seek(size - 1)
+                if file.read(1) != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(line)
+            os.fsync(file.fileno())

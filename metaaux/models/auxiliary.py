@@ -20,6 +20,7 @@ from torch import nn
 from transformers import ResNetBackbone, ResNetConfig
 
 from .stylegan2 import KERNEL_SIZE, LRELU_SLOPE, MappingNetwork, StyleGAN2Generator, SynthesisBlock
+from .weights import unwrapped
 
 BACKBONE_STRIDE = 32
 
@@ -213,6 +214,8 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         inner_learning_rate: α of Eq. 5 at the start, for all tensors.
         inner_max_gradient_norm: clipping of the gradient in Eq. 5; `None`: off.
         inner_momentum: μ of the steps' momentum; 0: Eq. 5 itself.
+        inner_loss: `losses.InversionLoss.describe` of the loss for which training set its inner rates; `None` where
+            that is not known.
 
     Raises:
         ValueError: sizes do not fit together, both modules are switched off, or one of `full_kernel_layers` begins no
@@ -247,6 +250,7 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         inner_learning_rate: float = 0.01,
         inner_max_gradient_norm: float | None = None,
         inner_momentum: float = 0.0,
+        inner_loss: dict[str, Any] | None = None,
     ):
         super().__init__()
         if not use_weight_offsets and not use_offset_planes:
@@ -313,7 +317,7 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
             "layer_shapes": {n: list(shape) for n, shape in layers.items() if n.startswith(tuple(prefixes))},
             "image_size": generator.config.image_size,
         }
-        if isinstance(generator, StyleGAN2Generator):
+        if isinstance(unwrapped(generator), StyleGAN2Generator):
             return {**config, "use_offset_planes": False, **overrides}
         return {
             **config,

@@ -158,6 +158,9 @@ class IdentityNetwork(ModelMixin, ConfigMixin):
         x = self.embedding_norm(self.head(x))
         return F.normalize(x.float(), dim=1)
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        """Unit vectors [B, D] (float32) of images [B, 3, H, W] in [-1, 1]. Raises ValueError as `crop_face` does."""
+    def forward(self, image: torch.Tensor, cameras: torch.Tensor | None = None) -> torch.Tensor:
+        """Unit vectors [B, D] (float32) of images [B, 3, H, W] in [-1, 1]. Raises ValueError as `crop_face` does.
+
+        The crop is the same for all views, so the `cameras` [B, 25] that `losses.IdentityEmbedding` passes are unused.
+        """
         return self.embed_crop(self.crop_face(image))

@@ -145,6 +145,11 @@ class LPIPS(ModelMixin, ConfigMixin):
             nn.Conv2d(channels, 1, 1, bias=False) for channels in (self.tap_channels if calibrated else ())
         )
 
+    @property
+    def kind(self) -> str:
+        """Which distance it is, as checkpoints record it: "lpips-vgg" if calibrated, else "features-vgg"."""
+        return f"{'lpips' if self.config.calibrated else 'features'}-{self.config.backbone}"
+
     @classmethod
     def from_features_file(cls, path: str | Path, backbone: str = "squeeze", normalization: str = "folded") -> LPIPS:
         """Builds the uncalibrated distance from a safetensors file of backbone weights under torchvision's
@@ -187,7 +192,7 @@ class LPIPS(ModelMixin, ConfigMixin):
 
     def distance(self, x_taps: list[torch.Tensor], y_taps: list[torch.Tensor]) -> torch.Tensor:
         """LPIPS [B] of two lists of taps: squared differences of unit vectors, spatial means summed over taps."""
-        total = torch.zeros(x_taps[0].shape[0], device=x_taps[0].device)
+        total = torch.zeros(x_taps[0].shape[0], dtype=torch.float32, device=x_taps[0].device)
         for index, (x, y) in enumerate(zip(x_taps, y_taps)):
             difference = (unit_channels(x) - unit_channels(y)).square()
             if self.config.calibrated:
@@ -218,7 +223,12 @@ class DiscriminatorPerceptualDistance:
             half the image.
         dtype: precision of the discriminator's convolutions; None leaves it to the discriminator. Distances are
             float32 in any case.
+
+    Attributes:
+        kind: "discriminator", as checkpoints record it.
     """
+
+    kind = "discriminator"
 
     def __init__(self, discriminator: nn.Module, raw_size: int | None = None, dtype: torch.dtype | None = None):
         self.discriminator = discriminator

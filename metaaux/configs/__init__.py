@@ -1,0 +1,1 @@
+"""Settings of every training run, as YAML."""

@@ -1,0 +1,44 @@
+"""Which device computes, what it is called, and when it has finished."""
+
+from __future__ import annotations
+
+import torch
+
+#: Operators of an inversion that Apple's GPUs lack in some supported version of PyTorch: the derivatives of bilinear
+#: look-ups (up to 2.12) and of the antialiased reduction in front of the identity network. The package switches
+#: PyTorch's fallback to the CPU on for them. Double precision, which these GPUs lack altogether, is nowhere needed.
+MPS_FALLBACK_OPERATORS = ("grid_sampler_2d_backward", "_upsample_bilinear2d_aa_backward")
+
+
+def best_device() -> str:
+    """The fastest device here: "cuda" where PyTorch finds an NVIDIA (or AMD) GPU, "mps" on a Mac's, else "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def usable_device(device: str | None) -> str:
+    """`device` once a tensor could be made on it; `None` takes [`best_device`].
+
+    Raises:
+        ValueError: there is no such device, or PyTorch cannot use it here.
+    """
+    device = device or best_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done all that it was given; a time taken without it says nothing about a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    """For example "NVIDIA H200"; "cpu" and "mps" for others."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
