@@ -247,3 +247,22 @@ def test_bombs_are_refused_by_their_header(monkeypatch):
         load_photo(png(60000) + empty, max_pixels=10**10)
     with pytest.raises(UnreadableImageError, match="9000 x 9000 pixels, more than the limit of 80,000,000"):
         load_photo(png(9000) + empty)
+
+
+def test_the_demo_reads_the_same_formats_and_names_files_as_their_owners_do(picture, tmp_path):
+    from metaaux.demo.settings import Settings
+    from metaaux.demo.validation import read_photos
+
+    files = {
+        "holiday.heic": heic(Image.fromarray(picture)),
+        "drawing.jpg": encoded(Image.fromarray(picture), "EPS"),
+        "new.jpg": b"\xff\x0a" + bytes(60),
+        "cut.png": encoded(Image.fromarray(picture), "PNG")[:60],
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    assert read_photos([str(tmp_path / "holiday.heic")], Settings())[0].size == (36, 24)
+    for name, words in (("drawing.jpg", "PostScript"), ("new.jpg", "JPEG XL"), ("cut.png", "damaged")):
+        with pytest.raises(UnreadableImageError, match=f"^'{name}' is .*{words}") as caught:
+            read_photos([str(tmp_path / name)], Settings())
+        assert str(tmp_path) not in str(caught.value)
