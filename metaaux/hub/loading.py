@@ -276,6 +276,6 @@ def _one_device(device_map: Any) -> torch.device | None:
         return torch.device(device_map)
     except (RuntimeError, TypeError):
         raise ValueError(
-            f"device_map takes the name of one device, such as 'cuda', got {device_map!r}: the networks are small; "
-            "for less GPU memory call enable_model_cpu_offload()"
+            f"device_map takes the name of one device, such as 'cuda', got {device_map!r}: the networks are small, "
+            "and each gradient step of an inversion needs all of them"
         ) from None
