@@ -1,4 +1,8 @@
-"""Test-time adaptation of the auxiliary network: the total loss (Eq. 8-12) and the inner loop (Eq. 5).
+"""Adaptation of the auxiliary network: the inner loop, Eq. 5, of inference and of training (Alg. 1, lines 3-7) alike.
+
+The loop is MAML's (Finn et al. 2017): gradient steps from parameters that were learnt to be a good start. From MAML++
+(Antoniou et al. 2019) come learning rates of each tensor's own and, for training, the losses of the steps on the way.
+It works on a batch of tasks, each of them one person; a visitor's photo is a batch of one task.
 
 Nothing shared is changed: the adapted parameters live in a dictionary that belongs to the call, and
 `torch.func.functional_call`, which for its duration swaps tensors inside the module it is given, only ever sees a
@@ -15,30 +19,100 @@ from dataclasses import dataclass
 import torch
 
 from .cameras import mirror_camera
+from .devices import synchronize
 from .losses import InversionLoss, private_view
-from .models.auxiliary import AuxiliaryOutput
+from .models.auxiliary import AuxiliaryNetwork, AuxiliaryOutput
+from .models.eg3d import EG3DGenerator, GeneratorOutput
+from .models.encoder import ImageEncoder
+from .models.stylegan2 import ImageOutput, StyleGAN2Generator
 
+Generator = EG3DGenerator | StyleGAN2Generator
 StepCallback = Callable[[int, torch.Tensor, dict[str, float]], None]
 
 
 @dataclass
-class AdaptationResult:
-    """What `adapt` found for one person.
+class Tasks:
+    """T persons to invert side by side, each from P photos; the photos of a person stand together.
 
     Attributes:
-        parameters: adapted parameters of the auxiliary network, by name; detached.
-        weight_offsets: δ per generator layer, as `generator.synthesize` takes it.
-        offset_planes: [1, 3, 3, r, r] world units, or `None` without the 3D module.
-        steps: one dictionary a step from -1 to N: "step", the loss terms of Eq. 8 ("flip" too where it takes part)
-            and "seconds", the time that this step alone took.
-        image: the last reconstruction [P, 3, S, S], one for each photo.
+        image: photos [T·P, 3, S, S] in [-1, 1].
+        camera: of each photo, [T·P, 25].
+        w: latent code of each person, [T, w_dim] or [T, num_ws, w_dim]; stays fixed.
+        planes: the generator's own planes for these codes [T, 3, C, R, R]; `None` with a 2D generator.
     """
 
-    parameters: dict[str, torch.Tensor]
-    weight_offsets: dict[str, torch.Tensor]
-    offset_planes: torch.Tensor | None
-    steps: list[dict[str, float]]
     image: torch.Tensor
+    camera: torch.Tensor
+    w: torch.Tensor
+    planes: torch.Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.w)
+
+    @property
+    def photos(self) -> int:
+        """P, the photos of each person."""
+        return len(self.image) // len(self.w)
+
+    def split(self, size: int) -> list[Tasks]:
+        """Parts of `size` tasks."""
+        planes = [None] * -(-len(self) // size) if self.planes is None else self.planes.split(size)
+        photos = (self.image.split(size * self.photos), self.camera.split(size * self.photos))
+        return [Tasks(*tensors) for tensors in zip(*photos, self.w.split(size), planes, strict=True)]
+
+    def for_photos(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """A tensor [T, …] with each task's entry once a photo, [T·P, …]; `None` stays."""
+        if tensor is None or self.photos == 1:
+            return tensor
+        return tensor[:, None].expand(-1, self.photos, *tensor.shape[1:]).flatten(0, 1)
+
+
+@torch.no_grad()
+def make_tasks(generator: Generator, encoder: ImageEncoder, image: torch.Tensor, camera: torch.Tensor) -> Tasks:
+    """Photos [T, 3, S, S] seen by cameras [T, 25] as a task each, with the codes that the encoder gives them."""
+    w = encoder(image)
+    return Tasks(image, camera, w, generator.planes(w))
+
+
+@dataclass
+class InnerLoop:
+    """Settings of the inner loop.
+
+    Attributes:
+        steps: N of Eq. 5 (K of Alg. 1), 0 or more.
+        rates: α of each tensor by name, numbers or scalar tensors.
+        max_gradient_norm: gradients of a larger norm (over all tensors, of each task alone) are scaled down to it.
+        momentum: μ of `gradient_step`.
+        flip_share: part of the steps, from the first on and at least one, whose loss holds Eq. 12, if the loss has it.
+        resolution: rays a side; `None`: the generator's.
+        dtype: the generator's precision; `None`: its own.
+        differentiable: whether derivatives of the inner gradients are kept, as second-order meta-gradients need them.
+        losses: whether the losses on the way are wanted for training (MAML++'s multi-step loss).
+    """
+
+    steps: int
+    rates: Mapping[str, torch.Tensor | float]
+    max_gradient_norm: float | None = None
+    momentum: float = 0.0
+    flip_share: float = 1.0
+    resolution: int | None = None
+    dtype: torch.dtype | None = None
+    differentiable: bool = False
+    losses: bool = False
+
+    @classmethod
+    def of(cls, auxiliary: AuxiliaryNetwork, steps: int, **changes) -> InnerLoop:
+        """As the network is adapted to a photo: its own rates, as constants, clipping and momentum; with `changes`."""
+        changes.setdefault("momentum", auxiliary.config.inner_momentum)
+        if changes.get("max_gradient_norm") is None:
+            changes["max_gradient_norm"] = auxiliary.config.inner_max_gradient_norm
+        if "rates" not in changes:
+            changes["rates"] = {name: rate.detach() for name, rate in auxiliary.inner_rates().items()}
+        return cls(steps, **changes)
+
+    def has_flip(self, step: int) -> bool:
+        """Whether Eq. 12 takes part in the loss of the state after so many steps."""
+        return self.flip_share >= 1 or step < max(1, math.ceil(self.flip_share * self.steps - 1e-6))
 
 
 def gradient_step(
@@ -48,30 +122,25 @@ def gradient_step(
     max_gradient_norm: float | None = None,
     momentum: float = 0.0,
     velocity: Mapping[str, torch.Tensor] | None = None,
-    stacked: bool = False,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Eq. 5 with Polyak's momentum: v' = μ v + ∇L, θ' = θ - α v'; differentiable with regard to all its inputs.
 
     μ = 0 is Eq. 5 itself.
 
     Args:
-        parameters: θ by name; with `stacked` every tensor has a leading dimension of tasks.
+        parameters: θ by name, every tensor with a leading dimension of tasks.
         gradients: the same names and shapes.
         rates: α of each tensor.
         max_gradient_norm: gradients of a larger norm (over all tensors, of each task alone) are scaled down to it.
         momentum: μ.
         velocity: v, as the step before returned it; `None` before the first.
-        stacked: see `parameters`.
 
     Returns:
         θ' and v'.
     """
     scale = None
     if max_gradient_norm is not None:
-        squares = [
-            gradient.reshape(len(gradient), -1).square().sum(1) if stacked else gradient.square().sum()
-            for gradient in gradients.values()
-        ]
+        squares = [gradient.reshape(len(gradient), -1).square().sum(1) for gradient in gradients.values()]
         # The constant keeps the square root's derivative finite at a gradient of zero.
         norm = (torch.stack(squares).sum(0) + 1e-12).sqrt()
         scale = (max_gradient_norm / norm).clamp(max=1)
@@ -90,9 +159,223 @@ def gradient_step(
     return dict(zip(parameters, adapted, strict=True)), dict(zip(parameters, changes, strict=True))
 
 
+def predict_tasks(
+    auxiliary: AuxiliaryNetwork, parameters: Mapping[str, torch.Tensor], tasks: Tasks
+) -> AuxiliaryOutput:
+    """Offsets of each task, [T, …], from its own parameters [T, …] by name: the mean of what its photos give."""
+    photos = tasks.photos
+
+    def predict_one(own, image, camera, planes):
+        planes = None if planes is None else planes[None].expand(photos, *planes.shape)
+        output = torch.func.functional_call(auxiliary, own, (image, camera, planes))
+        values = [*output.weight_offsets.values()]
+        if output.offset_planes is not None:
+            values.append(output.offset_planes)
+        return [value.squeeze(0) if photos == 1 else value.mean(0) for value in values]
+
+    if len(tasks) == 1:
+        # Views of the tensors: vmap would add kernels, and each step here is bound by their launches.
+        own = {name: parameter.squeeze(0) for name, parameter in parameters.items()}
+        planes = None if tasks.planes is None else tasks.planes.squeeze(0)
+        values = [value[None] for value in predict_one(own, tasks.image, tasks.camera, planes)]
+    else:
+        # The convolutions of all tasks become grouped ones; random numbers are not drawn anywhere in the network.
+        image, camera = (tensor.unflatten(0, (-1, photos)) for tensor in (tasks.image, tasks.camera))
+        in_dims = (0, 0, 0, None if tasks.planes is None else 0)
+        values = torch.func.vmap(predict_one, in_dims)(dict(parameters), image, camera, tasks.planes)
+    layers = auxiliary.layer_names
+    weight_offsets = dict(zip(layers, values, strict=False))
+    return AuxiliaryOutput(weight_offsets, values[-1] if len(values) > len(layers) else None)
+
+
+def synthesize_tasks(
+    generator: Generator,
+    tasks: Tasks,
+    offsets: AuxiliaryOutput,
+    resolution: int | None = None,
+    lookup: str = "auto",
+    dtype: torch.dtype | None = None,
+    camera: torch.Tensor | None = None,
+    planes: torch.Tensor | None = None,
+) -> GeneratorOutput | ImageOutput:
+    """Each photo reconstructed with the offsets of its task, [T·P, 3, S, S].
+
+    Args:
+        generator, tasks, offsets: as `predict_tasks` gives the last.
+        resolution, dtype: see `InnerLoop`.
+        lookup: see `renderer.sample_planes`.
+        camera: in place of the photos' own, [T·P, 25].
+        planes: of each task's adapted backbone [T, 3, C, R, R], where they are known already.
+    """
+    if planes is None:
+        planes = generator.planes(tasks.w, offsets.weight_offsets, dtype=dtype)
+    # The only task's δ is passed without its dimension: weights that all samples share are faster.
+    each = tasks.for_photos if len(tasks) > 1 else lambda offset: offset.squeeze(0)
+    return generator.synthesize(
+        tasks.for_photos(tasks.w),
+        tasks.camera if camera is None else camera,
+        weight_offsets={name: each(offset) for name, offset in offsets.weight_offsets.items()},
+        offset_planes=tasks.for_photos(offsets.offset_planes),
+        planes=tasks.for_photos(planes),
+        resolution=resolution,
+        lookup=lookup,
+        dtype=dtype,
+    )
+
+
+@dataclass
+class InnerStep:
+    """What was seen on the way of one gradient step, before it.
+
+    Attributes:
+        image: the reconstructions [T·P, 3, S, S], detached.
+        losses: the terms of `InnerProblem.evaluate`, detached.
+        loss: with `InnerLoop.losses` the mean loss, differentiable with regard to parameters and rates.
+    """
+
+    image: torch.Tensor
+    losses: dict[str, torch.Tensor]
+    loss: torch.Tensor | None
+
+
+class InnerProblem:
+    """What the steps of one inner loop share, and one method a step.
+
+    Args:
+        generator: in eval mode; not changed. Freeze it (`requires_grad_(False)`) to save memory.
+        auxiliary: in eval mode, a `private_view` where threads share the network; not changed.
+        loss: Eq. 8 and, with weights for it, Eq. 12.
+        tasks: the photos.
+        inner: settings.
+
+    Raises:
+        ValueError: the auxiliary network is in training mode.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        auxiliary: AuxiliaryNetwork,
+        loss: InversionLoss,
+        tasks: Tasks,
+        inner: InnerLoop,
+    ):
+        if auxiliary.training:
+            raise ValueError("the auxiliary network is in training mode, but a task has no batch statistics: .eval()")
+        self.generator, self.auxiliary, self.loss, self.tasks, self.inner = generator, auxiliary, loss, tasks, inner
+        self.lookup = "gather" if inner.differentiable else "auto"  # only gathers can be differentiated twice on CUDA
+        self.reference = loss.reference(tasks.image, tasks.camera)
+        if loss.weights.uses_flip:
+            self.mirrored_camera = mirror_camera(tasks.camera)
+            self.mirrored_reference = loss.reference(tasks.image.flip(-1), self.mirrored_camera)
+
+    def evaluate(
+        self, step: int, offsets: AuxiliaryOutput, planes: torch.Tensor | None = None
+    ) -> tuple[GeneratorOutput | ImageOutput, dict[str, torch.Tensor]]:
+        """The reconstructions with these offsets, and the loss of each task, term by term.
+
+        Args:
+            step: gradient steps that led to the offsets; -1: none and no prediction.
+            offsets, planes: see `synthesize_tasks`.
+
+        Returns:
+            Reconstructions [T·P, …]; "mse", "perceptual", "identity", "adversarial", "total" and, where Eq. 12 takes
+            part, "flip", each [T], the mean over a task's photos.
+        """
+        inner, tasks = self.inner, self.tasks
+        if planes is None:
+            planes = self.generator.planes(tasks.w, offsets.weight_offsets, dtype=inner.dtype)
+        view = {"resolution": inner.resolution, "lookup": self.lookup, "dtype": inner.dtype, "planes": planes}
+        output = synthesize_tasks(self.generator, tasks, offsets, **view)
+        losses = self.loss(output.image, output.image_raw, self.reference, tasks.camera)
+        if self.loss.weights.uses_flip and inner.has_flip(step):
+            other = synthesize_tasks(self.generator, tasks, offsets, camera=self.mirrored_camera, **view)
+            losses["flip"] = self.loss.flip(
+                other.image, other.image_raw, self.mirrored_reference, self.mirrored_camera
+            )
+            losses["total"] = losses["total"] + losses["flip"]  # L_all = L + L_f
+        if tasks.photos > 1:
+            losses = {name: value.unflatten(0, (-1, tasks.photos)).mean(1) for name, value in losses.items()}
+        return output, losses
+
+    def step(
+        self, step: int, parameters: Mapping[str, torch.Tensor], velocity: Mapping[str, torch.Tensor] | None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], InnerStep]:
+        """Eq. 5 once: θ' and v' (`gradient_step`) of the state θ, v after `step` steps."""
+        inner = self.inner
+        output, losses = self.evaluate(step, predict_tasks(self.auxiliary, parameters, self.tasks))
+        total = losses["total"]
+        # The sum's gradient holds each task's own: no task's loss depends on another's parameters.
+        gradients = torch.autograd.grad(
+            total, list(parameters.values()), torch.ones_like(total), create_graph=inner.differentiable
+        )
+        loss = None
+        if inner.losses:
+            loss = total.mean() if inner.differentiable else _with_gradients(total, parameters.values(), gradients)
+        adapted, velocity = gradient_step(
+            parameters,
+            dict(zip(parameters, gradients, strict=True)),
+            inner.rates,
+            inner.max_gradient_norm,
+            inner.momentum,
+            velocity,
+        )
+        terms = {name: value.detach() for name, value in losses.items()}
+        return adapted, velocity, InnerStep(output.image.detach(), terms, loss)
+
+    def run(
+        self, parameters: Mapping[str, torch.Tensor], on_step: Callable[[int, InnerStep], None] | None = None
+    ) -> tuple[dict[str, torch.Tensor], list[InnerStep]]:
+        """The inner loop (Alg. 1, lines 3-7): all tasks side by side, each coming out as it would alone.
+
+        Args:
+            parameters: θ^Aux, shared by the tasks; with gradients.
+            on_step: called as (step, what was seen before it).
+
+        Returns:
+            θ_i^Aux with a leading dimension of tasks, and what was seen before each step. With
+            `InnerLoop.differentiable` they are differentiable with regard to `parameters` and rates. Without it their
+            derivative takes inner gradients for constants and costs no backward pass of its own.
+        """
+        adapted = {name: p.expand(len(self.tasks), *p.shape) for name, p in parameters.items()}
+        velocity, seen = None, []
+        for step in range(self.inner.steps):
+            adapted, velocity, before = self.step(step, adapted, velocity)
+            seen.append(before)
+            if on_step is not None:
+                on_step(step, before)
+        return adapted, seen
+
+
+def _with_gradients(total, parameters, gradients) -> torch.Tensor:
+    """The mean of `total` [T] with `gradients` of its sum, already known, in place of what made it."""
+    linear = sum((gradient.detach() * p).sum() for p, gradient in zip(parameters, gradients, strict=True)) / len(total)
+    return total.detach().mean() + linear - linear.detach()
+
+
+@dataclass
+class AdaptationResult:
+    """What `adapt` found for one person.
+
+    Attributes:
+        parameters: adapted parameters of the auxiliary network, by name; detached.
+        weight_offsets: δ per generator layer, as `generator.synthesize` takes it.
+        offset_planes: [1, 3, 3, r, r] world units, or `None` without the 3D module.
+        steps: one dictionary a step from -1 to N: "step", the loss terms of Eq. 8 ("flip" too where it takes part)
+            and "seconds", the time that this step alone took.
+        image: the last reconstruction of each photo [P, 3, S, S].
+    """
+
+    parameters: dict[str, torch.Tensor]
+    weight_offsets: dict[str, torch.Tensor]
+    offset_planes: torch.Tensor | None
+    steps: list[dict[str, float]]
+    image: torch.Tensor
+
+
 def adapt(
-    generator: torch.nn.Module,
-    auxiliary: torch.nn.Module,
+    generator: Generator,
+    auxiliary: AuxiliaryNetwork,
     loss: InversionLoss,
     target: torch.Tensor,
     w: torch.Tensor,
@@ -106,143 +389,82 @@ def adapt(
 ) -> AdaptationResult:
     """Adapt the auxiliary network to the photos of one person by N gradient steps (Eq. 5, `gradient_step`).
 
-    The steps have the momentum that is stored in the auxiliary network. Works inside `no_grad` and `inference_mode`
-    too. The auxiliary network predicts from each photo and the predictions are averaged; the loss is the mean over the
-    photos, so that the rates suit any number of them.
+    A batch of one task, with the network's own momentum; works inside `no_grad` and `inference_mode` too. Predictions
+    from several photos are averaged and the loss is the mean over them, so that the rates suit any number.
 
     Args:
-        generator: an `EG3DGenerator`, in eval mode; not changed. Freeze it (`requires_grad_(False)`) to save memory.
-        auxiliary: an `AuxiliaryNetwork`; not changed, always run with its stored batch statistics.
-        loss: Eq. 8.
-        target: photos of one person [P, 3, S, S] in [-1, 1].
+        generator, loss: see `InnerProblem`.
+        auxiliary: not changed, always run with its stored batch statistics.
+        target, camera: photos of one person [P, 3, S, S] in [-1, 1], and their cameras [P, 25].
         w: latent code of the person [1, w_dim] or [1, num_ws, w_dim]; stays fixed.
-        camera: [P, 25].
         steps: N ≥ 0.
         learning_rate: one α for all tensors. Default: the rates stored in the auxiliary network.
         learning_rates: α per tensor name, in place of `learning_rate`.
         max_gradient_norm: gradients of a larger norm are scaled down to it. Default: the auxiliary network's.
-        flip_share: part of the steps, from the first on and at least one, whose loss holds Eq. 12; the others are the
-            photo's alone. In the paper it is all of them.
+        flip_share: see `InnerLoop`; in the paper it is 1.
         on_step: called as (step, image [P, 3, S, S], losses) for step -1 (the encoder alone, Δθ = 0), 0 (the
             prediction before any gradient step) and 1 … N (after each); losses as in `AdaptationResult.steps`.
 
     Raises:
-        ValueError: shapes do not fit together, `steps` is negative, `flip_share` is not above 0 and at most 1, or
-            names are missing in `learning_rates`.
+        ValueError: shapes do not fit together, a setting is out of range, or `learning_rates` lacks names.
         FloatingPointError: the loss became infinite or not a number.
     """
     _check_inputs(generator, target, w, camera, steps, flip_share)
-    flip_steps = max(1, math.ceil(flip_share * steps - 1e-6)) if flip_share < 1 else math.inf
+    reports = _Reports(target.device, on_step)
     with torch.inference_mode(False), torch.enable_grad():
         # A tensor made in inference mode cannot be saved for backward; a clone made here can.
         target, w, camera = (tensor.detach().clone() for tensor in (target, w, camera))
         network = private_view(auxiliary).eval()
-        parameters = {
-            name: parameter.detach().requires_grad_() for name, parameter in network.adaptable_parameters().items()
-        }
+        parameters = {name: p.detach().requires_grad_() for name, p in network.adaptable_parameters().items()}
         rates = _inner_rates(network, parameters, learning_rate, learning_rates)
-        if max_gradient_norm is None:
-            max_gradient_norm = network.config.inner_max_gradient_norm
-        session = _Session(generator, network, loss, target, w, camera, flip_steps, on_step)
-        return session.run(parameters, rates, steps, max_gradient_norm)
-
-
-class _Session:
-    """The constants of one `adapt` call and its loop."""
-
-    def __init__(self, generator, network, loss, target, w, camera, flip_steps, on_step):
-        self.generator, self.network, self.loss, self.on_step = generator, network, loss, on_step
-        self.flip_steps = flip_steps
-        self.target, self.camera, self.w = target, camera, w
-        self.reports: list[dict[str, float]] = []
-        self.started = self._now()
-        self.photo_w = w.expand(len(target), *w.shape[1:])
-        self.reference = loss.reference(target, camera)
-        self.flipped = None
-        if loss.weights.uses_flip:
-            mirrored = mirror_camera(camera)
-            self.flipped = (loss.reference(target.flip(-1), mirrored), mirrored)
+        changes = {"rates": rates, "max_gradient_norm": max_gradient_norm, "flip_share": flip_share}
+        inner = InnerLoop.of(network, steps, **changes)
+        reports.start()
         with torch.no_grad():
-            self.base_planes = generator.planes(w)
-
-    def run(self, parameters, rates, steps, max_gradient_norm) -> AdaptationResult:
-        momentum, velocity = self.network.config.inner_momentum, None
+            tasks = Tasks(target, camera, w, generator.planes(w))
+            problem = InnerProblem(generator, network, loss, tasks, inner)
+            output, losses = problem.evaluate(-1, AuxiliaryOutput({}, None), tasks.planes)
+        reports.add(-1, output.image, losses)
+        adapted, _ = problem.run(parameters, lambda step, seen: reports.add(step, seen.image, seen.losses))
         with torch.no_grad():
-            image, losses = self._losses(-1, {}, None, self.base_planes)
-        self._report(-1, image, losses)
+            offsets = predict_tasks(network, adapted, tasks)
+            output, losses = problem.evaluate(steps, offsets)
+        reports.add(steps, output.image, losses)
+    parameters = {name: parameter.detach().squeeze(0) for name, parameter in adapted.items()}
+    weight_offsets = {name: offset.squeeze(0) for name, offset in offsets.weight_offsets.items()}
+    return AdaptationResult(parameters, weight_offsets, offsets.offset_planes, reports.steps, output.image)
 
-        for step in range(steps + 1):
-            last = step == steps
-            with torch.set_grad_enabled(not last):
-                offsets = self._predict(parameters)
-                planes = self.generator.planes(self.w, weight_offsets=offsets.weight_offsets)
-                image, losses = self._losses(step, offsets.weight_offsets, offsets.offset_planes, planes)
-            self._report(step, image, losses)
-            if not last:
-                gradients = torch.autograd.grad(losses["total"], list(parameters.values()))
-                with torch.no_grad():
-                    named = dict(zip(parameters, gradients, strict=True))
-                    parameters, velocity = gradient_step(
-                        parameters, named, rates, max_gradient_norm, momentum, velocity
-                    )
-                parameters = {name: parameter.requires_grad_() for name, parameter in parameters.items()}
 
-        return AdaptationResult(
-            parameters={name: parameter.detach() for name, parameter in parameters.items()},
-            weight_offsets=offsets.weight_offsets,
-            offset_planes=offsets.offset_planes,
-            steps=self.reports,
-            image=image,
-        )
+class _Reports:
+    """The figures of each step of `adapt`, with the time it took on the device."""
 
-    def _predict(self, parameters: dict[str, torch.Tensor]) -> AuxiliaryOutput:
-        photo_planes = self._for_each_photo(self.base_planes)
-        output = torch.func.functional_call(self.network, parameters, (self.target, self.camera, photo_planes))
-        # Averaged to one prediction for the person, in the shape that all samples of a generator call share.
-        weight_offsets = {name: offset.mean(0) for name, offset in output.weight_offsets.items()}
-        offset_planes = None if output.offset_planes is None else output.offset_planes.mean(0, keepdim=True)
-        return AuxiliaryOutput(weight_offsets, offset_planes)
+    def __init__(self, device: torch.device, on_step: StepCallback | None):
+        self.device, self.on_step = device, on_step
+        self.steps: list[dict[str, float]] = []
 
-    def _losses(self, step, weight_offsets, offset_planes, planes) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        output = self._synthesize(self.camera, weight_offsets, offset_planes, planes)
-        losses = self.loss(output.image, output.image_raw, self.reference, self.camera)
-        if self.flipped is not None and step < self.flip_steps:
-            reference, camera = self.flipped
-            view = self._synthesize(camera, weight_offsets, offset_planes, planes)
-            losses["flip"] = self.loss.flip(view.image, view.image_raw, reference, camera)
-            losses["total"] = losses["total"] + losses["flip"]  # L_all = L + L_f
-        return output.image, {name: value.mean() for name, value in losses.items()}
+    def start(self) -> None:
+        """A step's time begins."""
+        synchronize(self.device)
+        self.started = time.perf_counter()
 
-    def _synthesize(self, camera, weight_offsets, offset_planes, planes):
-        return self.generator.synthesize(
-            self.photo_w,
-            camera,
-            weight_offsets=weight_offsets,
-            offset_planes=None if offset_planes is None else self._for_each_photo(offset_planes),
-            planes=self._for_each_photo(planes),
-        )
+    def add(self, step: int, image: torch.Tensor, losses: Mapping[str, torch.Tensor]) -> None:
+        """A step's time ends; the next one's begins when the caller has seen it.
 
-    def _report(self, step: int, image: torch.Tensor, losses: dict[str, torch.Tensor]) -> None:
-        values = {name: value.item() for name, value in losses.items()}
+        Raises:
+            FloatingPointError: the loss is infinite or not a number.
+        """
+        values = dict(zip(losses, torch.cat(list(losses.values())).tolist(), strict=True))
         if not math.isfinite(values["total"]):
             raise FloatingPointError(
                 f"the loss is {values['total']} at step {step} of the adaptation; lower the learning rate, set "
                 "max_gradient_norm, or check that photo, code and camera are finite"
             )
-        self.reports.append({"step": step, **values, "seconds": self._now() - self.started})
+        started = self.started
+        self.start()
+        self.steps.append({"step": step, **values, "seconds": self.started - started})
         if self.on_step is not None:
-            self.on_step(step, image.detach(), dict(self.reports[-1]))
-        self.started = self._now()  # the caller's drawing is not counted
-
-    def _for_each_photo(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None:  # the planes of a 2D generator
-            return None
-        return tensor.expand(len(self.target), *tensor.shape[1:])
-
-    def _now(self) -> float:
-        if self.target.is_cuda:
-            torch.cuda.synchronize(self.target.device)
-        return time.perf_counter()
+            self.on_step(step, image, dict(self.steps[-1]))
+            self.start()  # the caller's drawing is not counted
 
 
 def _inner_rates(network, parameters, learning_rate, learning_rates) -> dict[str, float]:

@@ -44,7 +44,7 @@ def camera_from_pose(
         ValueError: an angle is not finite or lies outside ±90 degrees.
     """
     like = next((angle for angle in (yaw, pitch) if isinstance(angle, torch.Tensor)), None)
-    device = None if like is None else like.device
+    device = "cpu" if like is None else like.device
     dtype = like.dtype if like is not None and like.is_floating_point() else torch.float32
     yaw, pitch = torch.broadcast_tensors(
         torch.as_tensor(yaw, dtype=dtype, device=device), torch.as_tensor(pitch, dtype=dtype, device=device)

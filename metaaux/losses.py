@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from .models.discriminator import DualDiscriminator
 from .models.perceptual import LPIPS, DiscriminatorPerceptualDistance
+from .models.weights import unwrapped
 
 
 class PerceptualDistance(Protocol):
@@ -172,7 +173,7 @@ class InversionLoss:
         return {
             "weights": weights,
             "perceptual": None if self.perceptual is None else self.perceptual.kind,
-            "identity": None if self.identity is None else type(self.identity).__name__,
+            "identity": None if self.identity is None else type(unwrapped(self.identity)).__name__,
         }
 
     @property

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metaaux.adaptation import adapt, gradient_step
+from metaaux.adaptation import InnerLoop, InnerProblem, Tasks, adapt, gradient_step, make_tasks, predict_tasks
 from metaaux.cameras import mirror_camera
 from metaaux.losses import InversionLoss, LossWeights, private_view
 from metaaux.models.perceptual import DiscriminatorPerceptualDistance
@@ -143,9 +143,11 @@ def test_gradient_step_is_eq_5_and_clips_by_task():
     numbers, _ = gradient_step(plain, gradients, {"a": 0.1, "b": 0.01}, momentum=0.5, velocity=velocity)
     torch.testing.assert_close(numbers, again)
     # Of two stacked tasks the first's gradient has norm 5, the second's 0.5, which is below the limit.
-    clipped, _ = gradient_step(parameters, gradients, rates, max_gradient_norm=1.0, stacked=True)
+    clipped, _ = gradient_step(parameters, gradients, rates, max_gradient_norm=1.0)
     torch.testing.assert_close(clipped["a"], torch.tensor([[0.94, 2.0], [3.0, 3.97]]))
     torch.testing.assert_close(clipped["b"], torch.tensor([4.992, 5.996]))
+    # All numbers as one task's.
+    parameters, gradients = ({n: t[None] for n, t in tensors.items()} for tensors in (parameters, gradients))
     whole, _ = gradient_step(parameters, gradients, rates, max_gradient_norm=1.0)
     moved = torch.cat([((parameters[n] - whole[n]) / rates[n]).flatten() for n in parameters])
     assert moved.norm().item() == pytest.approx(1.0, rel=1e-5)
@@ -316,3 +318,123 @@ def test_rejects_inputs_that_do_not_fit(case):
         run(case, steps=-1)
     with pytest.raises(FloatingPointError, match="learning rate"):
         run(case, learning_rate=1e30)
+
+
+# ------------------------------------------------------------------------------------------------ batches of tasks
+
+
+def as_tasks(parts, photos, loss, inner, indices):
+    """The inner loop of some of the persons, whose `photos` each stand together: adapted parameters, what was seen."""
+    rows = torch.cat([torch.arange(i * photos, (i + 1) * photos) for i in indices])
+    w = parts.w[indices]
+    tasks = Tasks(parts.target[rows], parts.camera[rows], w, parts.generator.planes(w))
+    leaves = {n: p.detach().clone().requires_grad_() for n, p in parts.auxiliary.adaptable_parameters().items()}
+    problem = InnerProblem(parts.generator, parts.auxiliary, loss, tasks, inner)
+    adapted, seen = problem.run(leaves)
+    offsets = predict_tasks(parts.auxiliary, adapted, tasks)
+    return adapted, seen, offsets, problem.evaluate(inner.steps, offsets)
+
+
+@pytest.fixture(scope="module")
+def persons(case):
+    """Three persons with two photos each."""
+    from metaaux.cameras import camera_from_pose
+
+    seed = torch.Generator().manual_seed(8)
+    size = case.generator.config.image_size
+    target = F.interpolate(torch.rand(6, 3, 4, 4, generator=seed) * 2 - 1, size=(size, size), mode="bicubic")
+    return SimpleNamespace(
+        **{
+            **vars(case),
+            "target": target.clamp(-1, 1),
+            "w": torch.randn(3, case.generator.config.w_dim, generator=seed),
+            "camera": torch.stack([camera_from_pose(yaw, 2) for yaw in (-20, -10, 0, 5, 15, 25)]),
+        }
+    )
+
+
+@pytest.mark.parametrize("photos", [1, 2])
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_a_person_comes_out_of_a_batch_of_tasks_as_alone(persons, photos, differentiable):
+    """To rounding in float32, with flip loss, clipping, momentum and several photos a person."""
+    weights = LossWeights(flip_perceptual=0.2, flip_adversarial=0.01)
+    loss = InversionLoss.from_components(weights, persons.discriminator, persons.identity)
+    rates = dict.fromkeys(persons.auxiliary.adaptable_parameters(), 1e-3)
+    inner = InnerLoop(
+        3, rates, max_gradient_norm=0.5, momentum=0.4, flip_share=0.5, differentiable=differentiable, losses=True
+    )
+    together = as_tasks(persons, photos, loss, inner, [0, 1, 2])
+    for index in range(3):
+        alone = as_tasks(persons, photos, loss, inner, [index])
+        rows = slice(index * photos, (index + 1) * photos)
+        for name, parameter in alone[0].items():
+            torch.testing.assert_close(together[0][name][index], parameter[0], atol=2e-6, rtol=1e-4)
+        for one, other in zip(alone[1], together[1], strict=True):
+            torch.testing.assert_close(other.image[rows], one.image, atol=1e-5, rtol=1e-4)
+            assert one.losses.keys() == other.losses.keys()
+            for term, value in one.losses.items():
+                torch.testing.assert_close(other.losses[term][index], value[0], atol=1e-6, rtol=1e-4)
+        for layer, offset in alone[2].weight_offsets.items():
+            torch.testing.assert_close(together[2].weight_offsets[layer][index], offset[0], atol=1e-6, rtol=1e-3)
+        torch.testing.assert_close(together[2].offset_planes[index], alone[2].offset_planes[0], atol=1e-6, rtol=1e-3)
+        torch.testing.assert_close(together[3][0].image[rows], alone[3][0].image, atol=1e-5, rtol=1e-4)
+    assert ["flip" in step.losses for step in together[1]] == [True, True, False]
+    means = [step.loss.item() for step in together[1]]
+    assert means == pytest.approx([step.losses["total"].mean().item() for step in together[1]], rel=1e-5)
+
+
+@pytest.mark.parametrize("photos", [1, 2])
+def test_a_visitors_photos_are_a_batch_of_one_task(persons, photos):
+    """`adapt` is the inner loop of training."""
+    auxiliary = private_view(persons.auxiliary)
+    auxiliary.register_to_config(inner_max_gradient_norm=0.5, inner_momentum=0.4)
+    parts = SimpleNamespace(**{**vars(persons), "auxiliary": auxiliary})
+    loss = InversionLoss.from_components(LossWeights(flip_perceptual=0.2), parts.discriminator, parts.identity)
+    result = adapt(
+        parts.generator, auxiliary, loss, parts.target[:photos], parts.w[:1], parts.camera[:photos], steps=2
+    )
+    rates = {name: rate.item() for name, rate in auxiliary.inner_rates().items()}
+    adapted, seen, offsets, last = as_tasks(parts, photos, loss, InnerLoop.of(auxiliary, 2, rates=rates), [0])
+    assert {name: list(parameter.shape) for name, parameter in result.parameters.items()} == {
+        name: list(parameter.shape) for name, parameter in auxiliary.adaptable_parameters().items()
+    }
+    for name, parameter in result.parameters.items():
+        torch.testing.assert_close(adapted[name][0], parameter, atol=0, rtol=0)
+    for layer, offset in result.weight_offsets.items():
+        torch.testing.assert_close(offsets.weight_offsets[layer][0], offset, atol=1e-7, rtol=1e-6)
+    for entry, step in zip(result.steps[1:3], seen, strict=True):
+        assert {name: value.item() for name, value in step.losses.items()} == {
+            name: entry[name] for name in step.losses
+        }
+    torch.testing.assert_close(result.image, last[0].image, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_tasks_of_a_2d_generator(tiny_2d_inverter, batch, count):
+    """No planes: side by side and alone they come out alike, and adaptation works."""
+    inverter = tiny_2d_inverter
+    image, camera = batch
+    tasks = make_tasks(inverter.generator, inverter.encoder, image[:count], camera[:count])
+    assert tasks.planes is None and [len(part) for part in tasks.split(2)] == ([2, 1] if count == 3 else [1])
+    loss = inverter.inversion_loss()
+    inner = InnerLoop.of(inverter.auxiliary, 3)
+    leaves = {n: p.detach().clone().requires_grad_() for n, p in inverter.auxiliary.adaptable_parameters().items()}
+    adapted, seen = InnerProblem(inverter.generator, inverter.auxiliary, loss, tasks, inner).run(leaves)
+    assert (seen[-1].losses["total"] < seen[0].losses["total"]).all()
+    for index in range(count):
+        part = slice(index, index + 1)
+        alone = adapt(inverter.generator, inverter.auxiliary, loss, image[part], tasks.w[part], camera[part], steps=3)
+        for name, parameter in alone.parameters.items():
+            torch.testing.assert_close(adapted[name][index], parameter, atol=2e-6, rtol=1e-4)
+        assert seen[2].losses["total"][index].item() == pytest.approx(alone.steps[3]["total"], rel=1e-4)
+    with pytest.raises(ValueError, match="no rays"):
+        InnerProblem(inverter.generator, inverter.auxiliary, loss, tasks, InnerLoop(1, inner.rates, resolution=8)).run(
+            leaves
+        )
+
+
+def test_tasks_need_stored_batch_statistics(case):
+    tasks = Tasks(case.target, case.camera, case.w.expand(2, -1), None)
+    network = private_view(case.auxiliary).train()
+    with pytest.raises(ValueError, match="training mode"):
+        InnerProblem(case.generator, network, case.loss, tasks, InnerLoop.of(network, 1))

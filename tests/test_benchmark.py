@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from metaaux.cli import main
-from metaaux.evaluation.benchmark import _seconds, load_for_benchmark, run_benchmark
+from metaaux.evaluation.benchmark import _seconds, _Work, load_for_benchmark, run_benchmark
 
 MEASURES = {"synthesis", "cached_view", "adaptation", "adaptation_step", "tuning_step"}
 
@@ -30,6 +31,16 @@ def test_figures(tiny_inverter):
     after = tiny_inverter.generator.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert not any(p.requires_grad for p in tiny_inverter.generator.parameters())
+
+
+def test_a_tuning_step_is_timed_without_the_copy_that_it_works_on(tiny_inverter, monkeypatch):
+    before = [p.clone() for p in tiny_inverter.generator.parameters()]
+    work = _Work(tiny_inverter, steps=1, random_weights=False)
+    monkeypatch.setattr(copy, "deepcopy", None)
+    work.tuning_step()
+    changed = [not torch.equal(a, b) for a, b in zip(before, work.tuned.parameters(), strict=True)]
+    assert sum(changed) > len(changed) / 2
+    assert all(torch.equal(a, b) for a, b in zip(before, tiny_inverter.generator.parameters(), strict=True))
 
 
 def test_seconds_are_measured():

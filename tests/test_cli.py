@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
+import shutil
+import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
@@ -13,9 +18,12 @@ import pytest
 import skimage.data
 from conftest import IMAGE_SIZE
 from PIL import Image
+from typer.main import get_command
 
+import metaaux
 from metaaux import Inversion, MetaAuxInverter
-from metaaux.cli import main
+from metaaux.cli import app, main
+from metaaux.cli.options import ComparisonOptions, echo_json
 from metaaux.export.images import label_strip
 from metaaux.export.video import write_video
 from metaaux.faces import camera_from_pose
@@ -190,9 +198,15 @@ class TestMesh:
         assert code == 0, err
         assert (tmp_path / "a.glb").read_bytes()[:4] == b"glTF"
         assert "vertices" in stdout and "100%" in err
+        arguments = ("--resolution", 32, "--texture", 0)
+        code, stdout, err = run("mesh", tmp_path / "a.safetensors", "--out", tmp_path / "a.ply", *arguments)
+        assert code == 0, err
+        assert (tmp_path / "a.ply").read_bytes()[:4] == b"ply\n"
 
     def test_errors(self, run, tiny_folder, inversion_file, tmp_path):
-        code, _, err = run("mesh", inversion_file, "--out", tmp_path / "a.obj")
+        code, _, err = run("mesh", inversion_file, "--out", tmp_path / "a.glb", "--texture", 5000)
+        assert code == 2 and "--texture" in err
+        code, _, err = run("mesh", inversion_file, "--out", tmp_path / "a.stl")
         assert code == 2 and "must end in .glb" in err
         code, _, err = run("mesh", inversion_file, "--out", tmp_path / "a.glb", "--resolution", 2000)
         assert code == 2 and "--resolution" in err
@@ -231,8 +245,41 @@ class TestTrain:
         config.write_text("surprise: 1\n")
         assert_fails_in_one_line(run("train", part, "--config", config), "unknown setting surprise")
         config.write_text("a: [")
-        assert_fails_in_one_line(run("train", part, "--config", config), "not a valid configuration")
+        assert_fails_in_one_line(run("train", part, "--config", config), "not valid YAML")
         assert os.listdir(tmp_path) == ["config.yaml"]
+
+    def test_values_and_folder(self, run, tmp_path, monkeypatch):
+        """What the trainer is given: the file's values with those of --set in place, and the run's folder."""
+        from metaaux.training import identity
+
+        given = []
+        monkeypatch.setattr(identity, "train", lambda *arguments: given.append(arguments))
+        monkeypatch.chdir(tmp_path)
+        config = Path(metaaux.__file__).parent / "configs" / "mini" / "identity.yaml"
+        values = ["--set", "run.seed=7", "--set", "data.path=photos=1.zip"]
+        for options in (values, ["--run", "mine", "--resume"]):
+            code, _, err = run("train", "identity", "--config", config, *options)
+            assert code == 0, err
+        (first, folder, resume), (plain, mine, again) = given
+        assert (first.run.seed, first.data.path) == (7, "photos=1.zip") and plain.run.seed != 7
+        assert first.run.model_dump(exclude={"seed"}) == plain.run.model_dump(exclude={"seed"})
+        assert (folder, resume, mine, again) == (Path("runs/mini-identity"), False, Path("mine"), True)
+
+    def test_values_that_cannot_be_set(self, run, tmp_path):
+        config = tmp_path / "config.yaml"
+        config.write_text("run: {seed: 0}\n")
+        for setting, match in (
+            ("run.seed=soon", "run.seed: expected a valid integer"),
+            ("run.sed=1", "unknown setting sed"),
+            ("seed", "not of the form KEY=VALUE"),
+        ):
+            assert_fails_in_one_line(run("train", "identity", "--config", config, "--set", setting), match)
+
+    def test_a_run_in_the_place_of_a_file(self, run, tmp_path):
+        (tmp_path / "run").touch()
+        config = Path(metaaux.__file__).parent / "configs" / "mini" / "identity.yaml"
+        code, _, err = run("train", "identity", "--config", config, "--run", tmp_path / "run")
+        assert code == 2 and "run is a file" in err
 
     def test_a_part_that_there_is_not(self, run):
         code, _, err = run("train", "everything", "--config", "config.yaml")
@@ -278,8 +325,141 @@ class TestRendering:
         assert not list(tmp_path.iterdir())
 
 
+class TestPrinting:
+    """What a command prints fails for no terminal and no pipe; its files are written."""
+
+    @staticmethod
+    def start(*arguments, **options):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", **options.pop("environment", {})}
+        command = [sys.executable, "-m", "metaaux", *map(str, arguments)]
+        return subprocess.Popen(
+            command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment, **options}
+        )
+
+    @pytest.fixture
+    def cyrillic_folder(self, tiny_folder, tmp_path):
+        return shutil.copytree(tiny_folder, tmp_path / "фото")
+
+    @pytest.mark.parametrize("encoding", ["cp1252", "ascii:strict", "utf-8"])
+    def test_encodings_without_the_letters_of_a_name(self, cyrillic_folder, encoding):
+        process = self.start("model-info", cyrillic_folder, environment={"PYTHONIOENCODING": encoding})
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        # ASCII counts as a terminal that does not tell its encoding.
+        name = rb"\u0444\u043e\u0442\u043e" if encoding == "cp1252" else "фото".encode()
+        assert name in out.splitlines()[0]
+
+    def test_invert_into_such_a_folder(self, tiny_folder, photo, tmp_path):
+        out = tmp_path / "фото"
+        process = self.start(
+            *("invert", photo, "--out", out, "--model", tiny_folder, "--steps", 0),
+            environment={"PYTHONIOENCODING": "cp1252"},
+        )
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+        assert {path.name for path in out.iterdir()} == RESULTS
+
+    @pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-8"])
+    def test_json_is_ascii_under_every_encoding(self, cyrillic_folder, encoding):
+        process = self.start("model-info", cyrillic_folder, "--json", environment={"PYTHONIOENCODING": encoding})
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert json.loads(out.decode("ascii"))["model"] == str(cyrillic_folder)
+
+    @pytest.mark.parametrize("arguments", [["model-info"], ["model-info", "--json"]])
+    def test_nobody_reads(self, tiny_folder, arguments):
+        process = self.start(*arguments, tiny_folder)
+        process.stdout.close()
+        err = process.stderr.read()
+        assert process.wait() == 0, err
+        assert b"Traceback" not in err and b"BrokenPipe" not in err
+
+    @pytest.mark.skipif(os.name != "posix", reason="a shell's redirections")
+    def test_closed_streams(self, tiny_folder):
+        command = [sys.executable, "-m", "metaaux", "model-info", str(tiny_folder)]
+        subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], check=True)
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device without room")
+    def test_a_full_disk_is_told(self, tiny_folder):
+        with open("/dev/full", "wb") as full:
+            process = self.start("model-info", tiny_folder, stdout=full)
+            err = process.communicate()[1].decode()
+        assert process.returncode == 1 and "No space left" in err and "Traceback" not in err
+
+    def test_json_has_no_word_for_infinity(self):
+        with pytest.raises(ValueError, match="JSON"):
+            echo_json({"mse": float("inf")})
+
+
+class TestPlaces:
+    """Where results cannot lie is said before the work, in one line."""
+
+    def test_folders(self, run, photo, tmp_path, monkeypatch):
+        monkeypatch.setattr(MetaAuxInverter, "from_pretrained", None)  # nothing is loaded
+        (tmp_path / "file").touch()
+        for command in (["invert", photo], ["compare-flip", photo], ["evaluate", "--data", photo]):
+            for out in ("file", "file/a", "a" * 256):
+                code, stdout, err = run(*command, "--out", tmp_path / out)
+                assert code == 2 and stdout == "" and ("is a file" in err or "too long" in err)
+        code, _, err = run("evaluate", "generator", "--out", tmp_path / "file")
+        assert code == 2 and "file is a file" in err
+        assert (tmp_path / "file").read_bytes() == b""
+
+    def test_files(self, run, inversion_file, tmp_path, monkeypatch):
+        monkeypatch.setattr(MetaAuxInverter, "from_pretrained", None)
+        for command, suffix in (("render", "png"), ("orbit", "mp4"), ("mesh", "glb")):
+            (tmp_path / f"folder.{suffix}").mkdir()
+            for name, match in (("folder", "it is a folder"), ("none/a", "does not exist"), ("a" * 252, "too long")):
+                code, _, err = run(command, inversion_file, "--out", tmp_path / f"{name}.{suffix}")
+                assert code == 2 and match in err
+        code, _, err = run("benchmark", "--out", tmp_path)
+        assert code == 2 and "it is a folder" in err
+
+    def test_names_as_long_as_the_file_system_allows(self, run, tiny_folder, inversion_file, tmp_path):
+        for command, suffix, options in (("render", "png", []), ("orbit", "mp4", ["--frames", 2])):
+            out = tmp_path / ("é" * 125 + f".{suffix}")
+            code, _, err = run(command, inversion_file, "--out", out, "--model", tiny_folder, *options)
+            assert code == 0 and out.is_file(), err
+
+    def test_colon_in_a_videos_name(self, run, tiny_folder, inversion_file, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        code, _, err = run("orbit", inversion_file, "--out", "10:30.mp4", "--frames", 2, "--model", tiny_folder)
+        assert code == 0, err
+        assert len(list(imageio_ffmpeg.read_frames(str(tmp_path / "10:30.mp4")))) == 3  # properties first
+
+
+class TestSharedOptions:
+    def test_evaluate_and_editing_have_the_same(self):
+        evaluate = get_command(app).commands["evaluate"]
+        editing = evaluate.commands["editing"]
+        shared = [field.name for field in dataclasses.fields(ComparisonOptions)]
+        found = [{p.name: p for p in command.params} for command in (evaluate, editing)]
+        for name in shared:
+            first, second = (parameters[name] for parameters in found)
+            assert (first.opts, first.help) == (second.opts, second.help)
+            assert name == "methods" or first.default == second.default
+        assert found[1]["methods"].default == "metaaux,encoder"
+
+    def test_help_of_methods_names_each_of_them(self):
+        from metaaux.baselines import METHODS
+
+        words = ComparisonOptions.__annotations__["methods"]
+        assert all(re.search(rf"[ (]{re.escape(name)}[,.;) ]", words) for name in METHODS)
+
+
 def test_help_names_every_command(run):
     code, out, _ = run("--help")
     assert code == 0
     for command in ("invert", "render", "orbit", "mesh", "compare-flip", "model-info", "train", "prepare"):
         assert f"\n  {command} " in out
+
+
+def test_help_waits_for_no_heavy_module():
+    """Every command is there before PyTorch, NumPy or Pillow is imported."""
+    code = (
+        "import sys; from metaaux.cli import app; from typer.main import get_command; command = get_command(app); "
+        "command.commands['evaluate'].commands['editing'].get_help(__import__('typer').Context(command)); "
+        "print(sorted({'torch', 'numpy', 'PIL', 'yaml', 'diffusers', 'tqdm'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

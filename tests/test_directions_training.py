@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import numpy as np
@@ -40,21 +39,22 @@ def samples():
 class TestSeparate:
     def test_finds_the_planted_direction(self, samples):
         w, truth, values = samples
-        normal, accuracy = separate(w, values, 0.2, 0.2)
+        boundary = separate(w, values, 0.2, 0.2)
+        normal = boundary.normal
         assert np.linalg.norm(normal) == pytest.approx(1)
         assert normal @ truth > 0.95
-        assert accuracy(normal) > 0.97 and accuracy(-normal) < 0.03
+        assert boundary.accuracy(normal) > 0.97 and boundary.accuracy(-normal) < 0.03
 
     def test_noise_is_not_separated(self, samples):
         w, _, _ = samples
-        normal, accuracy = separate(w, np.random.default_rng(1).standard_normal(len(w)), 0.2, 0.25)
-        assert 0.35 < accuracy(normal) < 0.65
+        boundary = separate(w, np.random.default_rng(1).standard_normal(len(w)), 0.2, 0.25)
+        assert 0.35 < boundary.accuracy(boundary.normal) < 0.65
 
     def test_samples_without_a_value_are_left_out(self, samples):
         w, truth, values = samples
         values = np.where(np.arange(len(w)) % 3 == 0, np.nan, values)
-        normal, accuracy = separate(w, values, 0.2, 0.2)
-        assert normal @ truth > 0.93 and accuracy(normal) > 0.95
+        boundary = separate(w, values, 0.2, 0.2)
+        assert boundary.normal @ truth > 0.93 and boundary.accuracy(boundary.normal) > 0.95
 
     @pytest.mark.parametrize(
         ("values", "match"),
@@ -80,8 +80,8 @@ class TestUnexplained:
         assert np.isnan(rest[[5, 7]]).all() and np.isfinite(np.delete(rest, [5, 7])).all()
         known = np.isfinite(rest)
         assert abs(np.corrcoef(rest[known], smile[known])[0, 1]) < 1e-9
-        assert separate(w, mouth, 0.2, 0.2)[0] @ other > 0.9
-        assert abs(separate(w, rest, 0.2, 0.2)[0] @ other) < 0.6
+        assert separate(w, mouth, 0.2, 0.2).normal @ other > 0.9
+        assert abs(separate(w, rest, 0.2, 0.2).normal @ other) < 0.6
 
     def test_nothing_known(self):
         assert np.isnan(unexplained(np.full(4, np.nan), np.ones((4, 2)))).all()
@@ -166,9 +166,13 @@ class TestTrain:
         weights = tmp_path_factory.mktemp("networks") / "age_gender.safetensors"
         save_file(network.state_dict(), weights)
         return DirectionsConfig(
-            generator=str(tiny_folder / "generator"), attributes=str(weights), samples=150, shard=50, batch=50,
-            workers=1, components=2, calibration=2, min_accuracy=0.0, conditions={"age": ["gender"]},
-        )  # fmt: skip
+            generator=str(tiny_folder / "generator"),
+            attributes=str(weights),
+            sampling={"heads": 150, "shard": 50, "batch": 50, "workers": 1},
+            boundaries={"min_accuracy": 0.0, "conditions": {"age": ["gender"]}},
+            components=2,
+            calibration={"heads": 2},
+        )
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -206,7 +210,8 @@ class TestTrain:
         report = json.loads((run / "directions.json").read_text())
         tensors = [load_file(run / "samples" / f"{index:05d}.safetensors") for index in range(3)]
         w = torch.cat([tensor["w"] for tensor in tensors]).double().numpy()
-        gender, _ = separate(w, torch.cat([tensor["values"][:, 1] for tensor in tensors]).double().numpy(), 0.2, 0.2)
+        values = torch.cat([tensor["values"][:, 1] for tensor in tensors]).double().numpy()
+        gender = separate(w, values, 0.2, 0.2).normal
         if "age" not in report["left_out"]:
             age = LatentDirections.from_pretrained(run / "latent_directions").as_dict()["age"].normal
             assert abs(float(age.double().numpy() @ gender)) < 1e-4
@@ -225,19 +230,21 @@ class TestTrain:
         assert not list(samples.glob(".*"))
 
     def test_samples_are_not_mixed_or_lost(self, run, config):
-        with pytest.raises(ValueError, match="holds samples of an earlier run"):
+        with pytest.raises(FileExistsError, match="holds samples of an earlier run: resume it"):
             train(config, run)
+        changed = config.model_copy(deep=True)
+        changed.sampling.truncation = 0.5
         with pytest.raises(ValueError, match="made with another truncation"):
-            train(dataclasses.replace(config, truncation=0.5), run, resume=True)
+            train(changed, run, resume=True)
 
     @pytest.mark.parametrize(
         ("change", "match"),
         [
             ({"conditions": {"age": ["hair"]}}, "conditions names hair"),
-            ({"extremes": 0.6}, "extremes must be"),
-            ({"held_out": 0.0}, "held_out must be"),
+            ({"extremes": 0.6}, "extremes.*\n.*less than or equal to 0.5"),
+            ({"held_out": 0.0}, "held_out.*\n.*greater than 0"),
         ],
     )
     def test_settings_that_cannot_be(self, config, change, match):
         with pytest.raises(ValueError, match=match):
-            dataclasses.replace(config, **change)
+            DirectionsConfig(generator=config.generator, boundaries=change)

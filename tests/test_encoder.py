@@ -18,7 +18,6 @@ from metaaux.cameras import camera_from_pose
 from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.encoder import LatentEncoder
 from metaaux.models.psp import PSPEncoder
-from metaaux.training.averaged import warmup_cosine
 from metaaux.training.encoder import (
     ARCHITECTURES,
     EncoderConfig,
@@ -27,7 +26,9 @@ from metaaux.training.encoder import (
     latent_error,
     train,
 )
-from metaaux.training.settings import load_config
+from metaaux.training.schedules import learning_rate_factor
+from metaaux.training.settings import ScheduleSettings, load_settings
+from tests.nested import nested
 
 CONFIGS = Path(metaaux.__file__).parent / "configs"
 
@@ -105,13 +106,13 @@ class TestModel:
         torch.testing.assert_close(w, encoder(images()), rtol=0.1, atol=0.05)
 
     def test_mini_size(self):
-        config = load_config(EncoderConfig, CONFIGS / "encoder-mini.yaml")
+        config = load_settings(EncoderConfig, CONFIGS / "mini" / "encoder.yaml")
         encoder = LatentEncoder(image_size=128, w_dim=512, num_ws=14, **config.encoder)
         assert sum(p.numel() for p in encoder.parameters()) <= 2_500_000
 
     @pytest.mark.parametrize("name", ["psp", "styletransformer"])
     def test_baselines(self, name):
-        config = load_config(EncoderConfig, CONFIGS / "baselines" / f"encoder-{name}-mini.yaml")
+        config = load_settings(EncoderConfig, CONFIGS / "baselines" / f"{name}.yaml")
         encoder = ARCHITECTURES[name](image_size=128, w_dim=256, num_ws=12, **config.encoder)
         assert config.architecture == name and encoder.latent_space == "w+"
         assert encoder(images(1, 128)).shape == (1, 12, 256)
@@ -166,19 +167,14 @@ def training_settings(tiny_components, tmp_path_factory) -> dict:
         labels = [[f"{i}.png", camera.tolist()] for i, camera in enumerate(cameras)]
         archive.writestr("dataset.json", json.dumps({"labels": labels}))
     settings = {
-        "data": str(folder / "data.zip"),
-        "generator": str(folder / "generator"),
-        "discriminator": str(folder / "discriminator"),
+        "data": {"path": str(folder / "data.zip")},
+        "networks": {name: str(folder / name) for name in ("generator", "discriminator", "identity")},
         "encoder": {key: value for key, value in TINY.items() if key not in ("image_size", "w_dim", "num_ws")},
-        "coarse_resolution": 8,
-        "coarse_images": 80,
-        "batch_photos": 4,
-        "batch_samples": 4,
-        "rendered_samples": 2,
-        "learning_rate": 3e-3,
-        "warmup_images": 8,
-        "weight_latent": 1.0,
-        "identity": str(folder / "identity"),
+        "curriculum": {"latent_only_images": 0, "coarse_resolution": 8, "coarse_images": 80},
+        "batch": {"photos": 4, "samples": 4, "rendered_samples": 2},
+        "optimiser": {"learning_rate": 3e-3, "warmup_images": 8, "weight_decay": 0.01},
+        "loss": {"latent": 1.0},
+        "run": {"total_images": 16, "interval_images": 16},
     }
     settings["encoder"]["num_queries"] = 2
     return settings
@@ -217,7 +213,14 @@ class TestPSP:
 
 class TestTraining:
     def test_the_losses_fall(self, training_settings, tmp_path):
-        config = EncoderConfig(**training_settings, total_images=240, interval_images=80, latent_only_images=80)
+        config = EncoderConfig(
+            **nested(
+                training_settings,
+                run__total_images=240,
+                run__interval_images=80,
+                curriculum__latent_only_images=80,
+            )
+        )
         checkpoint = train(config, tmp_path)
         assert checkpoint == tmp_path / "checkpoint-240"
         lines = figures(tmp_path)
@@ -227,14 +230,16 @@ class TestTraining:
         assert "mse" not in means[0] and {"mse", "perceptual", "identity", "latent", "mahalanobis"} <= set(means[1])
         assert held_out[-1]["val/total"] < 0.7 * held_out[0]["val/total"]
         assert all(0 < line["val/latent"] < 1.2 for line in held_out)
-        size = EG3DGenerator.from_pretrained(config.generator).config.image_size
+        size = EG3DGenerator.from_pretrained(config.networks.generator).config.image_size
         assert Image.open(tmp_path / "sheets" / "encoder-000000240.png").size == (8 * size, 3 * size)
         encoder = LatentEncoder.from_pretrained(checkpoint / "encoder")
         assert encoder(images(2, size)).shape == (2, encoder.config.w_dim)
         assert encoder.w_std.min() > 0
 
     def test_latent_codes_are_learnt_from_samples(self, training_settings):
-        config = EncoderConfig(**training_settings, latent_only_images=10**6)
+        config = EncoderConfig(
+            **nested(training_settings, curriculum__latent_only_images=10**6, run__total_images=600_000)
+        )
         trainer = EncoderTrainer(config, Accelerator(cpu=True))
         trainer.load_data(0)
         errors = []
@@ -245,10 +250,9 @@ class TestTraining:
         assert errors[-1] < 0.5 * errors[0]
 
     def test_a_stopped_run_is_resumed(self, training_settings, tmp_path):
-        settings = training_settings | {"latent_only_images": 0}
-        train(EncoderConfig(**settings, total_images=32, interval_images=16), tmp_path)
+        train(EncoderConfig(**nested(training_settings, run__total_images=32)), tmp_path)
         first = LatentEncoder.from_pretrained(tmp_path / "checkpoint-32" / "encoder_raw")
-        train(EncoderConfig(**settings, total_images=48, interval_images=16), tmp_path, resume=True)
+        train(EncoderConfig(**nested(training_settings, run__total_images=48)), tmp_path, resume=True)
         assert [line["images"] for line in figures(tmp_path) if "loss" in line] == [16, 32, 48]
         second = LatentEncoder.from_pretrained(tmp_path / "checkpoint-48" / "encoder_raw")
         moved = (first.to_offset.weight - second.to_offset.weight).abs().max()
@@ -256,23 +260,23 @@ class TestTraining:
         assert 0 < moved < 2.5 * 3e-3
 
     def test_starts_from_another_run(self, training_settings, tmp_path):
-        first = train(EncoderConfig(**training_settings, total_images=32, interval_images=16), tmp_path / "first")
-        changes = {"initial_encoder": str(first / "encoder"), "total_images": 16, "learning_rate": 0.0}
-        second = train(EncoderConfig(**training_settings | changes), tmp_path / "second")
+        first = train(EncoderConfig(**nested(training_settings, run__total_images=32)), tmp_path / "first")
+        settings = nested(training_settings, initial=str(first / "encoder"), optimiser__learning_rate=0.0)
+        second = train(EncoderConfig(**settings), tmp_path / "second")
         before, after = (LatentEncoder.from_pretrained(folder / "encoder") for folder in (first, second))
         assert all(a.equal(b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
 
     def test_max_seconds_stops_with_a_checkpoint(self, training_settings, tmp_path):
-        config = EncoderConfig(**training_settings, total_images=10**6, interval_images=10**6, max_seconds=0.0)
-        checkpoint = train(config, tmp_path)
+        run = {"total_images": 10**6, "interval_images": 10**6, "max_seconds": 0.0}
+        checkpoint = train(EncoderConfig(**nested(training_settings, run=run)), tmp_path)
         assert checkpoint.name == "checkpoint-128"  # the clock is looked at every 16 steps
-        assert "val/mse" in figures(tmp_path)[0]
+        assert "val/mse" in figures(tmp_path)[-1]
 
     @pytest.mark.parametrize("architecture", ["styletransformer", "psp"])
     def test_wplus(self, training_settings, tmp_path, tiny_components, architecture):
         generator = tiny_components["generator"]
         num_ws, size = generator.num_ws, generator.config.image_size
-        settings = training_settings | {"latent_only_images": 0, "total_images": 16, "interval_images": 16}
+        settings = nested(training_settings)
         if architecture == "psp":
             sizes = {key: settings["encoder"][key] for key in ("input_size", "widths", "depths", "width")}
             settings |= {"architecture": "psp", "encoder": sizes}
@@ -285,14 +289,14 @@ class TestTraining:
     @pytest.mark.parametrize(
         "change, message",
         [
-            ({"discriminator": None}, "weight_perceptual needs"),
-            ({"rendered_samples": 5}, "rendered_samples=5"),
-            ({"architecture": "resnet"}, "styletransformer, psp, got 'resnet'"),
+            ({"networks__discriminator": None}, "loss.perceptual needs"),
+            ({"batch__rendered_samples": 5}, "rendered_samples=5"),
+            ({"architecture": "resnet"}, "'styletransformer' or 'psp'.*'resnet'"),
         ],
     )
     def test_settings_that_do_not_fit(self, training_settings, tmp_path, change, message):
         with pytest.raises(ValueError, match=message):
-            train(EncoderConfig(**training_settings | change), tmp_path)
+            train(EncoderConfig(**nested(training_settings, **change)), tmp_path)
 
     def test_latent_distribution(self, tiny_components):
         generator = tiny_components["generator"]
@@ -318,6 +322,7 @@ class TestTraining:
         assert latent_error(w_std.expand(4, 7, 3), w, w_std) == 1
 
     def test_learning_rate_schedule(self):
-        rates = np.array([warmup_cosine(images, 1000, 100, 0.5) for images in range(0, 1001, 10)])
+        schedule = ScheduleSettings(warmup_images=100)
+        rates = np.array([0.5 * learning_rate_factor(images, 1000, schedule) for images in range(0, 1001, 10)])
         assert rates.argmax() == 10 and rates.max() == 0.5 and rates[-1] < 1e-9
         assert (np.diff(rates[:11]) > 0).all() and (np.diff(rates[10:]) < 0).all()

@@ -17,11 +17,13 @@ from PIL import Image
 from test_stylegan2_2d import inverter as flat_inverter  # noqa: F401 (a fixture)
 
 from metaaux import MetaAuxInverter
-from metaaux.baselines.methods import EncoderMethod
+from metaaux.baselines import MethodOptions, make_methods
+from metaaux.baselines.encoder import EncoderMethod
 from metaaux.baselines.optimization import LatentSettings
-from metaaux.baselines.registry import MethodOptions, make_methods
 from metaaux.cli import main
 from metaaux.evaluation import reconstruction
+from metaaux.evaluation.flip import TurnedFace, compare_flip
+from metaaux.evaluation.generator import GeneratorSettings, evaluate_generator
 from metaaux.evaluation.metrics import ReconstructionMetrics
 from metaaux.evaluation.photos import open_photos
 from metaaux.evaluation.reconstruction import ReconstructionEvaluation
@@ -29,6 +31,7 @@ from metaaux.evaluation.records import Records
 from metaaux.evaluation.report import comparison_picture
 from metaaux.export.images import image_to_tensor, tensor_to_image
 from metaaux.files import source_name
+from metaaux.models.identity import IdentityNetwork
 
 FAST = MethodOptions(latent=LatentSettings(steps=2), tuning_steps=2)
 METHOD_KEYS = {"mse", "perceptual", "identity", "frechet", "seconds", "failed", "n"}
@@ -62,6 +65,11 @@ class TestPhotos:
         expected = tiny_inverter.aligner.align(skimage.data.astronaut())
         torch.testing.assert_close(photos[1].image, image_to_tensor(expected.image))
         torch.testing.assert_close(photos[1].camera, expected.camera)
+
+    def test_pictures_of_a_folder_are_those_that_are_read(self, tiny_inverter, tmp_path):
+        for name in ("a.heic", "b.JPG", "c.eps", "d.pdf", "e.avif", "f.txt", ".g.png"):
+            Image.new("RGB", (8, 8)).save(tmp_path / name, format="PNG")
+        assert open_photos(tmp_path, IMAGE_SIZE, lambda: tiny_inverter.aligner).names == ["a.heic", "b.JPG", "e.avif"]
 
     def test_paths_that_hold_none(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no photos at"):
@@ -305,6 +313,26 @@ class TestEvaluation:
         assert all(figures["failed"] == 0 and figures["mse"] > 0 for figures in results["methods"].values())
         # There are no other sides.
         assert all(details["identity_turned"] is None for details in results["details"].values())
+
+
+class ByCamera(IdentityNetwork):
+    """An identity network that needs the camera of each image, as one does that cuts the face out by it."""
+
+    def forward(self, image, cameras):
+        assert cameras.shape == (len(image), 25)
+        return super().forward(image) + cameras[:, :1] * 0
+
+
+class TestIdentity:
+    def test_is_told_the_camera_of_every_image(self, tiny_components, face_zip, crops, cameras, tmp_path):
+        identity = ByCamera(**tiny_components["identity"].config).eval()
+        inverter = MetaAuxInverter(**tiny_components | {"identity": identity})
+        inverter.set_progress_bar_config(disable=True)
+        evaluation = make_evaluation(inverter, face_zip, tmp_path / "a", ("encoder", "metaaux-1"), batch=2)
+        evaluation.run()
+        assert all(figures["failed"] == 0 for figures in evaluation.summarize()["methods"].values())
+        compare_flip(inverter, [TurnedFace("face", crops[1], cameras[1])], steps=0)
+        evaluate_generator(inverter, tmp_path / "b", GeneratorSettings(2, 1, batch=2), progress=False)
 
 
 class TestReport:

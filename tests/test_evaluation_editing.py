@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import IMAGE_SIZE
 
 from metaaux import MetaAuxInverter
-from metaaux.baselines.registry import MethodOptions, make_methods
+from metaaux.baselines import MethodOptions, make_methods
 from metaaux.cli import main
 from metaaux.evaluation.editing import ALPHAS, EditingEvaluation, _changes, _curves
 from metaaux.evaluation.photos import open_photos

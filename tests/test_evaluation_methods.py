@@ -9,8 +9,15 @@ import torch
 from conftest import IMAGE_SIZE
 from test_stylegan2_2d import inverter as flat_inverter  # noqa: F401 (a fixture)
 
-from metaaux.baselines.optimization import LatentSettings, TuningSettings, optimize_latent, tune_generator
-from metaaux.baselines.registry import MethodOptions, make_methods, reconstruction_loss
+from metaaux.baselines import METHODS, MethodOptions, make_methods
+from metaaux.baselines.optimization import (
+    LatentSettings,
+    TuningSettings,
+    optimize_latent,
+    reconstruction_loss,
+    tune_generator,
+)
+from metaaux.baselines.registry import register
 from metaaux.models.auxiliary import AuxiliaryNetwork
 from metaaux.models.psp import PSPEncoder
 
@@ -77,9 +84,13 @@ class TestOptimization:
         settings = TuningSettings(steps=3, learning_rate=1e30)
         with pytest.raises(FloatingPointError, match="lower the learning rate"):
             tune_generator(
-                tiny_inverter.generator, reconstruction_loss(tiny_inverter), image, camera,
-                tiny_inverter.encoder(image), settings,
-            )  # fmt: skip
+                tiny_inverter.generator,
+                reconstruction_loss(tiny_inverter),
+                image,
+                camera,
+                tiny_inverter.encoder(image),
+                settings,
+            )
 
     def test_perceptual_weight_is_in_units_of_lpips(self, tiny_inverter):
         # The tiny pipeline has the paper's weight of 0.8, so its distance counts as LPIPS itself.
@@ -146,15 +157,20 @@ class TestMethods:
         for own, embedded in zip(images[:4], images[4:]):
             torch.testing.assert_close(own, embedded)
         assert not torch.equal(images[2], images[3])
-        with pytest.raises(ValueError, match="holds a LatentEncoder, psp needs a PSPEncoder"):
+        with pytest.raises(ValueError, match="holds a LatentEncoder, expected PSPEncoder"):
             make_methods(["psp"], tiny_inverter, MethodOptions(psp=encoder))
 
     def test_psp_from_a_folder(self, tiny_inverter, batch, tmp_path):
         generator = tiny_inverter.generator
         encoder = PSPEncoder(
-            image_size=IMAGE_SIZE, input_size=32, w_dim=generator.config.w_dim, num_ws=generator.num_ws,
-            widths=(16, 16, 16, 16), depths=(1, 1, 1, 1), width=16,
-        )  # fmt: skip
+            image_size=IMAGE_SIZE,
+            input_size=32,
+            w_dim=generator.config.w_dim,
+            num_ws=generator.num_ws,
+            widths=(16, 16, 16, 16),
+            depths=(1, 1, 1, 1),
+            width=16,
+        )
         encoder.set_latent_statistics(generator.w_avg, torch.ones_like(generator.w_avg))
         encoder.save_pretrained(tmp_path)
         psp = make_methods(["psp"], tiny_inverter, MethodOptions(psp=tmp_path))[0]
@@ -163,12 +179,19 @@ class TestMethods:
         torch.testing.assert_close(image, average[0].clamp(-1, 1))
 
     def test_ablations_must_lack_their_module(self, tiny_inverter, tiny_components, batch, tmp_path):
-        config = AuxiliaryNetwork.config_for(tiny_components["generator"], **{
-            key: tiny_components["auxiliary"].config[key] for key in (
-                "backbone_layer_type", "backbone_depths", "backbone_embedding_size", "backbone_hidden_sizes",
-                "neck_channels", "hyper_channels", "offset_resolution", "offset_channels", "camera_channels",
-            )
-        })  # fmt: skip
+        kept = (
+            "backbone_layer_type",
+            "backbone_depths",
+            "backbone_embedding_size",
+            "backbone_hidden_sizes",
+            "neck_channels",
+            "hyper_channels",
+            "offset_resolution",
+            "offset_channels",
+            "camera_channels",
+        )
+        settings = {key: tiny_components["auxiliary"].config[key] for key in kept}
+        config = AuxiliaryNetwork.config_for(tiny_components["generator"], **settings)
         flat, rigid = tmp_path / "without_2d", tmp_path / "without_3d"
         AuxiliaryNetwork(**config | {"use_weight_offsets": False}).save_pretrained(flat)
         AuxiliaryNetwork(**config | {"use_offset_planes": False}).save_pretrained(rigid)
@@ -180,6 +203,30 @@ class TestMethods:
             make_methods(["without_3d"], tiny_inverter, MethodOptions(without_3d=flat))
         with pytest.raises(ValueError, match="2D module, not one without"):
             make_methods(["without_2d"], tiny_inverter, MethodOptions(without_2d=rigid))
+
+    def test_registration(self):
+        with pytest.raises(ValueError, match="method 'pti' already"):
+            register("pti", "another PTI")
+        with pytest.raises(ValueError, match="no folder for the method 'e4e'"):
+            register("e4e", "e4e", needs_folder=True)
+        assert "e4e" not in METHODS
+
+    def test_labels_say_what_is_not_its_authors_network(self):
+        """The networks of these rows are ours, in the manner of the papers that their names refer to."""
+        labels = {name: METHODS[name].label for name in ("psp", "styletransformer", "hyperinverter")}
+        assert labels == {
+            "psp": "pSp-style (W+, our trunk)",
+            "styletransformer": "StyleTransformer-style (W+, our encoder)",
+            "hyperinverter": "HyperInverter-style (our network, no steps)",
+        }
+
+    def test_folders_are_not_asked_of_the_hub(self, tiny_inverter, tmp_path):
+        with pytest.raises(FileNotFoundError, match="there is no folder org/name"):
+            make_methods(["hyperinverter"], tiny_inverter, MethodOptions(hyperinverter="org/name"))
+        (tmp_path / "config.json").write_text('{"_class_name": "AuxiliaryNetwork"}')
+        (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+        with pytest.raises(FileNotFoundError, match="no safetensors file"):
+            make_methods(["without_meta"], tiny_inverter, MethodOptions(without_meta=tmp_path))
 
     @pytest.mark.parametrize(
         ("names", "match"),

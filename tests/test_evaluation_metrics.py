@@ -164,6 +164,14 @@ class TestReconstructionMetrics:
         calibrated = ReconstructionMetrics(tiny_inverter, tmp_path / "lpips")
         assert calibrated.names["perceptual"].startswith("LPIPS on alex")
 
+    def test_networks_that_are_not_there(self, tiny_inverter, tmp_path):
+        with pytest.raises(FileNotFoundError, match="there is no folder"):
+            ReconstructionMetrics(tiny_inverter, str(tmp_path / "absent"))
+        (tmp_path / "config.json").write_text('{"_class_name": "LPIPS"}')
+        (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+        with pytest.raises(FileNotFoundError, match="no safetensors file"):
+            ReconstructionMetrics(tiny_inverter, tmp_path)
+
     def test_time_is_measured(self):
         result, seconds = timed(lambda: sum(range(10)), torch.device("cpu"))
         assert result == 45 and 0 < seconds < 1

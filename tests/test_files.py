@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from metaaux import Inversion
 from metaaux.export.images import save_image
+from metaaux.export.mesh import HeadMesh
+from metaaux.export.mesh_files import write_glb
 from metaaux.export.video import write_video
-from metaaux.files import atomic_path, check_output_file, check_output_folder, write_text
+from metaaux.files import atomic_path, check_output_file, check_output_folder, write_json, write_text
 
 FRAMES = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+TETRAHEDRON = HeadMesh(
+    vertices=np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=np.float32),
+    faces=np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]], dtype=np.int32),
+    colours=np.zeros((4, 3), dtype=np.uint8),
+    normals=np.eye(3, dtype=np.float32)[[0, 0, 1, 2]],
+)
 #: Names that a file system allows, and that programs take for something else: protocols, options, patterns, long ones.
 NAMES = [
     "10:30",
@@ -27,7 +40,7 @@ NAMES = [
     "two\nlines",
     " ",
     "фото",
-    "a" * 251,
+    "a" * 250,
     "é" * 125,
     ".hidden",
 ]
@@ -106,12 +119,17 @@ class TestChecks:
 
 class TestWriters:
     @pytest.mark.parametrize("name", NAMES)
-    def test_names(self, tmp_path, monkeypatch, name):
+    def test_names(self, tmp_path, monkeypatch, tiny_inversion, name):
         monkeypatch.chdir(tmp_path)
         write_video(FRAMES, f"{name}.mp4")
         save_image(FRAMES[0], Path(f"{name}.png"))
-        assert sorted(os.listdir()) == sorted((f"{name}.mp4", f"{name}.png"))
+        write_glb(TETRAHEDRON, f"{name}.glb")
+        write_json({}, Path(f"{name}.json"))
+        assert sorted(os.listdir()) == sorted(f"{name}.{suffix}" for suffix in ("glb", "json", "mp4", "png"))
         assert b"ftyp" in Path(f"{name}.mp4").read_bytes()[:16] and Image.open(f"{name}.png").size == (16, 16)
+        assert Path(f"{name}.glb").read_bytes()[:4] == b"glTF"
+        tiny_inversion.save(f"{name}.s")
+        assert torch.equal(Inversion.load(f"{name}.s").w, tiny_inversion.w)
 
     @pytest.mark.parametrize("folder", ["10:30", "-y", "%d", "two\nlines"])
     def test_names_of_folders(self, tmp_path, monkeypatch, folder):
@@ -126,3 +144,19 @@ class TestWriters:
         with pytest.raises(OSError, match=r"ffmpeg could not write .*a\.mp4: "):
             write_video(FRAMES, tmp_path / "a.mp4", fps=0)
         assert not list(tmp_path.iterdir())
+
+
+def test_text_files_are_opened_with_an_encoding():
+    """Else Windows reads and writes them in the encoding of its language."""
+    root = Path(__file__).resolve().parent.parent
+    unnamed = []
+    for path in [*(root / "metaaux").rglob("*.py"), root / "app.py"]:
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call) or any(keyword.arg == "encoding" for keyword in call.keywords):
+                continue
+            text = ast.unparse(call)
+            opens = re.search(r"^open\(|\.open\(", text) and not re.search(r"^(Image|os)\.open|'[rwax]\+?b\+?'", text)
+            reads = isinstance(call.func, ast.Attribute) and call.func.attr in ("read_text", "write_text")
+            if opens and ast.unparse(call.func).endswith("open") or reads:
+                unnamed.append(f"{path.relative_to(root)}:{call.lineno}: {text}")
+    assert unnamed == []

@@ -14,7 +14,7 @@ import metaaux
 from metaaux.cameras import camera_from_pose
 from metaaux.models.identity import IdentityNetwork
 from metaaux.training.identity import IdentityConfig, augment, contrastive_loss, train, verification_figures
-from metaaux.training.settings import load_config
+from metaaux.training.settings import load_settings
 
 CONFIGS = Path(metaaux.__file__).parent / "configs"
 
@@ -53,7 +53,7 @@ class TestModel:
         assert len(network.blocks) == 24
 
     def test_mini_size(self):
-        network = IdentityNetwork(**load_config(IdentityConfig, CONFIGS / "identity-mini.yaml").identity)
+        network = IdentityNetwork(**load_settings(IdentityConfig, CONFIGS / "mini" / "identity.yaml").identity)
         assert sum(p.numel() for p in network.parameters()) <= 1_000_000
 
     def test_only_the_crop_counts(self):
@@ -191,14 +191,13 @@ def training_settings(tiny_components, tmp_path_factory) -> dict:
     labels = {"labels": [[f"{i}.png", camera.tolist()] for i, camera in enumerate(cameras)]}
     (folder / "data" / "dataset.json").write_text(json.dumps(labels))
     return {
-        "data": str(folder / "data"),
-        "generator": str(folder / "generator"),
+        "data": {"path": str(folder / "data")},
+        "networks": {"generator": str(folder / "generator")},
         "identity": {key: value for key, value in TINY.items()},
-        "batch_samples": 8,
-        "batch_photos": 4,
+        "batch": {"samples": 8, "photos": 4},
         "resolution": 8,
-        "learning_rate": 3e-3,
-        "warmup_images": 48,
+        "optimiser": {"learning_rate": 3e-3, "warmup_images": 48, "weight_decay": 0.05},
+        "average": {"half_life_images": 20_000},
     }
 
 
@@ -210,7 +209,7 @@ def figures(folder: Path) -> list[dict]:
 class TestTraining:
     def test_the_loss_falls_and_persons_are_told_apart(self, training_settings, tmp_path, monkeypatch):
         monkeypatch.setattr("metaaux.training.identity.IdentityTrainer.EVALUATED", 50)
-        config = IdentityConfig(**training_settings, total_images=480, interval_images=96)
+        config = IdentityConfig(**training_settings, run={"total_images": 960, "interval_images": 192, "seed": 1})
         checkpoint = train(config, tmp_path)
         lines = figures(tmp_path)
         losses = [line["loss"] for line in lines if "loss" in line]
@@ -218,15 +217,18 @@ class TestTraining:
         assert len(losses) == 5 and losses[-1] < 0.9 * losses[0]
         assert held_out[-1]["val/photos/auc"] > 0.9
         assert 0.5 <= held_out[-1]["val/generated/accuracy"] <= 1
-        assert (tmp_path / "sheets" / "pairs-000000480.png").is_file()
+        assert (tmp_path / "sheets" / "pairs-000000960.png").is_file()
         embedding = IdentityNetwork.from_pretrained(checkpoint / "identity")(images())
         torch.testing.assert_close(embedding.norm(dim=1), torch.ones(3))
 
     def test_a_stopped_run_is_resumed(self, training_settings, tmp_path, monkeypatch):
         monkeypatch.setattr("metaaux.training.identity.IdentityTrainer.EVALUATED", 50)
-        train(IdentityConfig(**training_settings, total_images=48, interval_images=24), tmp_path)
+        first, more = ({"total_images": total, "interval_images": 24} for total in (48, 72))
+        train(IdentityConfig(**training_settings, run=first), tmp_path)
         first = IdentityNetwork.from_pretrained(tmp_path / "checkpoint-48" / "identity_raw")
-        train(IdentityConfig(**training_settings, total_images=72, interval_images=24), tmp_path, resume=True)
+        train(
+            IdentityConfig(**training_settings, run={"total_images": 72, "interval_images": 24}), tmp_path, resume=True
+        )
         assert [line["images"] for line in figures(tmp_path) if "loss" in line] == [24, 48, 72]
         second = IdentityNetwork.from_pretrained(tmp_path / "checkpoint-72" / "identity_raw")
         moved = (first.head.weight - second.head.weight).abs().max()

@@ -87,20 +87,50 @@ class TestCommands:
     def test_configurations_exist_and_load(self):
         import importlib
 
-        from metaaux.training.settings import load_config
+        from metaaux.training.settings import load_settings
 
         found = re.findall(r"train (\w+) --config (\S+)", TEXT)
         assert {part for part, _ in found} == {"generator", "encoder", "identity", "auxiliary", "directions"}
         for part, path in found:
             module = importlib.import_module(f"metaaux.training.{part}")
-            load_config(getattr(module, f"{part.capitalize()}Config"), ROOT / path)
+            load_settings(getattr(module, f"{part.capitalize()}Config"), ROOT / path)
         assert {path for _, path in found} == {
-            str(path.relative_to(ROOT)) for path in (ROOT / "metaaux" / "configs").glob("*.yaml")
+            str(path.relative_to(ROOT)) for path in (ROOT / "metaaux" / "configs" / "mini").glob("*.yaml")
         }
 
     def test_links_lead_somewhere(self):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
             assert (ROOT / target).exists(), target
+
+
+def equations(text):
+    """Numbers of the equations that a text refers to, singly (Eq. 8) or from one to another (Eq. 8-12)."""
+    found = re.findall(r"Eq\. (\d+)(?:(?:-| to Eq\. )(\d+))?", text)
+    return {number for first, last in found for number in range(int(first), int(last or first) + 1)}
+
+
+class TestTour:
+    """The table that leads from the paper to the code."""
+
+    ROWS = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in TEXT.split("## From the paper to the code")[1].split("\n## ")[0].splitlines()
+        if line.startswith("| ")
+    ][1:]
+
+    def test_has_every_equation_and_table(self):
+        places = "; ".join(row[0] for row in self.ROWS)
+        assert equations(places) == set(range(1, 13))
+        wanted = ["Table 1", "Table 2", "Table 3", "Alg. 1"]
+        wanted += [f"Sec. {section}" for section in ("3.1", "3.2", "3.3", "4.1", "4.5")]
+        assert [place for place in wanted if not re.search(rf"{re.escape(place)}\b", places)] == []
+
+    @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
+    def test_files_speak_of_the_equations_that_they_are_named_for(self, row):
+        paths = re.findall(r"\]\((.*?)\)", row[2])
+        assert paths and all((ROOT / path).exists() for path in paths)
+        texts = [(ROOT / path).read_text(encoding="utf-8") for path in paths if path.endswith(".py")]
+        assert equations(row[0]) <= equations(" ".join(texts))
 
 
 class TestContinuousIntegration:
@@ -123,6 +153,15 @@ class TestPackage:
     def test_every_package_is_listed(self):
         found = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "metaaux").rglob("__init__.py")}
         assert set(PROJECT["tool"]["setuptools"]["packages"]) == found | {"metaaux.hub_configs"}
+
+    def test_extras_are_what_the_requirements_say(self):
+        extras = {
+            name: {r.name: r for r in map(Requirement, lines)}
+            for name, lines in PROJECT["project"]["optional-dependencies"].items()
+        }
+        for name, requirement in extras["train"].items():
+            assert requirement.specifier == requirements("requirements-dev.txt")[name].specifier
+        assert extras["demo"]["gradio"].specifier == requirements("requirements.txt")["gradio"].specifier
 
     def test_package_data_exists(self):
         folders = PROJECT["tool"]["setuptools"]["package-dir"]

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from metaaux.adaptation import adapt
+from metaaux.adaptation import InnerLoop, InnerProblem, Tasks, adapt, predict_tasks
 from metaaux.losses import InversionLoss, LossWeights, private_view
 from metaaux.models.auxiliary import AuxiliaryNetwork
 from metaaux.models.discriminator import DualDiscriminator
 from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.perceptual import DiscriminatorPerceptualDistance
-from metaaux.training.auxiliary import (
-    AuxiliaryConfig,
-    calibrate_rates,
-    learning_rate_factor,
-    meta_objective,
-    plain_objective,
-    train,
-)
-from metaaux.training.settings import load_config
-from metaaux.training.tasks import FrozenNetworks, InnerLoop, Tasks, adapt_tasks, make_tasks, predict_tasks
+from metaaux.training.auxiliary import AuxiliaryConfig, train
+from metaaux.training.calibration import calibrate_rates
+from metaaux.training.meta import meta_objective
+from metaaux.training.phases import FrozenNetworks, InnerSettings, OuterSettings
+from metaaux.training.plain import plain_objective
+from metaaux.training.schedules import learning_rate_factor
+from metaaux.training.settings import ScheduleSettings, load_settings
+from tests.nested import nested
 
 CONFIGS = Path(__file__).resolve().parent.parent / "metaaux" / "configs"
 
@@ -56,7 +53,7 @@ def tasks(networks, cameras):
     size = networks.generator.config.image_size
     coarse = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(7)) * 2 - 1
     image = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").clamp(-1, 1)
-    return make_tasks(networks, image, cameras[:2])
+    return networks.tasks(image, cameras[:2])
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +74,7 @@ def folders(tiny_components, tmp_path_factory):
         Image.linear_gradient("L").rotate(90 * index).resize((size, size)).convert("RGB").save(data / f"{index}.png")
         labels.append([f"{index}.png", camera_from_pose(yaw, 0).tolist()])
     (data / "dataset.json").write_text(json.dumps({"labels": labels}))
-    return {**settings, "data": str(data), "validation": str(data)}
+    return {"networks": settings, "data": {"path": str(data), "validation": str(data)}}
 
 
 def tiny_config(folders, tiny_components, **changes) -> AuxiliaryConfig:
@@ -85,10 +82,16 @@ def tiny_config(folders, tiny_components, **changes) -> AuxiliaryConfig:
     for key in ("layer_shapes", "image_size", "plane_features", "plane_resolution", "box_size"):
         del network[key]  # the generator's
     settings = {
-        **folders, "auxiliary": network, "batch": 2, "total_images": 4, "interval_images": 4, "warmup_images": 1,
-        "average_images": 10, "tasks_per_pass": 2, "inner_steps": 1, "validation_photos": 2,
-    }  # fmt: skip
-    return AuxiliaryConfig(**{**settings, **changes})
+        **folders,
+        "auxiliary": {"arguments": network},
+        "batch": 2,
+        "inner": {"steps": 1, "tasks_per_pass": 2},
+        "optimiser": {"learning_rate": 5e-4, "final_learning_rate": 0.05, "warmup_images": 1},
+        "average": {"half_life_images": 10},
+        "validation_photos": 2,
+        "run": {"total_images": 4, "interval_images": 4},
+    }
+    return AuxiliaryConfig(**nested(settings, **changes))
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -143,7 +146,7 @@ def smooth_problem(tiny_components, monkeypatch):
 def outer_gradient(problem, config, name):
     networks, auxiliary, tasks = problem
     auxiliary.zero_grad(set_to_none=True)
-    meta_objective(networks, auxiliary, tasks, config)[0].backward()
+    meta_objective(networks, auxiliary, tasks, config.inner, config.outer)[0].backward()
     return auxiliary.get_parameter(name).grad.clone()
 
 
@@ -152,19 +155,29 @@ def test_second_order_gradient_equals_finite_differences_and_first_order_does_no
     smooth_problem, folders, tiny_components, multi_step_weight
 ):
     networks, auxiliary, tasks = smooth_problem
-    assert meta_objective(networks, auxiliary, tasks, tiny_config(folders, tiny_components))[0].dtype == torch.float64
-    config = tiny_config(folders, tiny_components, inner_steps=2, multi_step_weight=multi_step_weight)
+    config = tiny_config(folders, tiny_components, inner__steps=2, outer__multi_step_weight=multi_step_weight)
+    assert meta_objective(networks, auxiliary, tasks, config.inner, config.outer)[0].dtype == torch.float64
+    configs = {
+        order: tiny_config(
+            folders,
+            tiny_components,
+            inner__steps=2,
+            inner__order=order,
+            outer__multi_step_weight=multi_step_weight,
+        )
+        for order in ("first", "second")
+    }
     names = ["hypernetworks.backbone-b8-conv1.bias", "offset_network.bias", "neck.bias", "log_inner_rates"]
     deviations = {"second": 0.0, "first": 0.0}
     for name in names:
         parameter = auxiliary.get_parameter(name)
-        gradients = {order: outer_gradient(smooth_problem, replace(config, order=order), name) for order in deviations}
+        gradients = {order: outer_gradient(smooth_problem, configs[order], name) for order in deviations}
         direction = gradients["second"] / gradients["second"].norm()
         values = []
         for step in (1e-5, -1e-5):
             with torch.no_grad():
                 parameter.add_(step * direction)
-            values.append(meta_objective(networks, auxiliary, tasks, config)[0].item())
+            values.append(meta_objective(networks, auxiliary, tasks, config.inner, config.outer)[0].item())
             with torch.no_grad():
                 parameter.sub_(step * direction)
         numeric = (values[0] - values[1]) / 2e-5
@@ -182,7 +195,7 @@ def test_tasks_side_by_side_come_out_as_alone(networks, tasks, tiny_components):
     rates = {name: torch.tensor(1e-3) for name in auxiliary.adaptable_parameters()}
     leaves = {n: p.detach().clone().requires_grad_() for n, p in auxiliary.adaptable_parameters().items()}
     inner = InnerLoop.of(auxiliary, 2, rates=rates)
-    adapted, outputs, _ = adapt_tasks(networks, auxiliary, tasks, leaves, inner)
+    adapted, seen = InnerProblem(networks.generator, auxiliary, networks.inner_loss, tasks, inner).run(leaves)
     offsets = predict_tasks(auxiliary, adapted, tasks)
     for i in range(2):
         part = slice(i, i + 1)
@@ -195,7 +208,7 @@ def test_tasks_side_by_side_come_out_as_alone(networks, tasks, tiny_components):
         for name, parameter in result.parameters.items():
             torch.testing.assert_close(adapted[name][i], parameter, atol=1e-5, rtol=1e-4)
         for step in range(2):
-            torch.testing.assert_close(outputs[step].image[part], images[step], atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(seen[step].image[part], images[step], atol=1e-4, rtol=1e-3)
         for name, offset in result.weight_offsets.items():
             torch.testing.assert_close(offsets.weight_offsets[name][i], offset, atol=1e-5, rtol=1e-3)
 
@@ -207,9 +220,9 @@ def test_losses_on_the_way_have_first_order_gradients(smooth_problem):
     name = "hypernetworks.backbone-b8-conv1.bias"
 
     def losses():
-        return adapt_tasks(
-            networks, auxiliary, tasks, parameters, InnerLoop.of(auxiliary, 2, rates=rates, losses=True)
-        )[2]
+        inner = InnerLoop.of(auxiliary, 2, rates=rates, losses=True)
+        problem = InnerProblem(networks.generator, auxiliary, networks.inner_loss, tasks, inner)
+        return [step.loss for step in problem.run(parameters)[1]]
 
     rates = auxiliary.inner_rates()
     before, after = losses()
@@ -231,10 +244,9 @@ def test_losses_on_the_way_have_first_order_gradients(smooth_problem):
     assert slope.item() == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-3)
 
 
-def test_plain_objective_is_the_loss_of_the_prediction(networks, tasks, tiny_components, folders):
+def test_plain_objective_is_the_loss_of_the_prediction(networks, tasks, tiny_components):
     auxiliary = tiny_components["auxiliary"]
-    config = tiny_config(folders, tiny_components, precision="fp32")
-    objective, figures = plain_objective(networks, auxiliary, tasks, config)
+    objective, figures = plain_objective(networks, auxiliary, tasks)
     output = auxiliary(tasks.image, tasks.camera, tasks.planes)
     view = networks.generator.synthesize(tasks.w, tasks.camera, output.weight_offsets, output.offset_planes)
     expected = networks.outer_loss(view.image, view.image_raw, tasks.image, tasks.camera)
@@ -249,7 +261,8 @@ def test_inner_loop_with_a_generator_in_half_precision(networks, tasks, tiny_com
     for dtype in (None, torch.bfloat16):
         leaves = {n: p.detach().clone().requires_grad_() for n, p in auxiliary.adaptable_parameters().items()}
         inner = InnerLoop(2, rates, 0.5, dtype=dtype)
-        images[dtype] = adapt_tasks(networks, auxiliary, tasks, leaves, inner)[1][-1].image
+        problem = InnerProblem(networks.generator, auxiliary, networks.inner_loss, tasks, inner)
+        images[dtype] = problem.run(leaves)[1][-1].image
     difference = (images[None] - images[torch.bfloat16]).abs()
     assert 0 < difference.max() < 0.05
 
@@ -277,7 +290,7 @@ def test_calibrated_rates_move_each_tensor_by_the_same_fraction(networks, tasks,
 
 
 def test_plain_phase_trains_saves_and_resumes(folders, tiny_components, tmp_path):
-    config = tiny_config(folders, tiny_components, sample_fraction=0.5)
+    config = tiny_config(folders, tiny_components, outer__sample_fraction=0.5)
     assert train(config, tmp_path) is True
     first = tmp_path / "checkpoint-4"
     network = AuxiliaryNetwork.from_pretrained(first / "auxiliary")
@@ -291,7 +304,8 @@ def test_plain_phase_trains_saves_and_resumes(folders, tiny_components, tmp_path
 
     with pytest.raises(FileExistsError, match="resume"):
         train(config, tmp_path)
-    assert train(replace(config, total_images=8), tmp_path, resume=True) is True
+    config.run.total_images = 8
+    assert train(config, tmp_path, resume=True) is True
     second = AuxiliaryNetwork.from_pretrained(tmp_path / "checkpoint-8" / "auxiliary")
     assert any(not torch.equal(a, b) for a, b in zip(network.parameters(), second.parameters(), strict=True))
     assert [line["images"] for line in lines_of(tmp_path) if "mse" in line] == [4, 8]
@@ -301,10 +315,20 @@ def test_plain_phase_trains_saves_and_resumes(folders, tiny_components, tmp_path
 def test_meta_phase_starts_from_a_network_and_learns_rates(folders, tiny_components, tmp_path, order):
     tiny_components["auxiliary"].save_pretrained(tmp_path / "initial")
     config = tiny_config(
-        folders, tiny_components, phase="meta", order=order, initial_auxiliary=str(tmp_path / "initial"),
-        inner_max_gradient_norm=2.0, inner_resolution=4, tasks_per_pass=1, learning_rate=1e-3,
-        offset_bias_resolution=16, full_kernel_layers=["backbone.b8"],
-    )  # fmt: skip
+        folders,
+        tiny_components,
+        phase="meta",
+        inner__order=order,
+        inner__max_gradient_norm=2.0,
+        inner__resolution=4,
+        inner__tasks_per_pass=1,
+        optimiser__learning_rate=1e-3,
+        auxiliary={
+            "initial": str(tmp_path / "initial"),
+            "offset_bias_resolution": 16,
+            "full_kernel_layers": ["backbone.b8"],
+        },
+    )
     assert train(config, tmp_path / "run") is True
     saved = AuxiliaryNetwork.from_pretrained(tmp_path / "run" / "checkpoint-4" / "auxiliary")
     averaged = AuxiliaryNetwork.from_pretrained(tmp_path / "run" / "checkpoint-4" / "auxiliary_average")
@@ -324,30 +348,31 @@ def test_meta_phase_starts_from_a_network_and_learns_rates(folders, tiny_compone
     assert any("mse_before" in line and line["images"] == 4 for line in figures)
 
 
-def test_rates_can_stay_fixed(networks, tasks, folders, tiny_components):
+def test_rates_can_stay_fixed(networks, tasks, tiny_components):
     auxiliary = tiny_components["auxiliary"]
     auxiliary.requires_grad_(True)
     try:
         for learn in (True, False):
             auxiliary.zero_grad(set_to_none=True)
-            config = tiny_config(folders, tiny_components, learn_rates=learn, order="first", multi_step_weight=0.0)
-            meta_objective(networks, auxiliary, tasks, config)[0].backward()
+            inner = InnerSettings(steps=1, learn_rates=learn, order="first")
+            outer = OuterSettings(multi_step_weight=0.0)
+            meta_objective(networks, auxiliary, tasks, inner, outer)[0].backward()
             assert (auxiliary.log_inner_rates.grad is not None) == learn
     finally:
         auxiliary.zero_grad(set_to_none=True)
         auxiliary.requires_grad_(False)
 
 
-def test_learning_rate_rises_then_falls(folders, tiny_components):
-    config = tiny_config(folders, tiny_components, total_images=1000, warmup_images=100, final_learning_rate=0.1)
-    assert learning_rate_factor(0, config) < 0.02
-    assert learning_rate_factor(100, config) > 0.95
-    assert learning_rate_factor(1000, config) == pytest.approx(0.1)
+def test_learning_rate_rises_then_falls():
+    schedule = ScheduleSettings(warmup_images=100, final_learning_rate=0.1)
+    assert learning_rate_factor(0, 1000, schedule) < 0.02
+    assert learning_rate_factor(100, 1000, schedule) > 0.95
+    assert learning_rate_factor(1000, 1000, schedule) == pytest.approx(0.1)
 
 
 def test_configuration_errors(folders, tiny_components, tmp_path):
-    for wrong in ({"phase": "both"}, {"order": "third"}, {"precision": "fp16"}, {"inner_steps": 0}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
+    for wrong in ({"phase": "both"}, {"inner__order": "third"}, {"compute__precision": "fp16"}, {"inner__steps": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong)).replace("__", ".")):
             tiny_config(folders, tiny_components, **wrong)
     with pytest.raises(ValueError, match="tasks_per_pass"):
         train(tiny_config(folders, tiny_components, phase="meta", batch=3), tmp_path / "run")
@@ -356,22 +381,22 @@ def test_configuration_errors(folders, tiny_components, tmp_path):
 @pytest.mark.parametrize(
     "path",
     [
-        "auxiliary-plain-mini.yaml",
-        "auxiliary-meta-mini.yaml",
-        "baselines/auxiliary-without-2d-mini.yaml",
-        "baselines/auxiliary-without-3d-mini.yaml",
+        "mini/plain.yaml",
+        "mini/meta.yaml",
+        "baselines/plain-without-2d.yaml",
+        "baselines/plain-without-3d.yaml",
     ],
 )
 def test_shipped_configurations_are_valid(path):
-    config = load_config(AuxiliaryConfig, CONFIGS / path)
+    config = load_settings(AuxiliaryConfig, CONFIGS / path)
     phase = "meta" if "meta" in path else "plain"
     assert config.phase == phase
-    assert config.batch % config.tasks_per_pass == 0
-    LossWeights(**config.inner_loss), LossWeights(**config.outer_loss)
+    assert config.batch % config.inner.tasks_per_pass == 0
+    LossWeights(**config.inner.loss), LossWeights(**config.outer.loss)
     if phase == "plain":
         generator = EG3DGenerator(
             image_size=128, plane_resolution=128, channel_base=8192, channel_max=256, neural_resolution=64,
             super_resolution_kind="2X",
         )  # fmt: skip
-        network = AuxiliaryNetwork(**AuxiliaryNetwork.config_for(generator, **config.auxiliary))
+        network = AuxiliaryNetwork(**AuxiliaryNetwork.config_for(generator, **config.auxiliary.arguments))
         assert sum(p.numel() for p in network.parameters()) <= 4_000_000

@@ -18,9 +18,10 @@ from metaaux.models.discriminator import DualDiscriminator
 from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.feature_discriminator import FeatureDiscriminator
 from metaaux.models.perceptual import squeezenet_features
-from metaaux.training.generator import GeneratorConfig, GeneratorTrainer, faded, train
-from metaaux.training.settings import load_config
-from metaaux.training.trainer import TrainingRun, update_average
+from metaaux.training.generator import GeneratorConfig, GeneratorTrainer, train
+from metaaux.training.schedules import faded, update_average
+from metaaux.training.settings import load_settings
+from metaaux.training.trainer import TrainingRun
 from tests.test_training_data import write_dataset
 
 GENERATOR = dict(
@@ -36,8 +37,10 @@ def tiny_config(tmp_path, **settings):
     data = tmp_path / "data.zip"
     if not data.exists():
         write_dataset(data, count=8, size=32, yaws=[-20, -10, 0, 0, 5, 10, 15, 30])
-    settings = dict(batch=4, total_images=16, interval_images=8, rays=[[0, 8]], r1_interval=2) | settings
-    return GeneratorConfig(data=str(data), generator=GENERATOR, discriminator=DISCRIMINATOR, **settings)
+    run = {"total_images": 16, "interval_images": 8} | settings.pop("run", {})
+    settings = {"batch": 4, "rays": [[0, 8]], "r1": {"interval": 2}} | settings
+    models = {"generator": GENERATOR, "discriminator": DISCRIMINATOR}
+    return GeneratorConfig(data={"path": str(data)}, run=run, **models | settings)
 
 
 def weights(folder):
@@ -61,7 +64,7 @@ class TestRun:
         trainer = GeneratorTrainer(config, Accelerator())
         trainer.load_data(0)
         before = [p.clone() for m in (trainer.generator, trainer.discriminator) for p in m.parameters()]
-        trainer.step(0, 1000)
+        trainer.step(1000)
         after = [p for m in (trainer.generator, trainer.discriminator) for p in m.parameters()]
         moved = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
         assert sum(moved) > 0.9 * len(moved)
@@ -70,7 +73,7 @@ class TestRun:
         config = tiny_config(tmp_path)
         train(config, tmp_path / "run")
         first = weights(tmp_path / "run/checkpoint-16")
-        config.total_images = 24
+        config.run.total_images = 24
         checkpoint = train(config, tmp_path / "run", resume=True)
         assert checkpoint.name == "checkpoint-24"
         state = json.loads((checkpoint / "state.json").read_text())
@@ -87,11 +90,11 @@ class TestRun:
             16,
             8,
             {"generator_raw": trainer.generator},
-            {"generator": trainer.generator_optimizer},
+            {"generator": trainer.optimizers["generator"]},
         )
         assert run.resume() and run.images == 16
         run.finish()
-        states = trainer.generator_optimizer.state_dict()["state"]
+        states = trainer.optimizers["generator"].state_dict()["state"]
         assert len(states) == len(list(trainer.generator.parameters()))
         assert {float(state["step"]) for state in states.values()} == {4.0}
         for index, parameter in enumerate(trainer.generator.parameters()):
@@ -104,7 +107,7 @@ class TestRun:
         trainer = GeneratorTrainer(config, Accelerator())
         published = weights(checkpoint)
         assert all(torch.equal(published[k], v) for k, v in trainer.generator.state_dict().items())
-        config.total_images = 8
+        config.run.total_images = 8
         goes_on = train(config, tmp_path / "more")
         assert str(checkpoint) not in (goes_on / "generator" / "config.json").read_text()
 
@@ -121,7 +124,7 @@ class TestRun:
         fresh = trainer.judges["feature_discriminator"].state_dict()
         assert all(not torch.equal(saved[k], v) for k, v in fresh.items() if k.endswith("original"))
         assert not any(p.requires_grad for p in trainer.features.parameters())
-        config.total_images = 24
+        config.run.total_images = 24
         assert train(config, tmp_path / "run", resume=True).name == "checkpoint-24"
 
     def test_features_reach_the_generator(self, tmp_path):
@@ -155,7 +158,7 @@ class TestRun:
             "import sys\nfrom pathlib import Path\nimport torch\ntorch.set_num_threads(1)\n"
             "from tests.test_training_generator import tiny_config\nfrom metaaux.training.generator import train\n"
             "if __name__ == '__main__':\n    here = Path(sys.argv[1])\n"
-            "    train(tiny_config(here, total_images=1_000_000), here / 'run', resume=True)\n"
+            "    train(tiny_config(here, run={'total_images': 1_000_000}), here / 'run', resume=True)\n"
         )
         run = tmp_path / "run"
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
@@ -171,20 +174,8 @@ class TestRun:
         saved = max(int(p.name.split("-")[1]) for p in run.glob("checkpoint-*"))
         shown = [json.loads(line)["images"] for line in (run / "figures.jsonl").read_text().splitlines()]
         assert saved >= shown[-1] - 8
-        config = tiny_config(tmp_path, total_images=saved + 8)
+        config = tiny_config(tmp_path, run={"total_images": saved + 8})
         assert train(config, run, resume=True).name == f"checkpoint-{saved + 8}"
-
-
-def test_schedules_follow_the_clock_where_it_ends_the_run(tmp_path):
-    run = TrainingRun(tmp_path, Accelerator(), 1000, 1000, {}, {}, max_seconds=10.0)
-    assert run.schedule_images == 0  # the clock has not started
-    assert run.active()
-    run._started -= 5.0
-    assert 500 <= run.schedule_images < 520
-    run.images = 800
-    assert run.schedule_images == 800
-    run.images = 0  # nothing to save
-    run.finish()
 
 
 class TestLosses:
@@ -227,19 +218,21 @@ class TestLosses:
 
 
 def test_unknown_setting_is_an_error(tmp_path):
-    (tmp_path / "config.yaml").write_text("data: x\nlerning_rate: 1\n")
-    with pytest.raises(ValueError, match="lerning_rate.*generator_rate"):
-        load_config(GeneratorConfig, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(
+        "data: {path: x}\nrun: {total_images: 1, interval_images: 1}\nlerning_rate: 1\n"
+    )
+    with pytest.raises(ValueError, match="lerning_rate.*optimiser"):
+        load_settings(GeneratorConfig, tmp_path / "config.yaml")
 
 
 def test_shipped_configurations_make_the_published_networks():
     root = Path(__file__).parents[1]
     folder, published = root / "metaaux/configs", root / "hub_configs/metaaux-mini"
-    assert sorted(path.name for path in folder.glob("generator-*.yaml")) == [
-        "generator-mini-continue.yaml",
-        "generator-mini.yaml",
+    assert sorted(path.name for path in folder.glob("mini/generator*.yaml")) == [
+        "generator-continue.yaml",
+        "generator.yaml",
     ]
-    fresh = load_config(GeneratorConfig, folder / "generator-mini.yaml")
+    fresh = load_settings(GeneratorConfig, folder / "mini/generator.yaml")
     with torch.device("meta"):
         networks = {
             "generator": EG3DGenerator(**fresh.generator),
@@ -248,6 +241,6 @@ def test_shipped_configurations_make_the_published_networks():
     for name, network in networks.items():
         config = type(network).load_config(published / name)
         assert {key: config[key] for key in config if key[0] != "_" and network.config[key] != config[key]} == {}
-    more = load_config(GeneratorConfig, folder / "generator-mini-continue.yaml")
+    more = load_settings(GeneratorConfig, folder / "mini/generator-continue.yaml")
     assert (root / more.init).samefile(published)
     assert fresh.rays[-1][1] == more.rays[-1][1] == networks["generator"].config.neural_resolution

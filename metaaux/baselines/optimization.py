@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..losses import InversionLoss
-from ..models.eg3d import EG3DGenerator
+from ..losses import InversionLoss, LossWeights, perceptual_distance
+from .base import Generator, Reconstruction, render_each
+
+if TYPE_CHECKING:
+    from ..pipeline import MetaAuxInverter
+
+#: λ_lpips of the paper. A checkpoint whose perceptual distance has another scale has another weight; their ratio turns
+#: distances into units of LPIPS.
+PAPER_PERCEPTUAL_WEIGHT = 0.8
 
 
 @dataclass(frozen=True)
@@ -66,8 +74,18 @@ class TuningSettings:
             raise ValueError(f"a generator is tuned for 0 steps or more, got {self.steps}")
 
 
+def reconstruction_loss(inverter: MetaAuxInverter) -> InversionLoss:
+    """PTI's loss, L2 + λ·LPIPS with λ = 1, on the checkpoint's perceptual distance brought to the scale of LPIPS.
+
+    PTI finds its pivot by LPIPS alone; here both terms guide it, since the distance need not be LPIPS.
+    """
+    unit = inverter.config.weight_perceptual / PAPER_PERCEPTUAL_WEIGHT
+    weights = LossWeights(perceptual=unit, identity=0.0, adversarial=0.0)
+    return InversionLoss(weights, perceptual_distance(inverter.perceptual, inverter.discriminator), None, None)
+
+
 def optimize_latent(
-    generator: EG3DGenerator,
+    generator: Generator,
     loss: InversionLoss,
     image: torch.Tensor,
     camera: torch.Tensor,
@@ -108,13 +126,13 @@ def optimize_latent(
 
 
 def tune_generator(
-    generator: EG3DGenerator,
+    generator: Generator,
     loss: InversionLoss,
     image: torch.Tensor,
     camera: torch.Tensor,
     w: torch.Tensor,
     settings: TuningSettings,
-) -> tuple[EG3DGenerator, int]:
+) -> tuple[Generator, int]:
     """A copy of the generator whose weights reproduce one photo from a fixed code, and the steps that it took.
 
     All weights behind the mapping network are tuned, as in PTI.
@@ -159,3 +177,16 @@ def tune_generator(
             steps += 1
     tuned.requires_grad_(False)
     return tuned, steps
+
+
+def tune_to_photo(
+    generator: Generator,
+    loss: InversionLoss,
+    image: torch.Tensor,
+    camera: torch.Tensor,
+    w: torch.Tensor,
+    settings: TuningSettings,
+) -> Reconstruction:
+    """What [`tune_generator`] makes of one photo, as a reconstruction; arguments and errors are the same."""
+    tuned, steps = tune_generator(generator, loss, image, camera, w, settings)
+    return replace(render_each(tuned, w, camera)[0], tuning_steps=steps)

@@ -1,39 +1,24 @@
-"""Inversion methods by name, built on the networks of a pipeline."""
+"""Inversion methods by name: each module of this package registers its own, built on the networks of a pipeline."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ..files import source_name
-from ..losses import InversionLoss, LossWeights, perceptual_distance
-from ..models.auxiliary import AuxiliaryNetwork
-from ..models.encoder import LatentEncoder
-from ..models.psp import PSPEncoder
-from ..training.tasks import FrozenNetworks
-from .methods import (
-    AuxiliaryAdaptation,
-    EncoderMethod,
-    GeneratorAdaptation,
-    InversionMethod,
-    LatentOptimization,
-    PivotalTuning,
-)
-from .optimization import LatentSettings, TuningSettings
+from ..training.loading import load_network
+from .base import InversionMethod
+from .optimization import LatentSettings
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter
 
-#: λ_lpips of the paper. A checkpoint whose perceptual distance has another scale has another weight; their ratio turns
-#: distances into units of LPIPS.
-PAPER_PERCEPTUAL_WEIGHT = 0.8
-#: PTI ends tuning once LPIPS is at or below this.
-PTI_STOP_DISTANCE = 0.06
+Network = TypeVar("Network", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -42,9 +27,12 @@ class MethodOptions:
 
     Attributes:
         steps: gradient steps of the adapted methods; `None`: the checkpoint's.
-        psp, styletransformer: folders of W+ encoders.
+        psp: folder of a W+ encoder.
+        styletransformer: folder of a W+ encoder.
         hyperinverter: folder of an auxiliary network that was trained to be used without adaptation.
-        without_meta, without_2d, without_3d: folders of auxiliary networks trained without that part.
+        without_meta: folder of an auxiliary network of the plain phase.
+        without_2d: folder of an auxiliary network trained without the 2D module.
+        without_3d: folder of an auxiliary network trained without the 3D module.
         latent: of "w", "w+" and PTI's pivot.
         tuning_steps: PTI's.
         pti_stop_share: where the perceptual distance is not LPIPS, PTI ends tuning at this share of the distance
@@ -67,25 +55,85 @@ class MethodOptions:
     generator_rate: float = 1e-3
 
 
-#: Methods by name, with the label of each. Those after "pti" need a folder, which an option of their name gives.
-METHODS = {
-    "metaaux": "Ours",
-    "full": "Ours (full)",
-    "encoder": "encoder (W)",
-    "w": "optimisation (W)",
-    "w+": "optimisation (W+)",
-    "without_auxiliary": "without auxiliary network",
-    "pti": "PTI",
-    "psp": "pSp",
-    "styletransformer": "StyleTransformer",
-    "hyperinverter": "HyperInverter",
-    "without_meta": "without meta-learning",
-    "without_2d": "without 2D module",
-    "without_3d": "without 3D module",
-}
-#: Methods of which "NAME-N" takes N steps.
-_STEPPED_METHODS = ("metaaux", "full", "without_meta", "without_2d", "without_3d")
-_FOLDER_METHODS = ("psp", "styletransformer", "hyperinverter", "without_meta", "without_2d", "without_3d")
+@dataclass(frozen=True)
+class MethodRequest:
+    """What a method is made from.
+
+    Attributes:
+        name: as it was asked for, for example "metaaux-3".
+        label: as in pictures and tables.
+        inverter: the pipeline.
+        options: what methods need beside it.
+        steps: gradient steps of an adapted method.
+        folder: of the method's network, a run's `latest` followed; `None` for methods that have none of their own.
+    """
+
+    name: str
+    label: str
+    inverter: MetaAuxInverter
+    options: MethodOptions
+    steps: int
+    folder: Path | None
+
+    def load(self, cls: type[Network], **expected: Any) -> Network:
+        """The network of the method's folder, frozen, on the pipeline's device.
+
+        Args:
+            cls: its class.
+            **expected: values that its configuration must have for the pipeline's generator.
+
+        Raises:
+            ValueError: a network of another class, or one that does not fit.
+            OSError: a folder without a network.
+        """
+        network = load_network(cls, self.folder)
+        for key, value in expected.items():
+            if network.config[key] != value:
+                raise ValueError(
+                    f"{self.folder}: its {key} is {network.config[key]}, the pipeline's generator needs {value}"
+                )
+        return network.to(self.inverter.device)
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """A registered method.
+
+    Attributes:
+        label: as in pictures and tables.
+        make: builds it.
+        needs_folder: whether it has a network of its own, whose folder the option of the method's name gives.
+        stepped: whether "NAME-N" is the method with N steps.
+    """
+
+    label: str
+    make: Callable[[MethodRequest], InversionMethod]
+    needs_folder: bool
+    stepped: bool
+
+
+#: Methods by name, in the order in which they registered.
+METHODS: dict[str, MethodEntry] = {}
+
+
+def register(
+    name: str, label: str, needs_folder: bool = False, stepped: bool = False
+) -> Callable[[Callable[[MethodRequest], InversionMethod]], Callable[[MethodRequest], InversionMethod]]:
+    """Decorator: the function makes the method of this name; see `MethodEntry` for the arguments.
+
+    Raises:
+        ValueError: the name is taken, or `MethodOptions` has no folder for it.
+    """
+    if name in METHODS:
+        raise ValueError(f"there is a method {name!r} already")
+    if needs_folder and name not in MethodOptions.__dataclass_fields__:
+        raise ValueError(f"MethodOptions has no folder for the method {name!r}")
+
+    def add(make: Callable[[MethodRequest], InversionMethod]) -> Callable[[MethodRequest], InversionMethod]:
+        METHODS[name] = MethodEntry(label, make, needs_folder, stepped)
+        return make
+
+    return add
 
 
 def make_methods(
@@ -102,86 +150,40 @@ def make_methods(
         ValueError: an unknown or repeated name, a method whose folder is not given, or a network that does not fit.
         OSError: a folder without a network.
     """
-    methods = [_split(name)[0] for name in names]
-    unknown = [name for name, method in zip(names, methods) if method not in METHODS]
+    parts = [_split(name) for name in names]
+    unknown = [name for name, (method, _) in zip(names, parts) if method not in METHODS]
     if unknown:
         raise ValueError(f"unknown methods {unknown}; there are {', '.join(METHODS)}, and metaaux-N for N steps")
     if not names or len(set(names)) < len(names):
         raise ValueError(f"methods must be named once each, got {names}")
-    lacking = [method for method in methods if method in _FOLDER_METHODS and getattr(options, method) is None]
+    folders = {method: getattr(options, method) for method, _ in parts if METHODS[method].needs_folder}
+    lacking = [method for method, folder in folders.items() if folder is None]
     if lacking:
         flags = ", ".join("--" + name.replace("_", "-") for name in lacking)
         raise ValueError(f"the methods {lacking} need the folder of their network: give {flags}")
-    return [_make_method(name, inverter, options) for name in names]
+    return [_make(name, *part, inverter, options, folders) for name, part in zip(names, parts)]
 
 
 def _split(name: str) -> tuple[str, int | None]:
     """("metaaux", 3) of "metaaux-3"; a name without steps of its own and `None`."""
-    match = re.fullmatch(rf"({'|'.join(_STEPPED_METHODS)})-(0|[1-9]\d*)", name)
-    return (match[1], int(match[2])) if match else (name, None)
+    match = re.fullmatch(r"(.+)-(0|[1-9]\d*)", name)
+    if match and match[1] in METHODS and METHODS[match[1]].stepped:
+        return match[1], int(match[2])
+    return name, None
 
 
-def _make_method(name: str, inverter: MetaAuxInverter, options: MethodOptions) -> InversionMethod:
-    generator, encoder = inverter.generator, inverter.encoder
-    method, steps = _split(name)
-    label = METHODS[method]
+def _make(
+    name: str,
+    method: str,
+    steps: int | None,
+    inverter: MetaAuxInverter,
+    options: MethodOptions,
+    folders: Mapping[str, str | os.PathLike],
+) -> InversionMethod:
+    label = METHODS[method].label
     if steps is not None:
         label += f", {steps} step{'s' * (steps > 1)}" if steps else ", no adaptation"
-    elif method == "hyperinverter":
-        steps = 0
     else:
         steps = inverter.config.inner_steps if options.steps is None else options.steps
-    if method == "encoder":
-        return EncoderMethod(name, label, generator, encoder, "pipeline")
-    if method in ("psp", "styletransformer"):
-        architecture = PSPEncoder if method == "psp" else LatentEncoder
-        found = architecture.load_config(getattr(options, method)).get("_class_name")
-        if found != architecture.__name__:
-            raise ValueError(f"{getattr(options, method)} holds a {found}, {name} needs a {architecture.__name__}")
-        network = architecture.from_pretrained(getattr(options, method))
-        expected = {"image_size": generator.config.image_size, "w_dim": generator.config.w_dim}
-        _check_config(getattr(options, method), network, expected | {"num_ws": generator.num_ws})
-        return EncoderMethod(name, label, generator, _frozen(network, inverter), source_name(getattr(options, method)))
-    if method in ("w", "w+"):
-        return LatentOptimization(name, label, generator, reconstruction_loss(inverter), options.latent, name)
-    if method == "pti":
-        is_lpips = inverter.perceptual is not None and inverter.perceptual.config.calibrated
-        tuning = TuningSettings(steps=options.tuning_steps, stop_distance=PTI_STOP_DISTANCE if is_lpips else None)
-        share = None if is_lpips else options.pti_stop_share
-        return PivotalTuning(generator, reconstruction_loss(inverter), options.latent, tuning, share)
-    loss = inverter.inversion_loss()
-    if method == "without_auxiliary":
-        tuning = TuningSettings(steps=steps, learning_rate=options.generator_rate)
-        return GeneratorAdaptation(generator, encoder, loss, tuning)
-    networks = FrozenNetworks(generator, encoder, loss, loss)
-    if method in ("metaaux", "full"):
-        rate = inverter.config.inner_learning_rate
-        return AuxiliaryAdaptation(name, label, networks, inverter.auxiliary, steps, rate, "pipeline")
-    folder = getattr(options, method)
-    network = AuxiliaryNetwork.from_pretrained(folder)
-    _check_config(folder, network, {"image_size": generator.config.image_size})
-    if method == "without_2d" and network.config.use_weight_offsets:
-        raise ValueError(f"{folder} holds an auxiliary network with a 2D module, not one without")
-    if method == "without_3d" and network.config.use_offset_planes:
-        raise ValueError(f"{folder} holds an auxiliary network with a 3D module, not one without")
-    return AuxiliaryAdaptation(name, label, networks, _frozen(network, inverter), steps, None, source_name(folder))
-
-
-def reconstruction_loss(inverter: MetaAuxInverter) -> InversionLoss:
-    """PTI's loss, L2 + λ·LPIPS with λ = 1, on the checkpoint's perceptual distance brought to the scale of LPIPS.
-
-    PTI finds its pivot by LPIPS alone; here both terms guide it, since the distance need not be LPIPS.
-    """
-    unit = inverter.config.weight_perceptual / PAPER_PERCEPTUAL_WEIGHT
-    weights = LossWeights(perceptual=unit, identity=0.0, adversarial=0.0)
-    return InversionLoss(weights, perceptual_distance(inverter.perceptual, inverter.discriminator), None, None)
-
-
-def _frozen(network: torch.nn.Module, inverter: MetaAuxInverter) -> torch.nn.Module:
-    return network.to(inverter.device).float().eval().requires_grad_(False)
-
-
-def _check_config(folder: str | os.PathLike, network: torch.nn.Module, expected: Mapping[str, Any]) -> None:
-    for key, value in expected.items():
-        if network.config[key] != value:
-            raise ValueError(f"{folder}: its {key} is {network.config[key]}, the pipeline's generator needs {value}")
+    folder = Path(folders[method]) if method in folders else None
+    return METHODS[method].make(MethodRequest(name, label, inverter, options, steps, folder))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .options import DeviceOption, echo, usage_error
 
 
 class Precision(str, enum.Enum):
@@ -26,7 +27,7 @@ def benchmark(
             "--model", help="Hub id or folder; a folder without weights gets random ones. Default: metaaux-mini."
         ),
     ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="For example cuda or cpu. Default: a GPU.")] = None,
+    device: DeviceOption = None,
     dtype: Annotated[Precision, typer.Option("--dtype", help="Of generator and discriminator.")] = Precision.float32,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each measure; the median counts.")] = 10,
     warmup: Annotated[int, typer.Option(min=1, help="Runs before them.")] = 3,
@@ -37,17 +38,16 @@ def benchmark(
     import torch
 
     from ..evaluation.benchmark import load_for_benchmark, run_benchmark
-    from ..files import atomic_path
+    from ..files import check_output_file, write_json
 
-    if not out.resolve().parent.is_dir():
-        raise typer.BadParameter(f"the folder {out.parent} does not exist")
+    with usage_error("--out"):
+        check_output_file(out)
     if threads is not None:
         torch.set_num_threads(threads)
     inverter, random_weights = load_for_benchmark(model, device, getattr(torch, dtype.value))
     figures = run_benchmark(inverter, random_weights, steps=steps, repeats=repeats, warmup=warmup)
-    with atomic_path(out) as temporary:
-        temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_json(figures, out)
     for name, measure in figures["measures"].items():
-        print(f"{name:<14} {measure['median_ms']:10.2f} ms")
+        echo(f"{name:<16} {measure['median_ms']:10.2f} ms")
     if random_weights:
-        print("weights are random: times count, pictures do not")
+        echo("weights are random: times count, pictures do not")

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .options import echo
+
 app = typer.Typer(
     name="convert",
     help="Convert foreign checkpoints to configurations and safetensors. No code of a file is ever run.",
@@ -28,7 +30,7 @@ def eg3d(
     """EG3D's G_ema and D to FOLDER/generator and FOLDER/discriminator."""
     from ..conversion.eg3d import convert_eg3d
 
-    print(_with_progress(lambda report: convert_eg3d(source, folder, overwrite, report)))
+    echo(str(_with_progress(lambda report: convert_eg3d(source, folder, overwrite, report))))
 
 
 @app.command()
@@ -42,7 +44,7 @@ def stylegan2(
     """StyleGAN2's generator to FOLDER/generator; from pickles its discriminator too."""
     from ..conversion.stylegan2 import convert_stylegan2
 
-    print(_with_progress(lambda report: convert_stylegan2(source, folder, overwrite, report)))
+    echo(str(_with_progress(lambda report: convert_stylegan2(source, folder, overwrite, report))))
 
 
 @app.command()
@@ -59,7 +61,7 @@ def lpips(
     """LPIPS to FOLDER/perceptual; without --linear, its uncalibrated baseline."""
     from ..conversion.lpips import convert_lpips
 
-    print(convert_lpips(source, folder, linear, overwrite))
+    echo(str(convert_lpips(source, folder, linear, overwrite)))
 
 
 @app.command()
@@ -71,7 +73,7 @@ def arcface(
     """ArcFace's IR-SE50 to FOLDER/identity."""
     from ..conversion.arcface import convert_arcface
 
-    print(convert_arcface(source, folder, overwrite))
+    echo(str(convert_arcface(source, folder, overwrite)))
 
 
 def _with_progress(convert: Callable[[Callable[[int, int], None]], object]) -> object:

@@ -85,8 +85,12 @@ def generator_config(source: Record, notes: list[str]) -> dict[str, Any]:
         ConversionError: a setting that `EG3DGenerator` does not have.
     """
     rendering = setting(source, "rendering_kwargs", dict)
-    expected = {"clamp_mode": "softplus", "disparity_space_sampling": False, "white_back": False,
-                "superresolution_noise_mode": "none"}  # fmt: skip
+    expected = {
+        "clamp_mode": "softplus",
+        "disparity_space_sampling": False,
+        "white_back": False,
+        "superresolution_noise_mode": "none",
+    }
     for name, value in expected.items():
         if rendering.get(name, value) != value:
             raise ConversionError(
@@ -97,8 +101,10 @@ def generator_config(source: Record, notes: list[str]) -> dict[str, Any]:
     enlarger = child(source, "superresolution")
     kind = _SUPER_RESOLUTION.get(enlarger.class_name if enlarger else "")
     if kind is None:
-        raise ConversionError(f"its super-resolution is {enlarger and enlarger.class_name}, expected one of "
-                              f"{', '.join(_SUPER_RESOLUTION)}")  # fmt: skip
+        raise ConversionError(
+            f"its super-resolution is {enlarger and enlarger.class_name}, expected one of "
+            f"{', '.join(_SUPER_RESOLUTION)}"
+        )
     tensors = module_tensors(source, "G_ema")
     widths = block_widths(tensors, "backbone.synthesis.")
     if max(widths) != 256 or tensors[f"backbone.synthesis.b{max(widths)}.torgb.bias"].shape != (96,):
@@ -241,7 +247,9 @@ def _plane_axes(renderer: Record | None, notes: list[str]) -> list[str]:
     if not isinstance(axes, torch.Tensor):
         notes.append(f"the file does not say its plane axes; the released checkpoints' {RELEASED_AXES} were assumed")
         return list(RELEASED_AXES)
-    if axes.shape != (3, 3, 3) or not torch.equal(axes.float() @ axes.float().mT, torch.eye(3).expand(3, 3, 3)):
+    if axes.shape != (3, 3, 3) or not torch.equal(
+        axes.float() @ axes.float().mT, torch.eye(3, dtype=torch.float32, device=axes.device).expand(3, 3, 3)
+    ):
         raise ConversionError("its plane axes are not permutations of x, y and z")
     # A plane's first two rows are the unit vectors along its columns and rows.
     return ["".join("xyz"[int(row.argmax())] for row in plane[:2]) for plane in axes]
@@ -253,7 +261,7 @@ def rename_tensors(tensors: Mapping[str, torch.Tensor], rename: Callable[[str], 
     Raises:
         ConversionError: another resampling filter than [1, 3, 3, 1].
     """
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float32, device="cpu") / 8
     renamed = {}
     for name, tensor in tensors.items():
         if name.rpartition(".")[2] == "resample_filter":

@@ -132,7 +132,7 @@ def _from_state(state: Mapping[str, Any]) -> Converted:
     w_dim = tensors["style.1.weight"].shape[0] if "style.1.weight" in tensors else 0
     if not isinstance(average, torch.Tensor):
         notes.append("the file has no latent_avg: w_avg is zero, and truncation would pull towards it")
-        average = torch.zeros(w_dim)
+        average = torch.zeros(w_dim, dtype=torch.float32, device="cpu")
     if average.ndim > 1:  # one a layer, all alike, as encoders store it
         average = average.reshape(-1, average.shape[-1])[0]
     renamed["mapping_network.w_avg"] = average
@@ -145,9 +145,13 @@ def _rosinality_name(name: str, tensor: torch.Tensor) -> tuple[str, tuple[int, .
     Layer n of `convs`, `to_rgbs` and `noises` belongs to resolution 8·2^(n // 2), 8·2^n and 4·2^((n + 1) // 2).
     """
     parts = {
-        "conv.weight": "weight", "conv.modulation.weight": "affine.weight", "conv.modulation.bias": "affine.bias",
-        "noise.weight": "noise_strength", "activate.bias": "bias", "bias": "bias",
-    }  # fmt: skip
+        "conv.weight": "weight",
+        "conv.modulation.weight": "affine.weight",
+        "conv.modulation.bias": "affine.bias",
+        "noise.weight": "noise_strength",
+        "activate.bias": "bias",
+        "bias": "bias",
+    }
     shapes = {"weight": tensor.shape[1:], "noise_strength": (), "bias": (tensor.numel(),)}
     if name == "input.input":
         return "backbone.b4.const", tensor.shape[1:]

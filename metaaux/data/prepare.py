@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from PIL import Image
 
 from ..faces.alignment import FaceAligner
 from ..faces.photos import MAX_PIXELS
+from ..files import atomic_path
 
 _FORMATS = ("webp", "png")
 _worker_aligner: FaceAligner | None = None
@@ -84,50 +85,83 @@ def prepare(
         ValueError: a setting is out of range, the folder holds no file, or no photo of it could be aligned.
     """
     folder, out = Path(folder), Path(out)
+    settings = dict(image_size=size, crop_scale=crop_scale, min_face_size=min_face_size, max_pixels=max_pixels)
+    _check(folder, image_format, workers, settings)
+
+    # 1. What there is to do: finished photos lie in a folder beside the zip.
+    partial = _partial_folder(out)
+    names = _photo_names(folder, exclude={out.resolve(), partial.resolve()})
+    if not names:
+        raise ValueError(f"'{folder}' holds no photos")
+    partial.mkdir(parents=True, exist_ok=True)
+    # Entries are named after all that decides their content.
+    entries = {name: partial / _entry_key(folder, name, settings, image_format) for name in names}
+    missing = {str(folder / name): entry for name, entry in entries.items() if not _result_path(entry).exists()}
+
+    # 2. Align.
+    _prepare_photos(missing, settings, image_format, workers, len(names), on_photo)
+
+    # 3. Report and zip.
+    results = {name: json.loads(_result_path(entry).read_text(encoding="utf-8")) for name, entry in entries.items()}
+    report = _report(folder, results, resumed=len(names) - len(missing))
+    _write_zip(out, entries, results, image_format, report)
+    shutil.rmtree(partial)
+    return report
+
+
+def _partial_folder(out: Path) -> Path:
+    """`OUT.zip.partial`; where the zip's name leaves no room for the ending, its digest stands for the name."""
+    name = out.name
+    if len(os.fsencode(name)) > 240:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    return out.with_name(f"{name}.partial")
+
+
+def _check(folder: Path, image_format: str, workers: int | None, settings: dict) -> None:
     if not folder.is_dir():
         raise NotADirectoryError(f"'{folder}' is not a folder")
     if image_format not in _FORMATS:
         raise ValueError(f"image_format must be one of {', '.join(_FORMATS)}, got '{image_format}'")
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    settings = {
-        "image_size": size,
-        "crop_scale": crop_scale,
-        "min_face_size": min_face_size,
-        "max_pixels": max_pixels,
-    }
-    FaceAligner(**settings)
+    FaceAligner(**settings)  # raises for what is out of range
 
-    partial = out.with_name(out.name + ".partial")
-    names = _photo_names(folder, exclude={out.resolve(), partial.resolve()})
-    if not names:
-        raise ValueError(f"'{folder}' holds no photos")
-    partial.mkdir(parents=True, exist_ok=True)
-    # Entries are named after all that decides their content.
-    keys = {name: _entry_key(folder, name, settings, image_format) for name in names}
-    missing = [name for name in names if not (partial / f"{keys[name]}.json").exists()]
-    resumed = finished = len(names) - len(missing)
-    if missing:
-        count = min(workers or os.cpu_count() or 1, len(missing))
-        # Spawned: a fork of a process that runs threads may lock up.
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker, initargs=(settings,))
-        try:
-            futures = [
-                pool.submit(_prepare_photo, str(folder / name), str(partial / keys[name]), image_format)
-                for name in missing
-            ]
-            for future in as_completed(futures):
-                future.result()
-                finished += 1
-                if on_photo is not None:
-                    on_photo(finished, len(names))
-        finally:
-            pool.shutdown(cancel_futures=True)
 
-    results = {name: json.loads((partial / f"{keys[name]}.json").read_text()) for name in names}
+def _result_path(entry: Path) -> Path:
+    return entry.with_name(f"{entry.name}.json")
+
+
+def _prepare_photos(
+    missing: Mapping[str, Path],
+    settings: dict,
+    image_format: str,
+    workers: int | None,
+    photos: int,
+    on_photo: Callable[[int, int], None] | None,
+) -> None:
+    """Align the `missing` of so many `photos`, each into its entry, in worker processes."""
+    if not missing:
+        return
+    finished = photos - len(missing)
+    count = min(workers or os.cpu_count() or 1, len(missing))
+    # Spawned: a fork of a process that runs threads may lock up.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker, initargs=(settings,))
+    try:
+        futures = [pool.submit(_prepare_photo, photo, str(entry), image_format) for photo, entry in missing.items()]
+        for future in as_completed(futures):
+            future.result()
+            finished += 1
+            if on_photo is not None:
+                on_photo(finished, photos)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _report(folder: Path, results: Mapping[str, dict], resumed: int) -> PrepareReport:
+    """Raises ValueError if no photo could be aligned."""
     report = PrepareReport(
-        photos=len(names),
+        photos=len(results),
         written=sum("camera" in result for result in results.values()),
         resumed=resumed,
         several_faces=sum(result.get("faces_found", 1) > 1 for result in results.values()),
@@ -140,8 +174,6 @@ def prepare(
     if report.written == 0:
         reasons = "; ".join(f"{photo.name}: {photo.message}" for photo in report.skipped[:3])
         raise ValueError(f"none of the {report.photos} photos in '{folder}' could be aligned, for instance {reasons}")
-    _write_zip(out, partial, keys, results, image_format, report)
-    shutil.rmtree(partial)
     return report
 
 
@@ -199,18 +231,16 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _write_zip(
-    out: Path, partial: Path, keys: dict[str, str], results: dict[str, dict], image_format: str, report: PrepareReport
+    out: Path, entries: Mapping[str, Path], results: Mapping[str, dict], image_format: str, report: PrepareReport
 ) -> None:
     labels, images = [], {}
-    temporary = out.with_name(out.name + ".tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with atomic_path(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for name, result in results.items():
             if "error" in result:
                 continue
             image = f"{len(labels) // 1000:02d}/{len(labels):05d}.{image_format}"
-            archive.write(partial / f"{keys[name]}.{image_format}", image)
+            archive.write(entries[name].with_name(f"{entries[name].name}.{image_format}"), image)
             labels.append([image, result["camera"]])
             images[image] = {"photo": name, **{key: value for key, value in result.items() if key != "camera"}}
         archive.writestr("dataset.json", json.dumps({"labels": labels}))
         archive.writestr("report.json", json.dumps({"images": images, **report.to_dict()}, indent=1))
-    os.replace(temporary, out)

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import random
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
+import psutil
 import torch
 
 from ..cameras import mirror_camera, pose_of_camera
 from .dataset import FaceDataset, to_signed
 
+#: Share of a device's free memory that decoded pictures may take by themselves.
+MEMORY_SHARE = 1 / 3
+
 
 class _EndlessSampler(torch.utils.data.Sampler):
-    """Indices drawn from `order` with replacement, for ever."""
+    """Indices drawn from `order` with replacement, for ever, from the `start`-th on.
 
-    def __init__(self, order: list[int], seed: int):
-        self.order, self.seed = order, seed
+    Drawn in blocks, each from a seed of its own, so that a resumed run need not draw all that were before.
+    """
 
-    def __iter__(self):
-        choice = random.Random(self.seed).choice
+    BLOCK = 4096
+
+    def __init__(self, order: torch.Tensor, seed: int, start: int = 0):
+        self.order, self.seed, self.start = order, seed, start
+
+    def __iter__(self) -> Iterator[int]:
+        block, skipped = divmod(self.start, self.BLOCK)
         while True:
-            yield choice(self.order)
+            random = torch.Generator().manual_seed(self.seed * 1_000_003 + block)
+            chosen = torch.randint(len(self.order), (self.BLOCK,), generator=random)
+            yield from self.order[chosen[skipped:]].tolist()
+            block, skipped = block + 1, 0
 
 
 class FaceSampler:
@@ -33,7 +46,12 @@ class FaceSampler:
         mirror: mirror half of them, picture and camera together.
         balance_turned: show those turned beyond 12° twice and beyond 20° four times as often.
         in_memory: keep all decoded pictures on `device` (11,847 of 128² take 0.6 GB); otherwise worker processes
-            decode them as they are asked for.
+            decode them as they are asked for. "auto": where they take no more than `MEMORY_SHARE` of what is free.
+        workers: of these; 0 decodes in this process.
+        repeats: how many times as often pictures are shown whose name starts so.
+
+    Raises:
+        ValueError: no name starts with a key of `repeats`.
     """
 
     def __init__(
@@ -44,30 +62,65 @@ class FaceSampler:
         seed: int = 0,
         mirror: bool = True,
         balance_turned: bool = True,
-        in_memory: bool = True,
+        in_memory: bool | Literal["auto"] = True,
         workers: int = 8,
+        repeats: Mapping[str, int] | None = None,
     ):
-        self.batch, self.device, self.mirror = batch, torch.device(device), mirror
+        self.dataset, self.batch, self.device, self.mirror = dataset, batch, torch.device(device), mirror
+        self.seed, self.workers = seed, workers
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        repeats = torch.ones(len(dataset), dtype=torch.long)
+        counts = torch.ones(len(dataset), dtype=torch.long)
         if balance_turned:
             yaw = pose_of_camera(dataset.cameras)[0].abs()
-            repeats[yaw > 12] = 2
-            repeats[yaw > 20] = 4
-        self.order = torch.repeat_interleave(torch.arange(len(dataset)), repeats).to(self.device)
+            counts[yaw > 12] = 2
+            counts[yaw > 20] = 4
+        for start, times in (repeats or {}).items():
+            named = torch.tensor([name.startswith(start) for name in dataset.names])
+            if not named.any():
+                raise ValueError(
+                    f"repeats names {start!r}, but no picture of {dataset.path} has a name that starts so"
+                )
+            counts[named] *= times
+        self.order = torch.repeat_interleave(torch.arange(len(dataset)), counts).to(self.device)
         self.cameras = dataset.cameras.to(self.device)
-        if in_memory:
-            self.images, self.loader = dataset.load().to(self.device), None
+        self.batches_streamed = 0
+        in_memory = in_memory is True or (in_memory == "auto" and self._fits())
+        self.images = dataset.load(self.device) if in_memory else None
+        self.loader = None
+
+    def _fits(self) -> bool:
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
         else:
-            loader = torch.utils.data.DataLoader(
-                dataset,
-                batch,
-                sampler=_EndlessSampler(self.order.tolist(), seed),
-                num_workers=workers,
-                pin_memory=self.device.type == "cuda",
-                persistent_workers=workers > 0,
-            )
-            self.images, self.loader = None, iter(loader)
+            free = psutil.virtual_memory().available
+        return self.dataset.decoded_bytes <= MEMORY_SHARE * free
+
+    def _stream(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches decoded by workers, from the next one on."""
+        loader = torch.utils.data.DataLoader(
+            self.dataset,
+            self.batch,
+            sampler=_EndlessSampler(self.order.cpu(), self.seed, self.batches_streamed * self.batch),
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            # The workers' seeds are taken from here, not from the training's random numbers.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        return iter(loader)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Where this sampler is, for `set_state` of one with the same pictures, batch and seed."""
+        return {
+            "generator": self.generator.get_state(),
+            "seed": torch.tensor(self.seed),
+            "batches_streamed": torch.tensor(self.batches_streamed),
+        }
+
+    def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on where a sampler was that gave this `state`."""
+        self.generator.set_state(state["generator"])
+        self.seed, self.batches_streamed = int(state["seed"]), int(state["batches_streamed"])
+        self.loader = None
 
     def sample_cameras(self, count: int) -> torch.Tensor:
         """Cameras of random pictures [count, 25], half of them mirrored where pictures are."""
@@ -86,10 +139,13 @@ class FaceSampler:
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The next batch."""
-        if self.loader is None:
+        if self.images is not None:
             index = self._draw(self.batch)
             images, cameras = self.images[index], self.cameras[index]
         else:
+            if self.loader is None:
+                self.loader = self._stream()
             images, cameras = (t.to(self.device, non_blocking=True) for t in next(self.loader))
+            self.batches_streamed += 1
         images, cameras = self._mirrored(images, cameras)
         return to_signed(images), cameras

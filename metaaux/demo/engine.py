@@ -155,7 +155,7 @@ class Engine:
         """Where the models run, in a word or two for the page."""
         if self.zero_gpu:
             return "ZeroGPU"
-        return "GPU" if self.inverter().device.type == "cuda" else "CPU"
+        return "CPU" if self.inverter().device.type == "cpu" else "GPU"
 
     def align(self, model: str, photos: list[Image.Image]) -> list[AlignedFace]:
         """Crops and cameras of photos, always in this process.
@@ -452,11 +452,10 @@ class Engine:
 
     def _load(self) -> None:
         try:
-            import torch
-
+            from ..devices import best_device
             from ..pipeline import MetaAuxInverter
 
-            device = self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            device = self.settings.device or best_device()
             for model in self.settings.models:
                 inverter = MetaAuxInverter.from_pretrained(model)
                 inverter.set_progress_bar_config(disable=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..adaptation import adapt
 from ..cameras import camera_from_pose
+from ..devices import device_name, usable_device
 from ..hub.loading import check_model_index
 from ..pipeline import MetaAuxInverter
+from .metrics import timed
 
 
 def load_for_benchmark(
@@ -36,11 +39,7 @@ def load_for_benchmark(
         ValueError: the device cannot be used, or the folder holds another kind of pipeline.
         OSError: files are missing.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"the device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    device = usable_device(device)
     random_weights = model is not None and os.path.isdir(model) and not any(Path(model).rglob("*.safetensors"))
     if not random_weights:
         inverter = MetaAuxInverter.from_pretrained(model, dtype=dtype)
@@ -53,8 +52,6 @@ def load_for_benchmark(
 
 
 def _with_random_weights(folder: Path, dtype: torch.dtype) -> MetaAuxInverter:
-    import importlib
-
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8")) if check_model_index(folder) else {}
     networks, settings = {}, {}
     for name, value in index.items():
@@ -81,7 +78,7 @@ def run_benchmark(
         cached_view: another camera with the planes of an earlier call; not of 2D generators.
         adaptation: `steps` gradient steps of the auxiliary network with all losses, encoder included.
         adaptation_step: one of those steps.
-        tuning_step: one gradient step of the squared error on all of the generator's weights, as PTI takes them.
+        tuning_step: one gradient step of the squared error on all of a generator's weights, as PTI takes them.
 
     Args:
         inverter: in eval mode.
@@ -93,74 +90,34 @@ def run_benchmark(
     Returns:
         {"model", "weights", "device", "dtype", "measures": {name: {"median_ms", "min_ms", "max_ms", "repeats"}}, …}
     """
-    generator = inverter.generator
-    device, size = inverter.device, generator.config.image_size
-    state = torch.Generator().manual_seed(0)
-    target = torch.nn.functional.interpolate(
-        torch.rand(1, 3, 8, 8, generator=state), size=(size, size), mode="bicubic"
-    ).clamp(0, 1).mul(2).sub(1).to(device)  # fmt: skip
-    camera = camera_from_pose(5.0, 0.0)[None].to(device)
-    side = camera_from_pose(20.0, -5.0)[None].to(device)
-    with torch.no_grad():
-        w = inverter.encoder(target.to(inverter.encoder.dtype))
-        planes = generator.planes(w)
-
-    def synthesis():
-        with torch.no_grad():
-            generator.synthesize(w, camera)
-
-    def cached_view():
-        with torch.no_grad():
-            generator.synthesize(w, side, planes=planes)
-
-    step_seconds: list[float] = []
-
-    def adaptation():
-        with torch.no_grad():
-            code = inverter.encoder(target.to(inverter.encoder.dtype))
-        rate = inverter.config.inner_learning_rate
-        # Random weights answer to no rate in particular; this one keeps them finite.
-        rate = 1e-6 if random_weights else rate
-        loss = inverter.inversion_loss()
-        result = adapt(generator, inverter.auxiliary, loss, target, code, camera, steps=steps, learning_rate=rate)
-        step_seconds.extend(step["seconds"] for step in result.steps[1:-1])
-
-    def tuning_step():
-        with torch.enable_grad():
-            weights = {name: p.detach().requires_grad_() for name, p in generator.named_parameters()}
-            output = torch.func.functional_call(_Synthesis(generator), _prefixed(weights), (w, camera))
-            error = (output - target).square().mean()
-            gradients = torch.autograd.grad(error, list(weights.values()), allow_unused=True)
-            for weight, gradient in zip(weights.values(), gradients):
-                if gradient is not None:
-                    torch.add(weight.detach(), gradient, alpha=-1e-3)
-
-    timed = {"synthesis": (synthesis, repeats), "adaptation": (adaptation, max(1, repeats // 4)),
-             "tuning_step": (tuning_step, repeats)}  # fmt: skip
+    work = _Work(inverter, steps, random_weights)
+    counts = {"synthesis": repeats, "adaptation": max(1, repeats // 4), "tuning_step": repeats}
     if inverter.has_viewpoints:
-        timed["cached_view"] = (cached_view, repeats)
+        counts["cached_view"] = repeats
     measures = {}
-    with tqdm(total=len(timed), unit="measure", disable=None) as bar:
-        for name, (function, count) in timed.items():
+    with tqdm(total=len(counts), unit="measure", disable=None) as bar:
+        for name, count in counts.items():
             bar.set_description(name)
+            function = getattr(work, name)
             for _ in range(warmup):
                 function()
-            step_seconds.clear()
-            measures[name] = _summary([_seconds(function, device) for _ in range(count)])
+            work.step_seconds.clear()
+            measures[name] = _summary([_seconds(function, inverter.device) for _ in range(count)])
             if name == "adaptation":
-                measures["adaptation_step"] = _summary(list(step_seconds))
+                measures["adaptation_step"] = _summary(list(work.step_seconds))
             bar.update()
+    generator, device = inverter.generator, inverter.device
     return {
         "model": inverter.name_or_path,
         "weights": "random" if random_weights else "trained",
         "fingerprint": inverter.fingerprint,
         "generator": type(generator).__name__,
-        "image_size": size,
+        "image_size": generator.config.image_size,
         "neural_resolution": getattr(generator.config, "neural_resolution", None),
         "batch": 1,
         "steps": steps,
         "warmup": warmup,
-        "device": _device_name(device),
+        "device": device_name(device),
         "dtype": str(generator.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "versions": {"metaaux": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -168,36 +125,73 @@ def run_benchmark(
     }
 
 
-class _Synthesis(torch.nn.Module):
-    """`generator.synthesize` as a forward method, which `functional_call` needs; shares the generator's weights."""
+class _Work:
+    """What is timed, each as a call without arguments; all that a call needs is made here, outside of its time.
 
-    def __init__(self, generator: torch.nn.Module):
-        super().__init__()
-        from ..losses import private_view
+    Args:
+        inverter: the pipeline.
+        steps: of an inversion.
+        random_weights: whether the networks are untrained.
 
-        self.generator = private_view(generator)
+    Attributes:
+        step_seconds: of each gradient step of the calls of `adaptation` so far.
+    """
 
-    def forward(self, w: torch.Tensor, camera: torch.Tensor) -> torch.Tensor:
-        return self.generator.synthesize(w, camera).image
+    def __init__(self, inverter: MetaAuxInverter, steps: int, random_weights: bool):
+        self.inverter, self.steps = inverter, steps
+        device, size = inverter.device, inverter.generator.config.image_size
+        coarse = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        picture = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
+        self.target = (picture.clamp(0, 1) * 2 - 1).to(device)
+        self.camera = camera_from_pose(5.0, 0.0)[None].to(device)
+        self.side = camera_from_pose(20.0, -5.0)[None].to(device)
+        self.w = self._encode()
+        with torch.no_grad():
+            self.planes = inverter.generator.planes(self.w)
+        # Random weights answer to no rate in particular; this one keeps them finite.
+        self.learning_rate = 1e-6 if random_weights else inverter.config.inner_learning_rate
+        self.tuned = copy.deepcopy(inverter.generator).requires_grad_()
+        self.step_seconds: list[float] = []
 
+    @torch.no_grad()
+    def _encode(self) -> torch.Tensor:
+        encoder = self.inverter.encoder
+        return encoder(self.target.to(encoder.dtype))
 
-def _prefixed(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"generator.{name}": weight for name, weight in weights.items()}
+    @torch.no_grad()
+    def synthesis(self) -> None:
+        self.inverter.generator.synthesize(self.w, self.camera)
+
+    @torch.no_grad()
+    def cached_view(self) -> None:
+        self.inverter.generator.synthesize(self.w, self.side, planes=self.planes)
+
+    def adaptation(self) -> None:
+        result = adapt(
+            self.inverter.generator,
+            self.inverter.auxiliary,
+            self.inverter.inversion_loss(),
+            self.target,
+            self._encode(),
+            self.camera,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+        )
+        self.step_seconds.extend(step["seconds"] for step in result.steps[1:-1])
+
+    def tuning_step(self) -> None:
+        weights = list(self.tuned.parameters())
+        with torch.enable_grad():
+            error = (self.tuned.synthesize(self.w, self.camera).image - self.target).square().mean()
+        gradients = torch.autograd.grad(error, weights, allow_unused=True)
+        with torch.no_grad():
+            for weight, gradient in zip(weights, gradients):
+                if gradient is not None:  # the mapping network's is none
+                    weight.add_(gradient, alpha=-1e-6)  # so small that the copy stays finite over all repeats
 
 
 def _seconds(function: Callable[[], None], device: torch.device) -> float:
-    _synchronize(device)
-    started = time.perf_counter()
-    function()
-    _synchronize(device)
-    return time.perf_counter() - started
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    return timed(function, device)[1]
 
 
 def _summary(seconds: list[float]) -> dict[str, float | int]:
@@ -208,7 +202,3 @@ def _summary(seconds: list[float]) -> dict[str, float | int]:
         "max_ms": max(milliseconds),
         "repeats": len(milliseconds),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..baselines.methods import InversionMethod, Reconstruction
+from ..baselines import InversionMethod, Reconstruction
+from ..devices import device_name
 from ..editing import apply_edits
 from ..export.images import tensor_to_image
 from ..faces.detection import FaceDetector
@@ -20,7 +21,7 @@ from ..faces.measures import MEASURES, face_measures
 from ..files import source_name, write_json, write_text
 from ..models.age_gender import AgeGenderNetwork
 from .photos import PhotoSet
-from .reconstruction import device_name, mean_of, weights_digest
+from .reconstruction import mean_of, weights_digest
 from .records import Records
 from .report import markdown_table
 
@@ -124,7 +125,8 @@ class EditingEvaluation:
     def _edit(self, reconstruction: Reconstruction) -> dict[str, Any]:
         """For each attribute its value at each α, 0 included, and the identity that is left."""
         base = reconstruction.image[None]
-        embedding = self.inverter.identity(base)
+        camera, identify = reconstruction.camera, self.inverter.identity
+        embedding = identify(base, camera)
         adapted = bool(reconstruction.weight_offsets)
         values: dict[str, dict[str, float | None]] = {}
         identity: dict[str, dict[str, float]] = {}
@@ -132,9 +134,9 @@ class EditingEvaluation:
             values[name], identity[name] = {"0": self._value(name, base)}, {}
             for alpha in ALPHAS:
                 w = apply_edits(reconstruction.w, self.directions, {name: alpha}, adapted)
-                image = reconstruction.views(reconstruction.camera, w=w)
+                image = reconstruction.views(camera, w=w)
                 values[name][str(alpha)] = self._value(name, image)
-                identity[name][str(alpha)] = F.cosine_similarity(embedding, self.inverter.identity(image)).item()
+                identity[name][str(alpha)] = F.cosine_similarity(embedding, identify(image, camera)).item()
         return {"values": values, "identity": identity}
 
     def _value(self, name: str, image: torch.Tensor) -> float | None:

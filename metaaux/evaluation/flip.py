@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from ..cameras import pose_of_camera
+from ..cameras import mirror_camera, pose_of_camera
 from ..data.dataset import FaceDataset
 from ..export.images import image_to_tensor
 from ..faces.photos import Photo
@@ -109,7 +109,7 @@ def compare_flip(
             head = inverter.prepare(inversion)
             same, front, mirrored = inverter.render(head), inverter.render(head, 0, pitch), inverter.render(head, -yaw)
             edited = inverter.render(inversion, -yaw, edits=edits) if edits else None
-            figures = _figures(inverter, perceptual, aligned, same, mirrored)
+            figures = _figures(inverter, perceptual, aligned, same, mirrored, inversions[0].camera)
             views.append(FlipViews(same, front, mirrored, edited, figures))
         comparisons.append(FlipComparison(face.name, yaw, aligned, *views))
         if progress is not None:
@@ -118,16 +118,24 @@ def compare_flip(
 
 
 @torch.no_grad()
-def _figures(inverter, perceptual, aligned, same, mirrored) -> dict[str, float]:
+def _figures(
+    inverter: MetaAuxInverter,
+    perceptual: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    aligned: Image.Image,
+    same: Image.Image,
+    mirrored: Image.Image,
+    camera: torch.Tensor,
+) -> dict[str, float]:
+    """`FlipViews.figures` of the views `same` and `mirrored` of a photo `aligned`, seen by `camera` [25]."""
     pictures = (aligned, ImageOps.mirror(aligned), same, mirrored)
     photo, mirrored_photo, same, mirrored = (image_to_tensor(p)[None].to(inverter.device) for p in pictures)
+    side = mirror_camera(camera[None]).to(inverter.device)
+    identities = [inverter.identity(image, side) for image in (mirrored, mirrored_photo)]
     return {
         "mse": float((same - photo).square().mean()),
         "perceptual": float(perceptual(same, photo)),
         "mirrored_perceptual": float(perceptual(mirrored, mirrored_photo)),
-        "mirrored_identity": float(
-            F.cosine_similarity(inverter.identity(mirrored), inverter.identity(mirrored_photo))
-        ),
+        "mirrored_identity": float(F.cosine_similarity(*identities)),
     }
 
 

@@ -18,13 +18,13 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..cameras import camera_from_pose, project_points
 from ..data.dataset import FaceDataset
+from ..devices import device_name
 from ..export.images import save_image, tensor_to_image
 from ..export.sheets import head_sheet
 from ..faces.canonical import canonical_face
 from ..files import source_name, write_json
-from ..models.eg3d import EG3DGenerator
+from ..models.eg3d import EG3DGenerator, GeneratorOutput
 from .frechet import FeatureExtractor, FeatureStatistics, frechet_between
-from .reconstruction import device_name
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter
@@ -127,25 +127,12 @@ def evaluate_generator(
     out.mkdir(parents=True, exist_ok=True)
     frechet = None
     if data is not None:
-        frechet = _frechet(
-            inverter, FaceDataset(data, inverter.generator.config.image_size), features, settings, progress
-        )
-    detect = importlib.util.find_spec("mediapipe") is not None
-    if not detect:
-        print("MediaPipe is not installed: poses are not detected", file=sys.stderr)
-    figures = _Figures()
-    ws_of_sheet = []
-    with tqdm(total=settings.samples, unit="head", disable=not progress) as bar:
-        for start, ws in _random_heads(inverter.generator, settings):
-            figures.add_views(
-                inverter, ws, detect and start < settings.pose_samples, max(settings.pose_samples - start, 0)
-            )
-            if start < _SHEET_HEADS:
-                ws_of_sheet.append(ws[: _SHEET_HEADS - start])
-            bar.update(len(ws))
+        dataset = FaceDataset(data, inverter.generator.config.image_size)
+        frechet = _frechet(inverter.generator, dataset, features, settings, progress)
+    figures, ws = _measure_heads(inverter, settings, progress)
     results = {
         "frechet": frechet,
-        **figures.means(),
+        **figures,
         **asdict(settings),
         "frechet_features": None if features is None else features.name,
         "model": source_name(inverter.name_or_path),
@@ -154,8 +141,24 @@ def evaluate_generator(
         "versions": {"metaaux": __version__, "torch": torch.__version__},
     }
     write_json(results, out / "results.json")
-    save_image(head_sheet(inverter.generator, torch.cat(ws_of_sheet)), out / "samples.png")
+    save_image(head_sheet(inverter.generator, ws), out / "samples.png")
     return results
+
+
+def _measure_heads(
+    inverter: MetaAuxInverter, settings: GeneratorSettings, progress: bool
+) -> tuple[dict[str, float | None], torch.Tensor]:
+    """The figures over random heads, and the codes [N, num_ws, w_dim] of the first of them for the sheet."""
+    detect = importlib.util.find_spec("mediapipe") is not None
+    if not detect:
+        print("MediaPipe is not installed: poses are not detected", file=sys.stderr)
+    figures, first = _Figures(), []
+    with tqdm(total=settings.samples, unit="head", disable=not progress) as bar:
+        for start, ws in _random_heads(inverter.generator, settings):
+            figures.add_views(inverter, ws, max(settings.pose_samples - start, 0) if detect else 0)
+            first.append(ws[: max(_SHEET_HEADS - start, 0)])
+            bar.update(len(ws))
+    return figures.means(), torch.cat(first)
 
 
 def _random_heads(generator: EG3DGenerator, settings: GeneratorSettings) -> Iterator[tuple[int, torch.Tensor]]:
@@ -175,41 +178,38 @@ class _Figures:
 
     def __init__(self):
         self.values: dict[str, list[float]] = {
-            name: []
-            for name in (
-                "nose_in_front", "canonical_depth_error", "canonical_depth_error_front", "identity_across_views",
-                "jitter_difference",
-            )
-        }  # fmt: skip
+            "nose_in_front": [],
+            "canonical_depth_error": [],
+            "canonical_depth_error_front": [],
+            "identity_across_views": [],
+            "jitter_difference": [],
+        }
         self.pose_errors: list[float] = []
         self.pose_views = 0
 
-    def add_views(self, inverter: MetaAuxInverter, ws: torch.Tensor, detect: bool, most_poses: int) -> None:
+    def add_views(self, inverter: MetaAuxInverter, ws: torch.Tensor, most_poses: int) -> None:
         """Takes in heads of codes [B, num_ws, w_dim]; the first `most_poses` are looked at for their pose."""
         generator = inverter.generator
         planes = generator.planes(ws)
+        cameras = {yaw: camera_from_pose(yaw, 0.0).to(ws.device).expand(len(ws), -1) for yaw in POSE_YAWS}
 
-        def view(yaw: float, jitter: bool = False):
-            camera = camera_from_pose(yaw, 0.0).to(ws.device).expand(len(ws), -1)
-            return generator.synthesize(ws, camera, planes=planes, jitter=jitter)
+        def view(yaw: float, jitter: bool = False) -> GeneratorOutput:
+            return generator.synthesize(ws, cameras[yaw], planes=planes, jitter=jitter)
 
         outputs = {yaw: view(yaw) for yaw in POSE_YAWS}
         self._add_geometry(outputs[0.0].depth)
-        embeddings = {yaw: inverter.identity(output.image.clamp(-1, 1)) for yaw, output in outputs.items()}
-        cosines = [
-            F.cosine_similarity(embeddings[0.0], embedding, dim=1)
-            for yaw, embedding in embeddings.items() if yaw != 0.0
-        ]  # fmt: skip
+        embeddings = {yaw: inverter.identity(o.image.clamp(-1, 1), cameras[yaw]) for yaw, o in outputs.items()}
+        frontal = embeddings.pop(0.0)
+        cosines = [F.cosine_similarity(frontal, turned, dim=1) for turned in embeddings.values()]
         self.values["identity_across_views"] += torch.stack(cosines).mean(0).tolist()
         jittered = [view(0.0, jitter=True).image.clamp(-1, 1) for _ in range(2)]
         self.values["jitter_difference"] += (jittered[0] - jittered[1]).abs().flatten(1).mean(1).tolist()
-        if detect:
-            for yaw, output in outputs.items():
-                for image in output.image[:most_poses]:
-                    pose = inverter.aligner.estimate_pose(tensor_to_image(image))
-                    self.pose_views += 1
-                    if pose is not None:
-                        self.pose_errors.append(abs(pose[0] - yaw))
+        for yaw, output in outputs.items():
+            for image in output.image[:most_poses]:
+                pose = inverter.aligner.estimate_pose(tensor_to_image(image))
+                self.pose_views += 1
+                if pose is not None:
+                    self.pose_errors.append(abs(pose[0] - yaw))
 
     def _add_geometry(self, depth: torch.Tensor) -> None:
         points = torch.from_numpy(canonical_face())
@@ -230,9 +230,14 @@ class _Figures:
         }
 
 
-def _frechet(inverter, dataset: FaceDataset, features: FeatureExtractor, settings, progress: bool) -> float:
+def _frechet(
+    generator: EG3DGenerator,
+    dataset: FaceDataset,
+    features: FeatureExtractor,
+    settings: GeneratorSettings,
+    progress: bool,
+) -> float:
     """Between all images of the data and untruncated samples, conditioned on and seen from cameras of the data."""
-    generator = inverter.generator
     real, fake = FeatureStatistics(), FeatureStatistics()
     count = settings.frechet_samples or len(dataset)
     random = torch.Generator().manual_seed(settings.seed + 1)

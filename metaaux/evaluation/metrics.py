@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from ..devices import synchronize
 from ..files import source_name
+from ..hub.loading import load_component
 from ..losses import perceptual_distance
 from ..models.perceptual import LPIPS
 
@@ -48,7 +50,7 @@ class ReconstructionMetrics:
             perceptual_name = f"{_describe(network)} ({Path(perceptual).name})"
             self.perceptual = network.to(inverter.device)
         else:
-            network = LPIPS.from_pretrained(perceptual).eval().requires_grad_(False)
+            network = load_component(LPIPS, perceptual, allow_hub=True)
             perceptual_name = f"{_describe(network)} ({source_name(perceptual)})"
             self.perceptual = network.to(inverter.device)
         self.names = {
@@ -58,18 +60,32 @@ class ReconstructionMetrics:
         }
 
     @torch.no_grad()
-    def measure(self, image: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
-        """Figures of a reconstruction [3, S, S] and its photo [3, S, S], both in [-1, 1]."""
+    def measure(
+        self, image: torch.Tensor, target: torch.Tensor, camera: torch.Tensor | None = None
+    ) -> dict[str, float]:
+        """Figures of a reconstruction [3, S, S] and its photo [3, S, S], both in [-1, 1] and seen by `camera` [25]."""
+        cameras = None if camera is None else camera[None]
         return {
             "mse": (image - target).square().mean().item(),
             "perceptual": self.perceptual(image[None], target[None]).item(),
-            "identity": self.similarity(image[None], target).item(),
+            "identity": self.similarity(image[None], target, cameras, camera).item(),
         }
 
     @torch.no_grad()
-    def similarity(self, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Mean cosine between the embeddings of images [V, 3, S, S] and that of one photo [3, S, S]: a scalar."""
-        return F.cosine_similarity(self.identity(images), self.identity(target[None]), dim=1).mean()
+    def similarity(
+        self,
+        images: torch.Tensor,
+        target: torch.Tensor,
+        cameras: torch.Tensor | None = None,
+        camera: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Mean cosine between the embeddings of images [V, 3, S, S] and that of one photo [3, S, S]: a scalar.
+
+        Identity networks that cut the face out by its camera need `cameras` [V, 25] of the images and the photo's
+        `camera` [25].
+        """
+        of_photo = self.identity(target[None], None if camera is None else camera[None])
+        return F.cosine_similarity(self.identity(images, cameras), of_photo, dim=1).mean()
 
 
 def _describe(network: LPIPS) -> str:
@@ -79,10 +95,8 @@ def _describe(network: LPIPS) -> str:
 
 def timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
     """What `function` returns, and the seconds it took with the device's queue empty before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     started = time.perf_counter()
     result = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return result, time.perf_counter() - started

@@ -14,8 +14,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..baselines.methods import InversionMethod, Reconstruction
+from ..baselines import InversionMethod, Reconstruction
 from ..cameras import camera_from_pose, pose_of_camera
+from ..devices import device_name
 from ..export.images import image_to_tensor, save_image, tensor_to_image
 from ..files import source_name, write_json, write_text
 from .frechet import FeatureExtractor, FeatureStatistics, frechet_between
@@ -151,7 +152,8 @@ class ReconstructionEvaluation:
             self._record_failure(method, photos[0].index, str(error))
             return
         for photo, target, reconstruction in zip(photos, image, reconstructions):
-            figures = self.metrics.measure(reconstruction.image, target) | self._turned(reconstruction, target)
+            figures = self.metrics.measure(reconstruction.image, target, reconstruction.camera[0])
+            figures |= self._turned(reconstruction, target)
             save_image(tensor_to_image(reconstruction.image), self._picture(method.name, photo.index))
             is_timed = photo.index // self.shard[1] < self.timed_photos
             figures |= {"seconds": seconds if is_timed else None, "tuning_steps": reconstruction.tuning_steps}
@@ -171,7 +173,8 @@ class ReconstructionEvaluation:
         _, pitch = pose_of_camera(reconstruction.camera[0].cpu())
         cameras = torch.stack([camera_from_pose(yaw, float(pitch)) for yaw in TURNED_YAWS]).to(self.device)
         views = reconstruction.views(cameras)
-        figures: dict[str, Any] = {"identity_turned": self.metrics.similarity(views, target).item()}
+        similarity = self.metrics.similarity(views, target, cameras, reconstruction.camera[0])
+        figures: dict[str, Any] = {"identity_turned": similarity.item()}
         if self.pose:
             poses = [self.inverter.aligner.estimate_pose(tensor_to_image(view)) for view in views]
             figures["yaw_errors"] = [
@@ -285,8 +288,3 @@ def weights_digest(inverter: MetaAuxInverter) -> str:
                 digest.update(f"{name}.{key}".encode())
                 digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def device_name(device: torch.device) -> str:
-    """For example "NVIDIA H200", or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -19,6 +19,8 @@ _COLUMNS = (
 )
 
 
+# Not tabulate's: it pads every cell to the width of its column, so that one longer figure would change every line of a
+# table that is kept under version control.
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, first column to the left, the others to the right."""
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]

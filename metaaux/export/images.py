@@ -19,7 +19,15 @@ def image_to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def tensor_to_image(tensor: torch.Tensor) -> Image.Image:
-    """[3, H, W] in [-1, 1] to a PIL image; values outside are clipped."""
+    """[3, H, W] in [-1, 1] to a PIL image; values outside are clipped.
+
+    Raises:
+        FloatingPointError: a value is infinite or not a number, of which no picture can be made.
+    """
+    if not torch.isfinite(tensor).all():
+        raise FloatingPointError(
+            "the picture has values that are not finite: weights or inputs are damaged, or their precision is too low"
+        )
     pixels = (tensor.detach().float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 

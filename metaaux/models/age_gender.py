@@ -154,7 +154,7 @@ class AgeGenderNetwork(nn.Module):
         x = image[:, :, start : start + kept, start : start + kept].float()
         if kept != _SIDE:
             x = F.interpolate(x, size=(_SIDE, _SIDE), mode="bilinear", antialias=True)
-        mean = torch.tensor(_MEAN, device=x.device).view(1, 3, 1, 1)
+        mean = torch.tensor(_MEAN, dtype=torch.float32, device=x.device).view(1, 3, 1, 1)
         x = (x.clamp(-1, 1) * 127.5 + 127.5 - mean) / _SCALE
         x = F.relu(self.entry_flow["conv_in"](x))
         x = self.entry_flow["reduction_block_1"](self.entry_flow["reduction_block_0"](x))

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import ResNetBackbone, ResNetConfig
 
 from .stylegan2 import KERNEL_SIZE, LRELU_SLOPE, MappingNetwork, StyleGAN2Generator, SynthesisBlock
+from .weights import unwrapped
 
 BACKBONE_STRIDE = 32
 
@@ -316,7 +317,7 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
             "layer_shapes": {n: list(shape) for n, shape in layers.items() if n.startswith(tuple(prefixes))},
             "image_size": generator.config.image_size,
         }
-        if isinstance(generator, StyleGAN2Generator):
+        if isinstance(unwrapped(generator), StyleGAN2Generator):
             return {**config, "use_offset_planes": False, **overrides}
         return {
             **config,

@@ -89,7 +89,7 @@ class LatentDirections(ModelMixin, ConfigMixin):
         if len(shapes) != 1 or len(shapes.copy().pop()) != 1:
             raise ValueError(f"directions must have normals of one shape [w_dim], got the shapes {sorted(shapes)}")
         normals = torch.stack([direction.normal.detach().float().cpu() for direction in directions])
-        if not torch.allclose(normals.norm(dim=1), torch.ones(len(normals)), atol=1e-3):
+        if not ((normals.norm(dim=1) - 1).abs() < 1e-3).all():
             raise ValueError("directions must have unit normals; their lengths belong into their scales")
         entries = [
             {key: getattr(direction, key) for key in sorted(_KEYS | _OPTIONAL_KEYS)} for direction in directions
@@ -110,7 +110,7 @@ class LatentDirections(ModelMixin, ConfigMixin):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Amounts [..., D], one of each direction → the change of w [..., w_dim]."""
-        scales = torch.tensor([entry["scale"] for entry in self.config.directions]).to(values)
+        scales = values.new_tensor([entry["scale"] for entry in self.config.directions])
         return (values * scales) @ F.normalize(self.normals.float(), dim=1).to(values)
 
 

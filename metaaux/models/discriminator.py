@@ -11,6 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from .stylegan2 import FullyConnected, MappingNetwork, blur2d, downsample2d, scaled_leaky_relu
+from .weights import full_dtype
 
 
 class Convolution(nn.Module):
@@ -118,7 +119,7 @@ class DualDiscriminator(ModelMixin, ConfigMixin):
             if image_raw.shape[-1] != side:
                 image_raw = F.interpolate(image_raw, size=(side, side), mode="bilinear", antialias=True)
             x = torch.cat((image, image_raw), dim=1)
-        x = x.to(dtype or self.dtype).contiguous(memory_format=torch.channels_last)
+        x = x.to(dtype or full_dtype(self)).contiguous(memory_format=torch.channels_last)
         features = []
         for r in self.resolutions:
             x = getattr(self, f"b{r}")(x)
@@ -132,7 +133,8 @@ class DualDiscriminator(ModelMixin, ConfigMixin):
         cameras: torch.Tensor | None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """→ logits [B, 1] in float32, higher for photos. `dtype`: of the blocks, the weights' by default."""
+        """→ logits [B, 1] in float32, higher for photos. `dtype`: of the blocks, the weights' by default,
+        but float32 for float16, in which gradients would underflow."""
         x = self.features(image, image_raw, dtype)[-1].float()
         x = self.conv(minibatch_deviation(x, self.config.deviation_group))
         x = self.out(self.fc(x.flatten(1)))

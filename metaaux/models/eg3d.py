@@ -27,6 +27,7 @@ from .stylegan2 import (
     split_offsets,
 )
 from .super_resolution import SuperResolution
+from .weights import full_dtype, half_dtype
 
 
 @dataclass
@@ -91,6 +92,9 @@ def shade(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
     """Tri-plane generator; the default configuration is the released ffhq512-128's.
 
+    With weights in float16 the super-resolution alone computes in it, as in EG3D's own training (`sr_num_fp16_res` 4,
+    `num_fp16_res` 0), and only where it suffices: on GPUs and without gradients, which would underflow.
+
     Args:
         z_dim, w_dim: latent sizes.
         camera_dim: length of the camera condition of the mapping (25).
@@ -113,6 +117,8 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
     """
 
     config_name = "config.json"
+    # An attribute, so that a training run can compile its own generator's.
+    shade = staticmethod(shade)
 
     @register_to_config
     def __init__(
@@ -206,14 +212,14 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
 
         `weight_offsets` maps names of `modulated_layers` to δ [C_out, C_in, 1, 1] or [C_out, C_in, 3, 3], or one a
         sample; layers without an entry keep their weight. `noise` is "const", "random" or "none". `dtype` of the
-        convolutions: that of the weights unless given.
+        convolutions: that of the weights unless given, but float32 for float16.
 
         Raises:
             ValueError: a w or an offset of the wrong shape, an offset for a layer that there is not.
         """
         self._check_offsets(weight_offsets)
         image = self.backbone(
-            self._broadcast(ws).float(), dtype or self.dtype, noise, split_offsets(weight_offsets, "backbone.")
+            self._broadcast(ws).float(), dtype or full_dtype(self), noise, split_offsets(weight_offsets, "backbone.")
         )
         # unflatten keeps the memory format, in which a pixel's channels stay adjacent for the look-up.
         return image.unflatten(1, (len(self.config.plane_axes), self.config.plane_features))
@@ -264,7 +270,11 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
         on_cpu = planes.device.type == "cpu" and dtype == torch.float32
         if on_cpu and lookup == "auto" and not torch.is_grad_enabled():
             # A group of rays at a time, so that what is made of its samples stays in the processor's cache.
-            uniform = torch.rand(batch, rays, config.importance_samples) if jitter else None
+            uniform = (
+                torch.rand(batch, rays, config.importance_samples, dtype=torch.float32, device=planes.device)
+                if jitter
+                else None
+            )
             limits = torch.stack((depths.min(), depths.max()))
             table = renderer.PlaneTable.of(planes)
             offsets = None if offset_planes is None else renderer.PlaneTable.of(offset_planes.float())
@@ -298,7 +308,7 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
         densities, logits = evaluate(depths)
         if not config.importance_samples:
             weights, distance, opacity = renderer.merge_and_weigh(depths, densities, limits)
-            return shade(logits, weights), distance, opacity
+            return self.shade(logits, weights), distance, opacity
         coarse = renderer.compositing_weights(depths, densities.detach())
         fine_depths = renderer.importance_depths(
             depths, coarse, config.importance_samples, jitter, uniform, config.stratified_importance
@@ -308,7 +318,7 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
             torch.cat((depths, fine_depths), dim=-1), torch.cat((densities, fine_densities), dim=-1), limits
         )
         coarse_weights, fine_weights = weights.split((config.depth_samples, config.importance_samples), dim=-1)
-        return shade(logits, coarse_weights) + shade(fine_logits, fine_weights), distance, opacity
+        return self.shade(logits, coarse_weights) + self.shade(fine_logits, fine_weights), distance, opacity
 
     def super_resolve(
         self,
@@ -322,7 +332,7 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
         return self.super_resolution(
             features,
             self._broadcast(ws)[:, -1].float(),
-            dtype or self.dtype,
+            dtype or half_dtype(self),
             "none",
             split_offsets(weight_offsets, "super_resolution."),
         )
@@ -343,7 +353,7 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
         """w → picture at the cameras [B, 25]; `planes` of an earlier call spare the backbone."""
         if planes is None:
             planes = self.planes(ws, weight_offsets, noise, dtype)
-        rendering = self.render(planes, cameras, resolution, offset_planes, jitter, lookup, dtype or self.dtype)
+        rendering = self.render(planes, cameras, resolution, offset_planes, jitter, lookup, dtype or full_dtype(self))
         image = self.super_resolve(rendering.features, ws, weight_offsets, dtype)
         return GeneratorOutput(image, rendering.features[:, :3], rendering.depth)
 

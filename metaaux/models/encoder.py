@@ -258,9 +258,9 @@ def position_encoding(height: int, width: int, channels: int, like: torch.Tensor
     Wavelengths run from the whole side to two positions of a 64-wide map, so the same place of a face has the same
     code at any scale.
     """
-    frequencies = math.pi * 2 ** torch.linspace(0, 6, channels // 4, device=like.device)
-    rows = (torch.arange(height, device=like.device) + 0.5) / height
-    columns = (torch.arange(width, device=like.device) + 0.5) / width
+    frequencies = math.pi * 2 ** torch.linspace(0, 6, channels // 4, dtype=torch.float32, device=like.device)
+    rows = (torch.arange(height, dtype=torch.float32, device=like.device) + 0.5) / height
+    columns = (torch.arange(width, dtype=torch.float32, device=like.device) + 0.5) / width
     rows = (rows[:, None] * frequencies)[:, None].expand(height, width, -1)
     columns = (columns[:, None] * frequencies)[None].expand(height, width, -1)
     encoding = torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=-1)

@@ -151,18 +151,6 @@ class LPIPS(ModelMixin, ConfigMixin):
         return f"{'lpips' if self.config.calibrated else 'features'}-{self.config.backbone}"
 
     @classmethod
-    def from_path(cls, path: str | Path) -> LPIPS:
-        """The frozen float32 network of a folder that `save_pretrained` wrote, or of a `from_features_file` file.
-
-        Raises:
-            FileNotFoundError, OSError: there is no such folder or file.
-            ValueError: the file's weights are of something else.
-        """
-        if Path(path).is_dir():
-            return cls.from_pretrained(path, torch_dtype=torch.float32).eval().requires_grad_(False)
-        return cls.from_features_file(path)
-
-    @classmethod
     def from_features_file(cls, path: str | Path, backbone: str = "squeeze", normalization: str = "folded") -> LPIPS:
         """Builds the uncalibrated distance from a safetensors file of backbone weights under torchvision's
         `features.*` keys.
@@ -204,7 +192,7 @@ class LPIPS(ModelMixin, ConfigMixin):
 
     def distance(self, x_taps: list[torch.Tensor], y_taps: list[torch.Tensor]) -> torch.Tensor:
         """LPIPS [B] of two lists of taps: squared differences of unit vectors, spatial means summed over taps."""
-        total = torch.zeros(x_taps[0].shape[0], device=x_taps[0].device)
+        total = torch.zeros(x_taps[0].shape[0], dtype=torch.float32, device=x_taps[0].device)
         for index, (x, y) in enumerate(zip(x_taps, y_taps)):
             difference = (unit_channels(x) - unit_channels(y)).square()
             if self.config.calibrated:

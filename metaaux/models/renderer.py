@@ -91,9 +91,9 @@ class PlaneTable:
         stride = self.width + 3
         cells = (self.height + 3) * stride
         batch, number, _ = points.shape
-        index = torch.empty(batch, number, 4 * self.count, dtype=torch.int64)
-        weight = torch.empty(batch, number, 4 * self.count)
-        first = torch.arange(batch)[:, None] * (self.count * cells)
+        index = torch.empty(batch, number, 4 * self.count, dtype=torch.int64, device=points.device)
+        weight = torch.empty(batch, number, 4 * self.count, dtype=torch.float32, device=points.device)
+        first = torch.arange(batch, device=points.device)[:, None] * (self.count * cells)
         for plane, axes in enumerate(plane_axes):
             corner, fraction = [], []
             for axis, side in zip(axes, (size["x"], size["y"])):
@@ -152,8 +152,9 @@ def stratified_depths(
     """Distances [B, rays, samples] along the rays: `samples` even steps from `start` to `end`, each moved by a uniform
     fraction of a step (`jitter`), or by half a step."""
     step = (end - start) / (samples - 1)
-    depths = torch.linspace(start, end, samples, device=origins.device).expand(origins.shape[0], rays, samples)
-    fraction = torch.rand(depths.shape, device=origins.device) if jitter else 0.5
+    like = {"dtype": torch.float32, "device": origins.device}
+    depths = torch.linspace(start, end, samples, **like).expand(origins.shape[0], rays, samples)
+    fraction = torch.rand(depths.shape, **like) if jitter else 0.5
     return depths + fraction * step
 
 
@@ -200,10 +201,11 @@ def importance_depths(
         last = mass.shape[1]
         cdf = F.pad(_cumulative_sum(mass / mass.sum(dim=-1, keepdim=True)), (1, 0)).contiguous()
         if not jitter:
-            u = ((torch.arange(samples, device=depths.device) + 0.5) / samples).expand(batch * rays, -1).contiguous()
+            u = torch.arange(samples, dtype=torch.float32, device=depths.device)
+            u = ((u + 0.5) / samples).expand(batch * rays, -1).contiguous()
         else:
             if uniform is None:
-                uniform = torch.rand(batch, rays, samples, device=depths.device)
+                uniform = torch.rand(batch, rays, samples, dtype=torch.float32, device=depths.device)
             u = uniform.flatten(0, 1).contiguous()
             if stratified:
                 u = (u + torch.arange(samples, device=u.device)) / samples

@@ -17,6 +17,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from .weights import full_dtype, note_origin
+
 LRELU_SLOPE = 0.2
 LRELU_GAIN = math.sqrt(2.0)
 KERNEL_SIZE = 3  # of the convolutions that take weight offsets
@@ -38,7 +40,7 @@ def blur2d(x: torch.Tensor, padding: int, gain: float = 1.0) -> torch.Tensor:
 
 
 def _blur_by_convolution(x: torch.Tensor, padding: int, gain: float) -> torch.Tensor:
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype) * (gain / 8)
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) * (gain / 8)
     kernel = (taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)
     return F.conv2d(x, kernel, padding=padding, groups=x.shape[1])
 
@@ -239,7 +241,9 @@ class SynthesisLayer(nn.Module):
         if self.use_noise and noise != "none":
             pattern = self.noise_const
             if noise == "random":
-                pattern = torch.randn(x.shape[0], 1, self.resolution, self.resolution, device=x.device)
+                pattern = torch.randn(
+                    x.shape[0], 1, self.resolution, self.resolution, dtype=torch.float32, device=x.device
+                )
             add = torch.addcmul if torch.is_grad_enabled() else torch.Tensor.addcmul_
             x = add(x, pattern.to(x.dtype), self.noise_strength.to(x.dtype))
         bias = self.bias.to(x.dtype)[:, None, None]
@@ -371,6 +375,11 @@ def modulated_layer_shapes(network: nn.Module, prefix: str = "") -> dict[str, tu
 class LatentCodes:
     """What generators of both kinds do with w: one code or one a layer, truncation, checks of weight offsets."""
 
+    def _apply(self, fn, recurse=True):
+        # Every change of device or precision comes through here.
+        note_origin(self, fn)
+        return super()._apply(fn, recurse)
+
     @property
     def w_avg(self) -> torch.Tensor:
         """Mean of w [w_dim], towards which truncation pulls."""
@@ -462,7 +471,13 @@ class StyleGAN2Generator(LatentCodes, ModelMixin, ConfigMixin):
         """z [B, z_dim] → ws [B, num_ws, w_dim]; truncation as `EG3DGenerator.mapping` has it."""
         return self._truncated(self.mapping_network(z, None), truncation_psi, truncation_cutoff)
 
-    def planes(self, ws: torch.Tensor, weight_offsets: Mapping[str, torch.Tensor] | None = None) -> None:
+    def planes(
+        self,
+        ws: torch.Tensor,
+        weight_offsets: Mapping[str, torch.Tensor] | None = None,
+        noise: str = "const",
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """`None`: there is nothing that views could share."""
         return None
 
@@ -473,22 +488,27 @@ class StyleGAN2Generator(LatentCodes, ModelMixin, ConfigMixin):
         weight_offsets: Mapping[str, torch.Tensor] | None = None,
         offset_planes: torch.Tensor | None = None,
         planes: None = None,
+        resolution: None = None,
         noise: str = "const",
+        lookup: str = "auto",
         dtype: torch.dtype | None = None,
     ) -> ImageOutput:
         """w [B, w_dim] or [B, num_ws, w_dim] → picture.
 
-        `weight_offsets`, `noise` and `dtype` are those of `EG3DGenerator.planes`.
+        `weight_offsets`, `noise` and `dtype` are those of `EG3DGenerator.planes`. Nothing is looked up in planes, so
+        any `lookup` will do.
 
         Raises:
             ValueError: a w or an offset of the wrong shape, an offset for a layer that there is not, or planes.
         """
+        if resolution is not None:
+            raise ValueError(f"a 2D generator renders no rays: leave the resolution out, got {resolution}")
         if planes is not None or offset_planes is not None:
             raise ValueError("a 2D generator has no planes; the auxiliary network needs use_offset_planes=False")
         ws = self._broadcast(ws)
         self._check_offsets(weight_offsets)
         offsets = split_offsets(weight_offsets, "backbone.")
-        return ImageOutput(self.backbone(ws.float(), dtype or self.dtype, noise, offsets))
+        return ImageOutput(self.backbone(ws.float(), dtype or full_dtype(self), noise, offsets))
 
     def forward(self, z: torch.Tensor, truncation_psi: float = 1.0) -> ImageOutput:
         """Random pictures from z [B, z_dim]."""

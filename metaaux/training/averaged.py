@@ -1,41 +1,22 @@
-"""What the trainers of the encoder and of the identity network share: the frozen generator's samples, a network with a
-moving average, and the main loop."""
+"""What the trainers of the encoder and of the identity network share: the frozen generator's samples, and a network
+with a moving average."""
 
 from __future__ import annotations
 
-import copy
-import math
-import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from pathlib import Path
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import nn
 
-from ..data.dataset import FaceDataset
 from ..data.sampler import FaceSampler
 from ..models.eg3d import EG3DGenerator
-from .distributed import FlatGradients, broadcast_module, seed_process
-from .trainer import TrainingRun, update_average
-
-
-def warmup_cosine(images: int, total: int, warmup: int, peak: float) -> float:
-    """Learning rate after `images` of `total`: linear from 0 to `peak` over `warmup`, then half a cosine back to 0."""
-    if images < warmup:
-        return peak * (images + 1) / (warmup + 1)
-    progress = min((images - warmup) / max(total - warmup, 1), 1.0)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def per_process(batch: int, accelerator: Accelerator) -> int:
-    """A process's share of a batch. Raises ValueError if the batch does not divide."""
-    if batch % accelerator.num_processes:
-        raise ValueError(f"A batch of {batch} images does not divide by {accelerator.num_processes} processes.")
-    return batch // accelerator.num_processes
+from .distributed import FlatGradients, average_buffers, batch_statistics, broadcast_module
+from .loading import load_network
+from .loop import Trainer, averaged_copy, per_process, set_learning_rates
+from .schedules import average_decay, update_average
+from .trainer import TrainingRun
 
 
 class SampleSource:
@@ -68,11 +49,11 @@ class SampleSource:
         return w, image.clamp(-1, 1)
 
 
-class AveragedTrainer(ABC):
+class AveragedTrainer(Trainer):
     """A network trained with AdamW beside a frozen generator, and its moving average, which is what is published.
 
     Args:
-        config: with the fields that `EncoderConfig` and `IdentityConfig` share.
+        config: with the sections that `EncoderConfig` and `IdentityConfig` share.
         accelerator: of the run.
     """
 
@@ -80,50 +61,47 @@ class AveragedTrainer(ABC):
     name: str
 
     def __init__(self, config: Any, accelerator: Accelerator):
-        self.config, self.accelerator, self.device = config, accelerator, accelerator.device
-        self.batch_photos = per_process(config.batch_photos, accelerator)
-        self.batch_samples = per_process(config.batch_samples, accelerator)
-        self.dtype = torch.bfloat16 if config.bf16 and self.device.type == "cuda" else torch.float32
-        generator = EG3DGenerator.from_pretrained(config.generator, torch_dtype=torch.float32)
-        self.generator = generator.to(self.device).eval().requires_grad_(False)
-        self.dataset = FaceDataset(config.data, generator.config.image_size)
+        super().__init__(config, accelerator)
+        self.batch_photos = per_process(config.batch.photos, accelerator)
+        self.batch_samples = per_process(config.batch.samples, accelerator)
+        self.generator = load_network(EG3DGenerator, config.networks.generator).to(self.device)
 
     def adopt(self, network: nn.Module) -> None:
         """Make `network` the one that is trained; every process starts from the main one's."""
         network = network.to(self.device, memory_format=torch.channels_last)
         broadcast_module(self.accelerator, network)
-        self.network = network.train()
-        self.average = copy.deepcopy(network).eval().requires_grad_(False)
-        self.gradients = FlatGradients(network.parameters())
+        self.network = network.train().requires_grad_(True)
+        self.average = averaged_copy(network)
+        self.gradients = [FlatGradients(network.parameters())]
         self.optimizer = torch.optim.AdamW(
             network.parameters(),
-            lr=self.config.learning_rate,
+            lr=self.config.optimiser.learning_rate,
             betas=(0.9, 0.99),
-            weight_decay=self.config.weight_decay,
+            weight_decay=self.config.optimiser.weight_decay,
             fused=self.device.type == "cuda",
         )
+        self.models = {self.name: self.average, f"{self.name}_raw": self.network}
+        self.optimizers = {self.name: self.optimizer}
+
+    @property
+    def image_size(self) -> int:
+        """The generator's."""
+        return self.generator.config.image_size
+
+    @property
+    def photos_per_process(self) -> int:
+        """Its share of the photos."""
+        return self.batch_photos
 
     def load_data(self, images: int) -> None:
-        """Decodes the photos and starts this process' random streams for a run that has seen `images`."""
-        seed = seed_process(self.accelerator, self.config.seed, images)
-        self.sampler = FaceSampler(self.dataset, self.batch_photos, self.device, seed)
+        """Likewise, and the generator's samples."""
+        super().load_data(images)
         self.samples = SampleSource(self.generator, self.sampler, self.config.min_truncation, self.dtype)
-
-    def held_out(self, limit: int) -> FaceDataset:
-        """Up to `limit` photos that are not trained on, or all training photos where the settings name no others."""
-        if not self.config.validation:
-            return self.dataset
-        return FaceDataset(self.config.validation, self.dataset.image_size, limit=limit)
 
     def run_network(self, image: torch.Tensor) -> torch.Tensor:
         """Output of the network in training, in the run's precision."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.network(image)
-
-    @property
-    @abstractmethod
-    def images_per_step(self) -> int:
-        """Images that a step shows to all processes together."""
 
     @abstractmethod
     def compute(self, images: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -131,61 +109,22 @@ class AveragedTrainer(ABC):
 
     @abstractmethod
     def evaluate(self, run: TrainingRun) -> dict[str, float]:
-        """Held-out figures of the average; sheets go to `run`. Called in the main process."""
+        """Held-out figures of the average; sheets go to `run`."""
 
-    def step(self, images: int) -> dict[str, torch.Tensor]:
+    def step(self, images: int) -> dict[str, torch.Tensor | float]:
         """One update at this point of the run; returns figures."""
         config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = warmup_cosine(images, config.total_images, config.warmup_images, config.learning_rate)
+        peaks = [config.optimiser.learning_rate]
+        set_learning_rates(self.optimizer, peaks, images, config.run, config.optimiser)
         flat, figures = self.compute(images)
-        self.gradients.set(flat, self.accelerator.num_processes)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), config.max_gradient_norm)
+        average_buffers(self.accelerator, batch_statistics(self.network))
+        self.gradients[0].set(flat, self.accelerator.num_processes)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), config.optimiser.max_gradient_norm)
         self.optimizer.step()
-        half_life = min(config.average_images, (images + self.images_per_step) / 10)
-        update_average(self.average, self.network, 0.5 ** (self.images_per_step / half_life))
+        update_average(self.average, self.network, average_decay(images, self.images_per_step, config.average))
         return figures | {"gradient_norm": norm}
 
-
-def train_averaged(
-    make_trainer: Callable[[Any, Accelerator], AveragedTrainer], config: Any, folder: str | os.PathLike, resume: bool
-) -> Path:
-    """Runs (or goes on with) a training in `folder`; returns the newest checkpoint.
-
-    figures.jsonl has, at each interval and at the end, a line of training means and one of held-out figures
-    ("val/...").
-    """
-    accelerator = Accelerator()
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    set_seed(config.seed)
-    trainer = make_trainer(config, accelerator)
-    run = TrainingRun(
-        folder,
-        accelerator,
-        config.total_images,
-        config.interval_images,
-        models={trainer.name: trainer.average, f"{trainer.name}_raw": trainer.network},
-        optimizers={trainer.name: trainer.optimizer},
-        config=config,
-        max_seconds=config.max_seconds,
-    )
-    if resume:
-        run.resume()
-    trainer.load_data(run.images)
-    evaluated = run.images
-
-    def evaluate(run: TrainingRun) -> None:
-        nonlocal evaluated
-        evaluated = run.images
-        if accelerator.is_main_process:
-            figures = {f"val/{name}": round(value, 6) for name, value in trainer.evaluate(run).items()}
-            run.record({"images": run.images} | figures)
-
-    run.on_interval(evaluate)
-    while run.active():
-        run.advance(trainer.images_per_step, trainer.step(run.schedule_images))
-    if evaluated != run.images:
-        evaluate(run)
-    run.finish()
-    return run.checkpoints[-1]
+    def report(self, run: TrainingRun) -> None:
+        """Held-out figures ("val/...") and sheets."""
+        figures = {f"val/{name}": round(value, 6) for name, value in self.evaluate(run).items()}
+        run.record({"images": run.images} | figures)

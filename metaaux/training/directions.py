@@ -10,28 +10,35 @@ really does is then measured by moving heads along it, which sets its scale and 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..cameras import camera_from_pose
 from ..export.sheets import grid
 from ..faces.measures import MEASURES
-from ..files import atomic_path
+from ..files import atomic_path, write_json, write_text
 from ..inversion import generator_fingerprint
 from ..models.directions import Direction, LatentDirections
 from ..models.eg3d import EG3DGenerator
 from ..models.identity import IdentityNetwork
 from .attributes import NETWORK_ATTRIBUTES, Attributes
+from .distributed import check_shared_folder, on_main_process, start_processes
+from .loading import check_packages, load_network
+from .settings import Settings, Share
 
 MEANINGS = {
     "age": "older",
@@ -52,146 +59,226 @@ _LARGEST_SCALE, _LARGEST_SHARE = 1.25, 1 / 12
 _SVM_C = (1e-5, 1e-4, 1e-3, 1e-2)
 
 
-@dataclass
-class DirectionsConfig:
-    """Settings of the search for latent directions.
+class SamplingSettings(Settings):
+    """The random heads."""
 
-    Attributes:
-        generator: folder of the generator.
-        attributes: safetensors of face-api.js' age and gender network; without it these directions are left out.
-        identity: folder of an identity network, by which scales are limited; without it they are not.
-        samples: random heads.
-        truncation: of the samples, 0 to 1.
-        max_yaw, max_pitch: degrees to either side from which the pose that the mapping is conditioned on is drawn, so
-            that the pose's own direction is known. All heads are rendered from the front.
-        resolution: rays a side. Default: the generator's.
-        batch, shard: heads rendered, and heads saved, together.
-        workers: processes that look for landmarks. Default: one a core; 1 looks in this process.
-        extremes: share of the samples, at either end of an attribute, that the boundary separates.
-        held_out: share of the samples that accuracies are measured on.
-        conditions: for an attribute, those whose effect is taken out of its values (`unexplained`) and whose normals
-            are projected out of its own; the pose always is.
-        components: number of principal components.
-        calibration: heads that are moved along each direction to set its scale.
-        min_identity: mean similarity between a head and itself a step of 1 further that scales must keep.
-        min_accuracy: directions that separate worse are left out, and the report says so.
-        seed: of the samples.
-    """
+    heads: PositiveInt = 20_000
+    """How many."""
+    truncation: Share = 0.9
+    """Of their codes."""
+    max_yaw: NonNegativeFloat = 20.0
+    """Degrees to either side from which the yaw that the mapping is conditioned on is drawn, so that the pose's own
+    direction is known. All heads are rendered from the front."""
+    max_pitch: NonNegativeFloat = 12.0
+    """Likewise, the pitch."""
+    resolution: PositiveInt | None = None
+    """Rays a side; null: the generator's."""
+    batch: PositiveInt = 64
+    """Heads rendered together."""
+    shard: PositiveInt = 512
+    """Heads saved together."""
+    workers: PositiveInt | None = None
+    """Processes that look for landmarks; null: one a core, 1 looks in this process."""
+    seed: NonNegativeInt = 0
+    """Of the codes."""
 
-    generator: str
-    attributes: str | None = None
-    identity: str | None = None
-    samples: int = 20_000
-    truncation: float = 0.9
-    max_yaw: float = 20.0
-    max_pitch: float = 12.0
-    resolution: int | None = None
-    batch: int = 64
-    shard: int = 512
-    workers: int | None = None
-    extremes: float = 0.2
-    held_out: float = 0.2
-    conditions: dict[str, list[str]] = field(default_factory=dict)
-    components: int = 8
-    calibration: int = 128
-    min_identity: float = 0.75
-    min_accuracy: float = 0.7
-    seed: int = 0
 
-    #: What decides the samples: a run may only be resumed with the same.
-    SAMPLING = ("generator", "attributes", "truncation", "max_yaw", "max_pitch", "resolution", "shard", "seed")
+class BoundarySettings(Settings):
+    """How attributes are separated."""
 
-    def __post_init__(self):
+    extremes: Annotated[float, Field(gt=0, le=0.5)] = 0.2
+    """Share of the samples, at either end of an attribute, that the boundary separates."""
+    held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.2
+    """Share of the samples that accuracies are measured on."""
+    conditions: dict[str, list[str]] = {}
+    """For an attribute, those whose effect is taken out of its values (`unexplained`) and whose normals are projected
+    out of its own; the pose always is."""
+    min_accuracy: Share = 0.7
+    """Directions that separate worse are left out, and the report says so."""
+
+    @field_validator("conditions")
+    @classmethod
+    def _known_attributes(cls, conditions: dict[str, list[str]]) -> dict[str, list[str]]:
         known = (*NETWORK_ATTRIBUTES, *MEASURES)
-        named = {*self.conditions, *(name for names in self.conditions.values() for name in names)}
+        named = {*conditions, *(name for names in conditions.values() for name in names)}
         if unknown := sorted(named - set(known)):
             raise ValueError(f"conditions names {', '.join(unknown)}; the attributes are {', '.join(known)}")
-        for name in ("extremes", "held_out"):
-            if not 0 < getattr(self, name) <= 0.5:
-                raise ValueError(f"{name} must be a share above 0 and at most 0.5, got {getattr(self, name)}")
+        return conditions
+
+
+class CalibrationSettings(Settings):
+    """How scales and ranges are measured."""
+
+    heads: PositiveInt = 128
+    """Heads that are moved along each direction."""
+    min_identity: Share = 0.75
+    """Mean similarity between a head and itself a step of 1 further that scales must keep."""
+
+
+class DirectionsConfig(Settings):
+    """Settings of the search for latent directions."""
+
+    generator: str
+    """Folder of the generator."""
+    attributes: str | None = None
+    """Safetensors of face-api.js' age and gender network; without it these directions are left out."""
+    identity: str | None = None
+    """Folder of an identity network, by which scales are limited; without it they are not."""
+    sampling: SamplingSettings = SamplingSettings()
+    """Random heads."""
+    boundaries: BoundarySettings = BoundarySettings()
+    """Attributes."""
+    components: NonNegativeInt = 8
+    """Number of principal components."""
+    calibration: CalibrationSettings = CalibrationSettings()
+    """Scales."""
+    timeout_minutes: PositiveFloat = 240
+    """How long processes that have rendered their heads wait for others."""
 
 
 def train(config: DirectionsConfig, run_folder: str | os.PathLike, resume: bool = False) -> None:
     """Samples, separates and calibrates; writes `latent_directions/` (the component), `directions.json` (all figures,
     those of directions left out too) and `sheets/directions.png` into `run_folder`.
 
-    Samples are kept in `samples/`, `shard` heads a file; an interrupted run goes on after the last whole file.
+    Samples are kept in `samples/`, `shard` heads a file; an interrupted run goes on after the last whole file. All
+    processes render heads and must see the folder; what comes then is done by the main process, while the others are
+    free to end.
 
     Raises:
-        ValueError: the folder holds samples and `resume` is not set, or they were made with other settings; or no
-            attribute can be measured and no components are asked for.
+        FileExistsError: the folder holds samples and `resume` is not set.
+        ValueError: they were made with other settings; no attribute can be measured and no components are asked for;
+            a package is missing; or the processes do not see the same folder.
     """
-    accelerator = Accelerator()
+    check_packages(["sklearn"])
+    accelerator = start_processes(config.timeout_minutes)
     folder = Path(run_folder)
-    shards = folder / "samples"
-    generator = EG3DGenerator.from_pretrained(config.generator).to(accelerator.device).eval().requires_grad_(False)
-    attributes = Attributes(config.attributes, config.workers, accelerator.device)
+    check_shared_folder(accelerator, folder)
+    generator = load_network(EG3DGenerator, config.generator).to(accelerator.device)
+    attributes = Attributes(config.attributes, config.sampling.workers, accelerator.device)
+    samples = Samples(folder / "samples", generator, attributes, config.sampling)
     try:
+        on_main_process(accelerator, functools.partial(samples.open, config, resume))
+        samples.render(accelerator)
+        accelerator.wait_for_everyone()
+        # No process waits for this in a collective, however long it takes.
         if accelerator.is_main_process:
-            _open(shards, config, attributes, resume)
-        accelerator.wait_for_everyone()
-        _sample(generator, attributes, config, shards, accelerator)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            _finish(generator, attributes, config, folder)
-        accelerator.wait_for_everyone()
+            _finish(samples, config, folder)
     finally:
         attributes.close()
 
 
-def _open(shards: Path, config: DirectionsConfig, attributes: Attributes, resume: bool) -> None:
-    settings = {name: getattr(config, name) for name in config.SAMPLING} | {"measured": list(attributes.names)}
-    path = shards / "settings.json"
-    if path.exists():
+def _frontal(generator: EG3DGenerator, ws: torch.Tensor, resolution: int | None) -> torch.Tensor:
+    """Heads [B, w_dim] seen from the front, [B, 3, S, S]."""
+    camera = camera_from_pose(0.0, 0.0).to(ws.device).expand(len(ws), -1)
+    return generator.synthesize(ws, camera, resolution=resolution).image
+
+
+class Samples:
+    """Random heads with their attributes, kept in a folder.
+
+    Args:
+        folder: of the files.
+        generator: makes the heads.
+        attributes: measures them.
+        settings: see there.
+    """
+
+    def __init__(self, folder: Path, generator: EG3DGenerator, attributes: Attributes, settings: SamplingSettings):
+        self.folder, self.generator, self.attributes, self.settings = folder, generator, attributes, settings
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{index:05d}.safetensors"
+
+    @property
+    def shards(self) -> int:
+        """Number of files."""
+        return -(-self.settings.heads // self.settings.shard)
+
+    def open(self, config: DirectionsConfig, resume: bool) -> None:
+        """Begin, or go on with samples of the same settings.
+
+        Raises:
+            FileExistsError: there are samples and `resume` is off.
+            ValueError: they were made with other settings.
+        """
+        names = ("truncation", "max_yaw", "max_pitch", "resolution", "shard", "seed")
+        settings = {name: getattr(self.settings, name) for name in names}
+        settings |= {"generator": config.generator, "attributes": config.attributes}
+        settings["measured"] = list(self.attributes.names)
+        path = self.folder / "settings.json"
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(settings, path)
+            return
         if not resume:
-            raise ValueError(f"{shards} holds samples of an earlier run; resume it, or name another run folder")
-        earlier = json.loads(path.read_text())
+            raise FileExistsError(
+                f"{self.folder} holds samples of an earlier run: resume it, or choose another folder"
+            )
+        earlier = json.loads(path.read_text(encoding="utf-8"))
         changed = sorted(name for name in settings if earlier.get(name) != settings[name])
         if changed:
-            raise ValueError(f"{shards} was made with another {', '.join(changed)}; name another run folder")
-        return
-    shards.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2))
+            raise ValueError(f"{self.folder} was made with another {', '.join(changed)}; choose another folder")
 
+    @torch.no_grad()
+    def render(self, accelerator: Accelerator) -> None:
+        """Render and measure this process's part of what is missing, each file from a seed of its own."""
+        own = range(accelerator.process_index, self.shards, accelerator.num_processes)
+        missing = [index for index in own if not self._path(index).exists()]
+        total = len(missing) * self.settings.shard
+        with tqdm(total=total, unit="head", disable=not accelerator.is_main_process) as bar:
+            for index in missing:
+                tensors = self._render_shard(index, bar)
+                with atomic_path(self._path(index)) as temporary:
+                    save_file(tensors, temporary)
 
-@torch.no_grad()
-def _sample(generator, attributes, config, shards, accelerator) -> None:
-    """Renders and measures what is missing of the samples, each shard from its own seed."""
-    count = -(-config.samples // config.shard)
-    missing = [
-        index
-        for index in range(accelerator.process_index, count, accelerator.num_processes)
-        if not (shards / f"{index:05d}.safetensors").exists()
-    ]
-    bar = tqdm(total=len(missing) * config.shard, unit="head", disable=not accelerator.is_main_process)
-    for index in missing:
-        random = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-        z = torch.randn(config.shard, generator.config.z_dim, generator=random)
-        pose = (torch.rand(config.shard, 2, generator=random) * 2 - 1) * torch.tensor(
-            [config.max_yaw, config.max_pitch]
-        )
-        conditions = camera_from_pose(*pose.T).to(accelerator.device)
-        ws = generator.mapping(z.to(accelerator.device), conditions, config.truncation)[:, 0]
+    def _render_shard(self, index: int, bar: tqdm) -> dict[str, torch.Tensor]:
+        settings, generator = self.settings, self.generator
+        random = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
+        z = torch.randn(settings.shard, generator.config.z_dim, generator=random)
+        limits = torch.tensor([settings.max_yaw, settings.max_pitch])
+        pose = (torch.rand(settings.shard, 2, generator=random) * 2 - 1) * limits
+        conditions = camera_from_pose(*pose.T).to(generator.device)
+        ws = generator.mapping(z.to(generator.device), conditions, settings.truncation)[:, 0]
         pending = []
-        for part in ws.split(config.batch):
-            pending.append(attributes.start(_frontal(generator, part, config)))
+        for part in ws.split(settings.batch):
+            pending.append(self.attributes.start(_frontal(generator, part, settings.resolution)))
             bar.update(len(part))
         values = torch.cat([wait() for wait in pending])
-        tensors = {"w": ws.float().cpu().contiguous(), "pose": pose, "values": values}
-        with atomic_path(shards / f"{index:05d}.safetensors") as temporary:
-            save_file(tensors, temporary)
-    bar.close()
+        return {"w": ws.float().cpu().contiguous(), "pose": pose, "values": values}
+
+    def load(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Codes [N, w_dim], poses [N, 2] and attributes [N, attributes], float64."""
+        shards = [load_file(self._path(index)) for index in range(self.shards)]
+        joined = (torch.cat([shard[key] for shard in shards]) for key in ("w", "pose", "values"))
+        return tuple(tensor[: self.settings.heads].double().numpy() for tensor in joined)
 
 
-def _frontal(generator, ws, config) -> torch.Tensor:
-    camera = camera_from_pose(0.0, 0.0).to(ws.device).expand(len(ws), -1)
-    return generator.synthesize(ws, camera, resolution=config.resolution).image
+@dataclass(frozen=True)
+class Boundary:
+    """A boundary between samples with most and with least of an attribute.
+
+    Attributes:
+        normal: unit vector [w_dim], pointing to more of the attribute.
+        fitted: codes of the samples that it was fitted to, [F, w_dim]; fitted_most: which have most of it.
+        held_out: codes of others, [H, w_dim]; held_out_most: likewise.
+    """
+
+    normal: np.ndarray
+    fitted: np.ndarray
+    fitted_most: np.ndarray
+    held_out: np.ndarray
+    held_out_most: np.ndarray
+
+    def accuracy(self, normal: np.ndarray) -> float:
+        """Share of the held-out samples that a boundary with this normal [w_dim], halfway between the fitted classes,
+        puts on the right side; both classes count alike, whatever their sizes."""
+        along = self.fitted @ normal
+        threshold = (along[self.fitted_most].mean() + along[~self.fitted_most].mean()) / 2
+        right = (self.held_out @ normal > threshold) == self.held_out_most
+        return float((right[self.held_out_most].mean() + right[~self.held_out_most].mean()) / 2)
 
 
-def separate(
-    w: np.ndarray, values: np.ndarray, extremes: float, held_out: float, seed: int = 0
-) -> tuple[np.ndarray, Callable[[np.ndarray], float]]:
+def separate(w: np.ndarray, values: np.ndarray, extremes: float, held_out: float, seed: int = 0) -> Boundary:
     """The boundary between samples with most and with least of an attribute.
 
     Args:
@@ -200,10 +287,6 @@ def separate(
         extremes: share of the samples at either end that is separated.
         held_out: share of the samples that the boundary is not fitted to.
         seed: of the split.
-
-    Returns:
-        The unit normal [w_dim], pointing to more of the attribute, and a function of a normal: the share of held-out
-        extreme samples that a boundary with this normal, halfway between the fitted classes, puts on the right side.
 
     Raises:
         ValueError: too few samples have a value, or all have the same.
@@ -221,21 +304,13 @@ def separate(
     if not low < high:
         raise ValueError(f"the attribute hardly varies: a quantile of {extremes:g} and its opposite are both {low:g}")
     fit, test = (part[(values[part] <= low) | (values[part] >= high)] for part in (fit, test))
-    labels = values >= high
+    most = values >= high
     # One number for all axes: the shape of W stays as it is.
     unit = w[fit].std(0).mean()
     search = GridSearchCV(LinearSVC(dual="auto", max_iter=20_000), {"C": _SVM_C}, cv=3)
-    search.fit((w[fit] - w[fit].mean(0)) / unit, labels[fit])
+    search.fit((w[fit] - w[fit].mean(0)) / unit, most[fit])
     normal = search.best_estimator_.coef_[0]
-
-    def accuracy(normal: np.ndarray) -> float:
-        along = w @ normal
-        threshold = (along[fit][labels[fit]].mean() + along[fit][~labels[fit]].mean()) / 2
-        right = (along[test] > threshold) == labels[test]
-        # Both classes count alike, whatever their sizes.
-        return float((right[labels[test]].mean() + right[~labels[test]].mean()) / 2)
-
-    return normal / np.linalg.norm(normal), accuracy
+    return Boundary(normal / np.linalg.norm(normal), w[fit], most[fit], w[test], most[test])
 
 
 def unexplained(values: np.ndarray, conditions: np.ndarray) -> np.ndarray:
@@ -305,11 +380,11 @@ class _Movable:
 
     @torch.no_grad()
     def _look(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        images = torch.cat([_frontal(self.generator, part, self.config) for part in w.split(self.config.batch)])
+        batch, resolution = self.config.sampling.batch, self.config.sampling.resolution
+        images = torch.cat([_frontal(self.generator, part, resolution) for part in w.split(batch)])
         vectors = None
         if self.identity is not None:
-            parts = images.clamp(-1, 1).split(self.config.batch)
-            vectors = torch.cat([self.identity(part) for part in parts])
+            vectors = torch.cat([self.identity(part) for part in images.clamp(-1, 1).split(batch)])
         return self.attributes.start(images)(), vectors
 
     def effect(self, column: int, shift: torch.Tensor) -> dict[str, float]:
@@ -349,9 +424,9 @@ def _calibrate(heads: _Movable, name: str, normal: np.ndarray, deviation: float,
     if heads.identity is not None:
         for sign in (-1, 1):
             kept = heads.effect(column, sign * scale * normal)["identity"]
-            if kept < heads.config.min_identity:
+            if kept < heads.config.calibration.min_identity:
                 # What is lost grows about linearly at first.
-                scale *= (1 - heads.config.min_identity) / (1 - kept)
+                scale *= (1 - heads.config.calibration.min_identity) / (1 - kept)
     effects = {amount: heads.effect(column, amount * scale * normal) for amount in _AMOUNTS}
     limits = {}
     for sign in (-1, 1):
@@ -366,96 +441,127 @@ def _calibrate(heads: _Movable, name: str, normal: np.ndarray, deviation: float,
     return {"scale": scale, "low": limits[-1], "high": limits[1], "slope": slope, "effects": effects}
 
 
-def _load_samples(folder: Path, config: DirectionsConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    count = -(-config.samples // config.shard)
-    shards = [load_file(folder / "samples" / f"{index:05d}.safetensors") for index in range(count)]
-    return tuple(torch.cat([s[key] for s in shards])[: config.samples].numpy() for key in ("w", "pose", "values"))
+class _Search:
+    """From the samples to directions: one method a step, with what the steps share.
 
+    Attributes:
+        w, values: of the samples, [N, w_dim] and [N, attributes].
+        poses: unit normals of the pose.
+        found: the boundary of each attribute that has one.
+        report: figures of each direction, and why others are left out.
+    """
 
-def _finish(generator, attributes, config, folder) -> None:
-    """From the samples to the component, the report and the sheet."""
-    w, pose, values = (array.astype(np.float64) for array in _load_samples(folder, config))
-    device = next(generator.parameters()).device
-    identity = None
-    if config.identity is not None:
-        identity = IdentityNetwork.from_pretrained(config.identity).to(device).eval().requires_grad_(False)
-    poses = _pose_normals(w, pose) if generator.config.pose_conditioning else []
-    report = {
-        "config": asdict(config),
-        "samples": len(w),
-        "pose_normals": len(poses),
-        "directions": {},
-        "left_out": {},
-    }
-    found = {}
-    for column, name in enumerate(attributes.names):
-        try:
-            found[name] = separate(w, values[:, column], config.extremes, config.held_out, config.seed)
-        except ValueError as error:
-            report["left_out"][name] = str(error)
+    def __init__(self, samples: Samples, config: DirectionsConfig):
+        self.samples, self.config = samples, config
+        self.names = samples.attributes.names
+        self.w, pose, self.values = samples.load()
+        self.poses = _pose_normals(self.w, pose) if samples.generator.config.pose_conditioning else []
+        self.report = {
+            "config": config.model_dump(mode="json"),
+            "samples": len(self.w),
+            "pose_normals": len(self.poses),
+            "directions": {},
+            "left_out": {},
+        }
+        self.found: dict[str, Boundary] = {}
+        for column, name in enumerate(self.names):
+            try:
+                self.found[name] = self._separate(self.values[:, column])
+            except ValueError as error:
+                self.report["left_out"][name] = str(error)
+        # Heads to be moved: the last, which have all attributes that are left.
+        columns = [self.names.index(name) for name in self.found]
+        complete = np.flatnonzero(np.isfinite(self.values[:, columns]).all(1))[-config.calibration.heads :]
+        self.heads = torch.from_numpy(self.w[complete]).float().to(samples.generator.device)
 
-    # Heads to be moved: the last, which have all attributes that are left.
-    columns = [attributes.names.index(name) for name in found]
-    complete = np.flatnonzero(np.isfinite(values[:, columns]).all(1))[-config.calibration :]
-    heads = torch.from_numpy(w[complete]).float().to(device)
-    movable = None
-    if found:
+    def _separate(self, values: np.ndarray) -> Boundary:
+        settings = self.config.boundaries
+        return separate(self.w, values, settings.extremes, settings.held_out, self.config.sampling.seed)
+
+    def attributes(self) -> list[Direction]:
+        """A direction for each attribute that can be separated, and that heads follow."""
+        if not self.found:
+            return []
+        identity = None
+        if self.config.identity is not None:
+            identity = load_network(IdentityNetwork, self.config.identity).to(self.heads.device)
         # Of independent samples, the mean squared distance is twice the sum of the variances.
-        distance = float(np.sqrt(2 * w.var(0).sum()))
-        movable = _Movable(generator, attributes, identity, config, heads, distance)
-    directions = []
-    for name, (normal, accuracy) in tqdm(found.items(), unit="direction"):
-        try:
-            others = [other for other in config.conditions.get(name, []) if other in found]
-            column = attributes.names.index(name)
-            figures = {"accuracy_unconditioned": accuracy(normal)}
-            if others:
-                rest = unexplained(values[:, column], values[:, [attributes.names.index(other) for other in others]])
-                normal, accuracy = separate(w, rest, config.extremes, config.held_out, config.seed)
-            freed = project_out(normal, [*(found[other][0] for other in others), *poses])
-            share = accuracy(freed)
-            figures["accuracy"] = share
-            report["directions"][name] = figures
-            if share < config.min_accuracy:
-                raise ValueError(f"it separates only {share:.3f} of held-out samples")
-            spread = float(np.nanstd(values[:, column]))
-            deviation = float((w @ freed).std())
-            figures |= {"spread": spread, "deviation": deviation}
-            figures |= _calibrate(movable, name, freed, deviation, spread)
-        except ValueError as error:
-            report["left_out"][name] = str(error)
-            continue
-        directions.append(
+        distance = float(np.sqrt(2 * self.w.var(0).sum()))
+        samples = self.samples
+        movable = _Movable(samples.generator, samples.attributes, identity, self.config, self.heads, distance)
+        directions = []
+        for name in tqdm(self.found, unit="direction"):
+            try:
+                directions.append(self._attribute(name, movable))
+            except ValueError as error:
+                self.report["left_out"][name] = str(error)
+        return directions
+
+    def _attribute(self, name: str, movable: _Movable) -> Direction:
+        """Raises ValueError if it separates too badly, or heads do not follow it."""
+        boundary, settings = self.found[name], self.config.boundaries
+        others = [other for other in settings.conditions.get(name, []) if other in self.found]
+        values = self.values[:, self.names.index(name)]
+        figures = {"accuracy_unconditioned": boundary.accuracy(boundary.normal)}
+        if others:
+            boundary = self._separate(unexplained(values, self.values[:, [self.names.index(o) for o in others]]))
+        freed = project_out(boundary.normal, [*(self.found[other].normal for other in others), *self.poses])
+        figures["accuracy"] = share = boundary.accuracy(freed)
+        self.report["directions"][name] = figures
+        if share < settings.min_accuracy:
+            raise ValueError(f"it separates only {share:.3f} of held-out samples")
+        figures["spread"] = spread = float(np.nanstd(values))
+        figures["deviation"] = deviation = float((self.w @ freed).std())
+        figures |= _calibrate(movable, name, freed, deviation, spread)
+        return Direction(
+            name,
+            "interfacegan",
+            torch.from_numpy(freed).float(),
+            figures["scale"],
+            figures["low"],
+            figures["high"],
+            share,
+            MEANINGS[name],
+        )
+
+    def components(self) -> list[Direction]:
+        """Principal components of w."""
+        axes, deviations = principal_components(self.w, self.config.components)
+        return [
             Direction(
-                name, "interfacegan", torch.from_numpy(freed).float(), figures["scale"], figures["low"],
-                figures["high"], share, MEANINGS[name],
+                f"pc{number}", "principal", torch.from_numpy(axis).float(), float(deviation), -3.0, 3.0, None, ""
             )
-        )  # fmt: skip
-    axes, deviations = principal_components(w, config.components)
-    for number, (axis, deviation) in enumerate(zip(axes, deviations), start=1):
-        normal = torch.from_numpy(axis).float()
-        directions.append(Direction(f"pc{number}", "principal", normal, float(deviation), -3.0, 3.0, None, ""))
+            for number, (axis, deviation) in enumerate(zip(axes, deviations), start=1)
+        ]
+
+
+def _finish(samples: Samples, config: DirectionsConfig, folder: Path) -> None:
+    """From the samples to the component, the report and the sheet."""
+    search = _Search(samples, config)
+    directions = search.attributes() + search.components()
     if not directions:
         raise ValueError("no directions: no attribute could be measured and separated, and components is 0")
-    component = LatentDirections.from_directions(directions, generator_fingerprint(generator))
+    component = LatentDirections.from_directions(directions, generator_fingerprint(samples.generator))
     component.save_pretrained(folder / "latent_directions")
+    report = search.report
     report["cosines"] = {d.name: [round(float(d.normal @ e.normal), 3) for e in directions] for d in directions}
-    with atomic_path(folder / "directions.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2))
-    _sheet(generator, component, heads[:2], config, folder)
+    write_text(json.dumps(report, indent=2) + "\n", folder / "directions.json")
+    (folder / "sheets").mkdir(exist_ok=True)
+    with atomic_path(folder / "sheets" / "directions.png") as temporary:
+        _sheet(samples.generator, component, search.heads[:2], config.sampling.resolution).save(temporary)
     for name, reason in report["left_out"].items():
         warnings.warn(f"no direction {name}: {reason}", stacklevel=2)
 
 
 @torch.no_grad()
-def _sheet(generator, component, heads, config, folder) -> None:
-    """One line a direction: each head at -2, -1, 0, 1 and 2."""
+def _sheet(
+    generator: EG3DGenerator, component: LatentDirections, heads: torch.Tensor, resolution: int | None
+) -> Image.Image:
+    """One line a direction: each of `heads` [N, w_dim] at -2, -1, 0, 1 and 2."""
     rows = []
     for direction in component.as_dict().values():
         moved = [
             head + value * direction.scale * direction.normal.to(head) for head in heads for value in (-2, -1, 0, 1, 2)
         ]
-        rows.append(_frontal(generator, torch.stack(moved), config).clamp(-1, 1).cpu())
-    (folder / "sheets").mkdir(exist_ok=True)
-    with atomic_path(folder / "sheets" / "directions.png") as temporary:
-        grid(rows).save(temporary)
+        rows.append(_frontal(generator, torch.stack(moved), resolution).clamp(-1, 1).cpu())
+    return grid(rows)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
 from ..cameras import camera_from_pose, mirror_camera
 from ..data.dataset import FaceDataset, to_signed
@@ -25,83 +26,116 @@ from ..models.discriminator import DualDiscriminator
 from ..models.eg3d import EG3DGenerator
 from ..models.encoder import ImageEncoder, LatentEncoder
 from ..models.identity import IdentityNetwork
-from ..models.perceptual import LPIPS
 from ..models.psp import PSPEncoder
-from .averaged import AveragedTrainer, SampleSource, per_process, train_averaged
+from . import loop
+from .averaged import AveragedTrainer, SampleSource
 from .cuda_graphs import CapturedFunction
+from .loading import load_network, load_perceptual
+from .loop import per_process
+from .settings import (
+    AverageSettings,
+    ComputeSettings,
+    DataSettings,
+    OptimiserSettings,
+    RunSettings,
+    Settings,
+    Share,
+    arguments_of,
+)
 from .trainer import TrainingRun
 
-
-@dataclass
-class EncoderConfig:
-    """Hyperparameters of the encoder's training; batches and image counts are those of all processes together.
-
-    Attributes:
-        data: dataset zip or folder of the photos.
-        generator: folder of the trained generator, which stays as it is.
-        validation: dataset of held-out photos for figures and sheets; without it they show training photos.
-        discriminator: folder of the generator's discriminator, whose features are the perceptual distance unless
-            there is `perceptual_features`.
-        perceptual_features: safetensors file of SqueezeNet 1.1 features with folded normalisation, or folder of an
-            `LPIPS`.
-        identity: folder of an identity network.
-        initial_encoder: folder of an encoder to go on from, such as that of the generator's earlier state.
-        architecture: "styletransformer" (`LatentEncoder`) or "psp" (`PSPEncoder`).
-        encoder: without an initial one, options of that class beside image_size, w_dim and num_ws, the generator's.
-        total_images: length of the training, photos and samples both counted.
-        latent_only_images: of them, those at the start that are all samples, learnt by regression alone.
-        coarse_images: of them, those at the start that are rendered with `coarse_resolution` rays a side, not with the
-            generator's own number.
-        batch_photos, batch_samples: photos and generator samples a step.
-        rendered_samples: of the samples, how many are also compared as pictures.
-        min_truncation: each sample's truncation is uniform from here to 1.
-        learning_rate: AdamW's peak, after a linear warm-up over `warmup_images`; then it falls to 0 by half a cosine.
-        max_gradient_norm: gradients longer than this are shortened to it.
-        average_images: half-life of the moving average of the weights, at most a tenth of the images so far.
-        weight_latent: of the squared latent error of samples, in units of each coordinate's standard deviation.
-        weight_mse, weight_perceptual, weight_identity: of the terms of Eq. 8.
-        weight_prior: of the penalty on codes of photos farther out than the mapping network's.
-        bf16: bfloat16 convolutions on CUDA.
-        graphs: replay steps as CUDA graphs.
-        interval_images: images between checkpoints, figures and sheets.
-        max_seconds: stop after so many seconds, with a checkpoint to resume from; the schedules follow total_images.
-    """
-
-    data: str
-    generator: str
-    validation: str | None = None
-    discriminator: str | None = None
-    perceptual_features: str | None = None
-    identity: str | None = None
-    initial_encoder: str | None = None
-    architecture: str = "styletransformer"
-    encoder: dict = field(default_factory=dict)
-    total_images: int = 600_000
-    latent_only_images: int = 150_000
-    coarse_images: int = 400_000
-    coarse_resolution: int = 32
-    batch_photos: int = 256
-    batch_samples: int = 256
-    rendered_samples: int = 64
-    min_truncation: float = 0.6
-    learning_rate: float = 1e-3
-    warmup_images: int = 10_000
-    weight_decay: float = 0.01
-    average_images: int = 10_000
-    max_gradient_norm: float = 1.0
-    weight_latent: float = 0.1
-    weight_mse: float = 1.0
-    weight_perceptual: float = 0.05
-    weight_identity: float = 0.1
-    weight_prior: float = 0.02
-    bf16: bool = True
-    graphs: bool = True
-    interval_images: int = 100_000
-    max_seconds: float | None = None
-    seed: int = 0
-
-
 ARCHITECTURES = {"styletransformer": LatentEncoder, "psp": PSPEncoder}
+#: What the generator decides.
+_GIVEN = ("image_size", "w_dim", "num_ws")
+_check_options = {name: arguments_of(cls, *_GIVEN) for name, cls in ARCHITECTURES.items()}
+
+
+class EncoderNetworks(Settings):
+    """Trained networks that are used as they are."""
+
+    generator: str
+    """Folder of the generator."""
+    discriminator: str | None = None
+    """Folder of its discriminator, whose features are the perceptual distance unless there is `perceptual`."""
+    perceptual: str | None = None
+    """Safetensors file of SqueezeNet 1.1 features with folded normalisation, or folder of an `LPIPS`."""
+    identity: str | None = None
+    """Folder of an identity network; none: its term takes no part."""
+
+
+class EncoderBatch(Settings):
+    """Images a step, over all processes."""
+
+    photos: PositiveInt = 256
+    """Photos."""
+    samples: PositiveInt = 256
+    """Generator samples."""
+    rendered_samples: NonNegativeInt = 64
+    """Of the samples, how many are also compared as pictures."""
+
+
+class EncoderLoss(Settings):
+    """Weights of the loss's terms."""
+
+    mse: NonNegativeFloat = 1.0
+    """Of Eq. 9."""
+    perceptual: NonNegativeFloat = 0.05
+    """Of Eq. 10."""
+    identity: NonNegativeFloat = 0.1
+    """Of Eq. 11."""
+    latent: NonNegativeFloat = 0.1
+    """Of the squared latent error of samples, in units of each coordinate's standard deviation."""
+    prior: NonNegativeFloat = 0.02
+    """Of the penalty on codes of photos farther out than the mapping network's."""
+
+
+class EncoderCurriculum(Settings):
+    """What is made easier at the start; counts of the run's images."""
+
+    latent_only_images: NonNegativeInt = 150_000
+    """So long all images are samples, learnt by regression alone."""
+    coarse_images: NonNegativeInt = 400_000
+    """So long renderings have `coarse_resolution` rays a side, not the generator's own number."""
+    coarse_resolution: PositiveInt = 32
+    """Rays a side."""
+
+
+class EncoderConfig(Settings):
+    """Settings of the encoder's training; images are photos and samples, of all processes together."""
+
+    networks: EncoderNetworks
+    """What it is trained with."""
+    data: DataSettings
+    """Photos."""
+    initial: str | None = None
+    """Folder of an encoder to go on from, such as that of the generator's earlier state."""
+    architecture: Literal["styletransformer", "psp"] = "styletransformer"
+    """`LatentEncoder` or `PSPEncoder`."""
+    encoder: dict[str, Any] = {}
+    """Without `initial`, arguments of that class beside image_size, w_dim and num_ws, the generator's."""
+    batch: EncoderBatch = EncoderBatch()
+    """Batches."""
+    min_truncation: Share = 0.6
+    """Each sample's truncation is uniform from here to 1."""
+    curriculum: EncoderCurriculum = EncoderCurriculum()
+    """The start."""
+    loss: EncoderLoss = EncoderLoss()
+    """Weights."""
+    optimiser: OptimiserSettings = OptimiserSettings(learning_rate=1e-3, warmup_images=10_000, weight_decay=0.01)
+    """AdamW."""
+    average: AverageSettings = AverageSettings(half_life_images=10_000)
+    """The averaged encoder."""
+    compute: ComputeSettings = ComputeSettings()
+    """Precision."""
+    run: RunSettings
+    """Length and folder."""
+
+    @field_validator("encoder")
+    @classmethod
+    def _options(cls, values: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "architecture" not in info.data:  # which is wrong by itself
+            return values
+        return _check_options[info.data["architecture"]](values)
 
 
 class LatentDistribution:
@@ -138,23 +172,23 @@ def reconstruction_loss(config: EncoderConfig, device: torch.device, dtype: torc
     """Eq. 8 without its adversarial term, by the networks that `config` names; those that it does not take no part.
 
     Raises:
-        ValueError: `weight_perceptual` is positive and there is no network for it.
+        ValueError: the perceptual term has a weight and no network.
     """
+    networks, weights = config.networks, config.loss
     distance = identity = None
-    if config.perceptual_features:
-        distance = perceptual_distance(LPIPS.from_path(config.perceptual_features).to(device), None)
-    elif config.discriminator:
-        discriminator = DualDiscriminator.from_pretrained(config.discriminator, torch_dtype=torch.float32)
-        distance = perceptual_distance(None, discriminator.to(device).eval().requires_grad_(False), dtype)
-    elif config.weight_perceptual:
-        raise ValueError("weight_perceptual needs a discriminator or perceptual_features; give one, or weight 0")
-    if config.identity:
-        identity = IdentityNetwork.from_pretrained(config.identity, torch_dtype=torch.float32)
-        identity = identity.to(device).eval().requires_grad_(False)
+    if networks.perceptual:
+        distance = perceptual_distance(load_perceptual(networks.perceptual).to(device), None)
+    elif networks.discriminator:
+        discriminator = load_network(DualDiscriminator, networks.discriminator).to(device)
+        distance = perceptual_distance(None, discriminator, dtype)
+    elif weights.perceptual:
+        raise ValueError("loss.perceptual needs networks.discriminator or networks.perceptual; give one, or weight 0")
+    if networks.identity:
+        identity = load_network(IdentityNetwork, networks.identity).to(device)
     weights = LossWeights(
-        mse=config.weight_mse,
-        perceptual=config.weight_perceptual,
-        identity=0.0 if identity is None else config.weight_identity,
+        mse=weights.mse,
+        perceptual=weights.perceptual,
+        identity=0.0 if identity is None else weights.identity,
         adversarial=0.0,
     )
     return InversionLoss(weights, distance, identity, None, dtype)
@@ -211,16 +245,15 @@ class EncoderTrainer(AveragedTrainer):
 
     def __init__(self, config: EncoderConfig, accelerator: Accelerator):
         super().__init__(config, accelerator)
-        self.rendered_samples = per_process(config.rendered_samples, accelerator)
+        batch = config.batch
+        self.rendered_samples = per_process(batch.rendered_samples, accelerator)
         if self.rendered_samples > self.batch_samples:
-            raise ValueError(f"rendered_samples={config.rendered_samples} exceed batch_samples={config.batch_samples}")
+            raise ValueError(f"batch.rendered_samples={batch.rendered_samples} exceed batch.samples={batch.samples}")
         self.loss = reconstruction_loss(config, self.device, self.dtype)
         cameras = torch.cat([self.dataset.cameras, mirror_camera(self.dataset.cameras)]).to(self.device)
-        self.distribution = LatentDistribution(self.generator, cameras, seed=config.seed)
-        if config.architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {config.architecture!r}")
+        self.distribution = LatentDistribution(self.generator, cameras, seed=config.run.seed)
         architecture = ARCHITECTURES[config.architecture]
-        if config.initial_encoder is None:
+        if config.initial is None:
             generator = self.generator
             encoder = architecture(
                 image_size=generator.config.image_size,
@@ -229,7 +262,7 @@ class EncoderTrainer(AveragedTrainer):
                 **config.encoder,
             )
         else:
-            encoder = architecture.from_pretrained(config.initial_encoder, torch_dtype=torch.float32)
+            encoder = load_network(architecture, config.initial)
         encoder.set_latent_statistics(self.distribution.w_avg.cpu(), self.distribution.w_std.cpu())
         self.adopt(encoder)
         self.phase: tuple | None = None
@@ -237,7 +270,7 @@ class EncoderTrainer(AveragedTrainer):
     @property
     def images_per_step(self) -> int:
         """Photos and samples."""
-        return self.config.batch_photos + self.config.batch_samples
+        return self.config.batch.photos + self.config.batch.samples
 
     def load_data(self, images: int) -> None:
         """Likewise, and what it is evaluated on."""
@@ -249,7 +282,7 @@ class EncoderTrainer(AveragedTrainer):
         """Flat gradient and figures of samples alone, seen at `cameras`; `conditions` are the mapping's."""
         w, images = self.samples.pictures(conditions, cameras, resolution)
         latent = latent_error(self.run_network(images), w, self.distribution.w_std)
-        return self._gradient(self.config.weight_latent * latent, {"latent": latent})
+        return self._gradient(self.config.loss.latent * latent, {"latent": latent})
 
     def mixed_pass(self, resolution, conditions, cameras, photos, photo_cameras):
         """Flat gradient and figures of photos and samples; the figures of pictures are the photos'."""
@@ -266,23 +299,23 @@ class EncoderTrainer(AveragedTrainer):
         views = torch.cat([photo_cameras, cameras[: self.rendered_samples]])
         image = self.generator.synthesize(predicted[:rendered], views, resolution=resolution, dtype=self.dtype).image
         terms = self.loss(image, None, images[:rendered], views)
-        loss = terms["total"].mean() + config.weight_latent * latent + config.weight_prior * prior
+        loss = terms["total"].mean() + config.loss.latent * latent + config.loss.prior * prior
         figures = {name: terms[name][: len(photos)] for name in self.loss.terms}
         return self._gradient(loss, figures | {"latent": latent, "mahalanobis": distance, "prior": prior})
 
     def _gradient(self, loss, figures):
         figures = {"loss": loss, **figures}
-        return self.gradients.flatten(loss), {name: value.detach() for name, value in figures.items()}
+        return self.gradients[0].flatten(loss), {name: value.detach() for name, value in figures.items()}
 
     def _prepare(self, images: int) -> bool:
         """Choose the phase's pass, captured anew at each change; whether it takes photos."""
-        config = self.config
-        resolution = config.coarse_resolution if images < config.coarse_images else None
-        with_photos = images >= config.latent_only_images
+        curriculum = self.config.curriculum
+        resolution = curriculum.coarse_resolution if images < curriculum.coarse_images else None
+        with_photos = images >= curriculum.latent_only_images
         if self.phase != (with_photos, resolution):
             self.phase = (with_photos, resolution)
             function = self.mixed_pass if with_photos else self.latent_pass
-            self.captured = CapturedFunction(functools.partial(function, resolution), config.graphs)
+            self.captured = CapturedFunction(functools.partial(function, resolution), self.graphs)
         return with_photos
 
     def compute(self, images: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -302,10 +335,10 @@ class EncoderTrainer(AveragedTrainer):
 def train(config: EncoderConfig, run_folder: str | os.PathLike, resume: bool = False) -> Path:
     """Runs (or goes on with) an encoder's training in `run_folder`; returns the newest checkpoint.
 
-    The checkpoint's `encoder` is the averaged one, which is published. figures.jsonl: see `train_averaged`; held-out
-    figures are those of `EncoderEvaluation.figures`.
+    The checkpoint's `encoder` is the averaged one, which is published. Held-out figures are those of
+    `EncoderEvaluation.figures`.
 
     Raises:
-        FileNotFoundError, ValueError: data, checkpoints or settings do not fit.
+        FileExistsError, FileNotFoundError, ValueError, FloatingPointError, RuntimeError: see `loop.train`.
     """
-    return train_averaged(EncoderTrainer, config, run_folder, resume)
+    return loop.train(EncoderTrainer, config, run_folder, resume).checkpoints[-1]

@@ -8,175 +8,251 @@ replayed as CUDA graphs.
 
 from __future__ import annotations
 
-import copy
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 from torch import nn
 
 from ..cameras import camera_from_pose, project_points
-from ..data.dataset import FaceDataset
-from ..data.sampler import FaceSampler
 from ..export.sheets import head_sheet
 from ..faces.canonical import canonical_face
-from ..models import eg3d
 from ..models.discriminator import DualDiscriminator
 from ..models.eg3d import EG3DGenerator
 from ..models.feature_discriminator import FeatureDiscriminator
 from ..models.perceptual import LPIPS
+from . import loop
 from .augment import AdaptiveAugmentation
 from .cuda_graphs import CapturedFunction
-from .distributed import FlatGradients, broadcast_module, seed_process
-from .trainer import TrainingRun, update_average
+from .distributed import FlatGradients, average_buffers, broadcast_module
+from .loading import find_folder, load_network
+from .loop import Trainer, averaged_copy, per_process, set_learning_rates
+from .schedules import average_decay, faded, update_average
+from .settings import (
+    AverageSettings,
+    ComputeSettings,
+    DataSettings,
+    RunSettings,
+    ScheduleSettings,
+    Settings,
+    Share,
+    arguments_of,
+)
+from .trainer import TrainingRun
 
 
-@dataclass
-class GeneratorConfig:
-    """Settings of a generator run; counts are of images shown, over all GPUs.
+class GeneratorOptimiser(ScheduleSettings):
+    """Adam's learning rates. After `init` they should rise slowly: a published checkpoint comes without Adam's
+    moments, whose first steps would be too long."""
 
-    Attributes:
-        data: EG3D data set, zip or folder.
-        init: published checkpoint to start from (its `generator` and `discriminator` folders); without it, random
-            weights of the sizes that `generator` and `discriminator` (keyword arguments of the models) give.
-        rays: [[images, side], …], the side in rays of a rendering from so many images on.
-        generator_rate, discriminator_rate: Adam's learning rates, reached linearly over the run's first
-            `warmup_images`: a checkpoint comes without Adam's moments, whose first steps would be too long.
-        r1_gamma, r1_interval, r1_share: R1 penalty, every so many steps, on that share of the batch.
-        density_weight, density_distance: total variation of the density between points that far apart, in box sides.
-        pose_swap_start, pose_swap_end, pose_swap_images: probability with which the mapping sees another camera than
-            the renderer, going from start to end over so many images.
-        camera_noise: deviation of the noise on the discriminator's camera, in deviations of the data's.
-        augment_target, augment_ramp_images: see `AdaptiveAugmentation`.
-        geometry_weight: of the mean absolute distance by which the depth is off the mean face by more than
-            `geometry_margin`, for `geometry_images`, then fading over `geometry_fade` to `geometry_floor`.
-        features: safetensors file of SqueezeNet 1.1 features with folded normalisation: a second discriminator, which
-            sees the image through them, is trained from scratch; None for none.
-        feature_weight: of that discriminator in the generator's loss. With 0.05 the images' gradient through it is
-            about three times the other discriminator's, which R1 keeps flat.
-        average_images: half-life of the averaged generator, at most the share `average_rampup` of the images so far.
-        compile: fuse passes with `torch.compile` (CUDA). graphs: replay steps as CUDA graphs.
-    """
+    generator_rate: PositiveFloat = 0.0025
+    """Peak of the generator's."""
+    discriminator_rate: PositiveFloat = 0.002
+    """Peak of the discriminators'."""
+    final_learning_rate: Share = 1.0
+    """Share of the peaks at the end of the run; with 1 they stay."""
 
-    data: str
+
+class R1Settings(Settings):
+    """The discriminator's penalty on squared gradients at photos."""
+
+    gamma: NonNegativeFloat = 0.2
+    """Its weight; 0 switches it off."""
+    interval: PositiveInt = 16
+    """It is applied every so many steps, so many times as strongly."""
+    share: Share = 0.5
+    """Of the batch that it sees."""
+
+
+class PoseSwapSettings(Settings):
+    """Probability with which the mapping sees another camera than the renderer."""
+
+    start: Share = 1.0
+    """At the start."""
+    end: Share = 0.5
+    """After `images`."""
+    images: PositiveInt = 1_000_000
+    """Images over which it goes from start to end."""
+
+
+class AugmentationSettings(Settings):
+    """Of what the discriminator sees; see `AdaptiveAugmentation`."""
+
+    target: Share = 0.6
+    """Mean sign of the logits on photos at which the strength stays."""
+    ramp_images: PositiveInt = 200_000
+    """Images over which the strength could go from 0 to 1."""
+
+
+class GeometrySettings(Settings):
+    """Weight of the mean absolute distance by which the depth is off the mean face."""
+
+    weight: NonNegativeFloat = 20.0
+    """At the start."""
+    images: NonNegativeInt = 180_000
+    """So long it stays."""
+    fade: NonNegativeInt = 120_000
+    """Images over which it goes from there to `floor`."""
+    floor: NonNegativeFloat = 2.0
+    """Weight from then on."""
+    margin: NonNegativeFloat = 0.02
+    """Distances up to this are none; world units."""
+
+
+class DensitySettings(Settings):
+    """Total variation of the density (EG3D's supplement)."""
+
+    weight: NonNegativeFloat = 0.25
+    """Its weight."""
+    distance: PositiveFloat = 0.004
+    """Between the points that are compared, in box sides."""
+
+
+class GeneratorConfig(Settings):
+    """Settings of a generator run; counts are of images shown, over all GPUs."""
+
+    data: DataSettings
+    """Photos."""
     init: str | None = None
-    generator: dict = field(default_factory=dict)
-    discriminator: dict = field(default_factory=dict)
-    total_images: int = 1_000_000
-    interval_images: int = 100_000
-    batch: int = 256
-    rays: list = field(default_factory=lambda: [[0, 64]])
-    generator_rate: float = 0.0025
-    discriminator_rate: float = 0.002
-    warmup_images: int = 0
-    r1_gamma: float = 0.2
-    r1_interval: int = 16
-    r1_share: float = 0.5
-    density_weight: float = 0.25
-    density_distance: float = 0.004
-    pose_swap_start: float = 1.0
-    pose_swap_end: float = 0.5
-    pose_swap_images: int = 1_000_000
-    camera_noise: float = 0.0
-    augment_target: float = 0.6
-    augment_ramp_images: int = 200_000
-    geometry_weight: float = 20.0
-    geometry_images: int = 180_000
-    geometry_fade: int = 120_000
-    geometry_floor: float = 2.0
-    geometry_margin: float = 0.02
+    """Published checkpoint to start from (its `generator` and `discriminator` folders), instead of random weights."""
+    generator: Annotated[dict[str, Any], AfterValidator(arguments_of(EG3DGenerator))] = {}
+    """Arguments of `EG3DGenerator`, without `init`."""
+    discriminator: Annotated[dict[str, Any], AfterValidator(arguments_of(DualDiscriminator))] = {}
+    """Arguments of `DualDiscriminator`, without `init`."""
     features: str | None = None
-    feature_weight: float = 0.05
-    average_images: int = 20_000
-    average_rampup: float = 0.05
-    balance_turned: bool = True
-    mirror: bool = True
-    in_memory: bool = True
-    bf16: bool = True
-    compile: bool = True
-    graphs: bool = True
-    seed: int = 0
-    max_seconds: float | None = None
+    """Safetensors file of SqueezeNet 1.1 features with folded normalisation: a second discriminator, which sees the
+    image through them, is trained from scratch."""
+    feature_weight: NonNegativeFloat = 0.05
+    """Of that discriminator in the generator's loss. With 0.05 the images' gradient through it is about three times
+    the other discriminator's, which R1 keeps flat."""
+    batch: PositiveInt = 256
+    """Photos a step, and as many generated images."""
+    rays: Annotated[list[tuple[NonNegativeInt, PositiveInt]], Field(min_length=1)] = [(0, 64)]
+    """(images, side): the side in rays of a rendering from so many images on; the first from 0."""
+    optimiser: GeneratorOptimiser = GeneratorOptimiser()
+    """Learning rates."""
+    r1: R1Settings = R1Settings()
+    """R1 penalty."""
+    pose_swap: PoseSwapSettings = PoseSwapSettings()
+    """Swapped conditions of the mapping."""
+    camera_noise: NonNegativeFloat = 0.0
+    """Deviation of the noise on the discriminator's camera, in deviations of the data's."""
+    augmentation: AugmentationSettings = AugmentationSettings()
+    """Augmentation."""
+    geometry: GeometrySettings = GeometrySettings()
+    """The pull of the depth to the mean face."""
+    density: DensitySettings = DensitySettings()
+    """Smoothness of the density."""
+    average: AverageSettings = AverageSettings(half_life_images=20_000, rampup=0.05)
+    """The averaged generator."""
+    compute: ComputeSettings = ComputeSettings(compile=True)
+    """Precision and compilation."""
+    run: RunSettings
+    """Length and folder."""
+
+    @field_validator("rays")
+    @classmethod
+    def _from_the_start(cls, rays: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        if min(start for start, _ in rays) > 0:
+            raise ValueError("expected a side from 0 images on")
+        return sorted(rays)
 
 
-def faded(images: int, start: float, end: float, length: int, delay: int = 0) -> float:
-    """A setting that goes linearly from `start` to `end` over `length` images, after `delay` images."""
-    return start + (end - start) * min(max((images - delay) / max(length, 1), 0.0), 1.0)
-
-
-class GeneratorTrainer:
-    """The state of a run and one method a phase; `train` drives it."""
+class GeneratorTrainer(Trainer):
+    """The networks, and one method a pass of a step."""
 
     def __init__(self, config: GeneratorConfig, accelerator: Accelerator):
-        self.config, self.accelerator, self.device = config, accelerator, accelerator.device
-        if config.batch % accelerator.num_processes:
-            raise ValueError(f"batch {config.batch} is not divisible by {accelerator.num_processes} processes")
-        self.batch = config.batch // accelerator.num_processes
-        self.dtype = torch.bfloat16 if config.bf16 and self.device.type == "cuda" else torch.float32
+        super().__init__(config, accelerator)
+        self.batch = per_process(config.batch, accelerator)
+        self._make_networks()
+        for module in (self.generator, self.judges):
+            broadcast_module(accelerator, module)
+        self.average = averaged_copy(self.generator)
+        self._make_optimizers()
+        self.augment = AdaptiveAugmentation(
+            config.augmentation.target, config.augmentation.ramp_images, device=self.device
+        )
+        vertices = torch.from_numpy(canonical_face())
+        self.vertices = vertices[vertices[:, 2] > 0.06].to(self.device)
+        self.geometry_weight = torch.zeros((), device=self.device)
+        self.side = 0
+        self.models = {"generator": self.average, "generator_raw": self.generator, **self.judges}
+        self.state |= {"augmentation": 0.0, "step": 0, "signs": []}
+        self.signs: list[torch.Tensor] = []
+        if config.compute.compile and self.device.type == "cuda":
+            generator = self.generator
+            for module in (generator.backbone, generator.super_resolution, generator.decoder, self.discriminator):
+                module.compile()
+            generator.shade = torch.compile(generator.shade)
+
+    def _make_networks(self) -> None:
+        config = self.config
         if config.init:
-            generator = EG3DGenerator.from_pretrained(Path(config.init) / "generator", torch_dtype=torch.float32)
-            discriminator = DualDiscriminator.from_pretrained(
-                Path(config.init) / "discriminator", torch_dtype=torch.float32
-            )
+            folder = find_folder(config.init)
+            generator = load_network(EG3DGenerator, folder / "generator")
+            discriminator = load_network(DualDiscriminator, folder / "discriminator")
         else:
             generator, discriminator = EG3DGenerator(**config.generator), DualDiscriminator(**config.discriminator)
-        self.generator = generator.to(self.device).train()
-        self.discriminator = discriminator.to(self.device).train()
+        self.generator = generator.to(self.device).train().requires_grad_(True)
+        self.discriminator = discriminator.to(self.device).train().requires_grad_(True)
         self.judges = nn.ModuleDict({"discriminator": self.discriminator})
         if config.features:
             self.features = LPIPS.from_features_file(config.features).to(self.device)
             self.features.features.to(self.dtype)
             self.judges["feature_discriminator"] = FeatureDiscriminator().to(self.device).train()
-        for module in (self.generator, self.judges):
-            broadcast_module(accelerator, module)
-        self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        ratio = config.r1_interval / (config.r1_interval + 1)  # StyleGAN2's correction for lazy regularisation
-        fused = self.device.type == "cuda"
-        self.generator_optimizer = torch.optim.Adam(
-            self.generator.parameters(), lr=config.generator_rate, betas=(0.0, 0.99), fused=fused
-        )
-        self.discriminator_optimizer = torch.optim.Adam(
-            self.judges.parameters(),
-            lr=config.discriminator_rate * ratio,
-            betas=(0.0, 0.99**ratio),
-            fused=fused,
-        )
-        self.rates = [
-            (group, group["lr"])
-            for optimizer in (self.generator_optimizer, self.discriminator_optimizer)
-            for group in optimizer.param_groups
-        ]
+
+    def _make_optimizers(self) -> None:
+        config, fused = self.config, self.device.type == "cuda"
+        ratio = config.r1.interval / (config.r1.interval + 1)  # StyleGAN2's correction for lazy regularisation
+        self.rates = {
+            "generator": config.optimiser.generator_rate,
+            "discriminator": config.optimiser.discriminator_rate * ratio,
+        }
+        self.optimizers = {
+            "generator": torch.optim.Adam(
+                self.generator.parameters(), lr=self.rates["generator"], betas=(0.0, 0.99), fused=fused
+            ),
+            "discriminator": torch.optim.Adam(
+                self.judges.parameters(), lr=self.rates["discriminator"], betas=(0.0, 0.99**ratio), fused=fused
+            ),
+        }
         self.generator_gradients = FlatGradients(self.generator.parameters())
         self.discriminator_gradients = FlatGradients(self.judges.parameters())
-        self.augment = AdaptiveAugmentation(config.augment_target, config.augment_ramp_images, device=self.device)
-        vertices = torch.from_numpy(canonical_face())
-        self.vertices = vertices[vertices[:, 2] > 0.06].to(self.device)
-        self.geometry_weight = torch.zeros((), device=self.device)
-        self.signs: list[torch.Tensor] = []
-        self.side = 0
-        if config.compile and self.device.type == "cuda":
-            for module in (
-                self.generator.backbone,
-                self.generator.super_resolution,
-                self.generator.decoder,
-                self.discriminator,
-            ):
-                module.compile()
-            eg3d.shade = torch.compile(eg3d.shade)
+        self.gradients = [self.generator_gradients, self.discriminator_gradients]
+
+    @property
+    def images_per_step(self) -> int:
+        """Photos."""
+        return self.config.batch
+
+    @property
+    def photos_per_process(self) -> int:
+        """Its share of the batch."""
+        return self.batch
+
+    @property
+    def image_size(self) -> int:
+        """The generator's."""
+        return self.generator.config.image_size
 
     def load_data(self, images: int) -> None:
-        """Decode the data set and start the random streams of this process at a point of the run."""
-        config = self.config
-        dataset = FaceDataset(config.data, self.generator.config.image_size)
-        seed = seed_process(self.accelerator, config.seed, images)
-        self.sampler = FaceSampler(
-            dataset, self.batch, self.device, seed, config.mirror, config.balance_turned, config.in_memory
-        )
-        self.camera_deviation = dataset.cameras.std(dim=0).to(self.device)
+        """Likewise; how far its cameras spread; how strong the augmentation is."""
+        super().load_data(images)
+        self.augment.p = self.state["augmentation"]
+        self.signs = [torch.tensor(sign, device=self.device) for sign in self.state["signs"]]
+        self.camera_deviation = self.dataset.cameras.std(dim=0).to(self.device)
 
     def depth_error(self, depth: torch.Tensor, cameras: torch.Tensor, margin: float = 0.0) -> torch.Tensor:
         """Mean absolute distance, beyond `margin`, of the rendered depth [B, 1, h, h] from the mean face's vertices,
@@ -189,10 +265,10 @@ class GeneratorTrainer:
 
     def density_variation(self, planes: torch.Tensor) -> torch.Tensor:
         """Total variation of the density field (EG3D's supplement): mean absolute difference between random points of
-        the box and others `density_distance` box sides away."""
+        the box and others `density.distance` box sides away."""
         config, size = self.config, self.generator.config.box_size
         points = (torch.rand(len(planes), 1000, 3, device=self.device) - 0.5) * size
-        near = points + torch.randn_like(points) * (config.density_distance * size)
+        near = points + torch.randn_like(points) * (config.density.distance * size)
         first, second = self.generator.density(planes, torch.cat((points, near), dim=1)).chunk(2, dim=1)
         return F.l1_loss(first, second)
 
@@ -231,9 +307,9 @@ class GeneratorTrainer:
         logits = self.discriminator(*judged, dtype=self.dtype)
         adversarial = F.softplus(-logits).mean()
         by_features = self._feature_logits(judged[0])
-        error = self.depth_error(output.depth, cameras, config.geometry_margin)
+        error = self.depth_error(output.depth, cameras, config.geometry.margin)
         variation = self.density_variation(planes)
-        loss = adversarial + self.geometry_weight * error + config.density_weight * variation
+        loss = adversarial + self.geometry_weight * error + config.density.weight * variation
         loss = loss + config.feature_weight * sum(F.softplus(-x).mean() for x in by_features)
         figures = {
             "loss_generator": adversarial,
@@ -268,56 +344,55 @@ class GeneratorTrainer:
         logits = self.discriminator.forward(image, image_raw, cameras, dtype=self.dtype)
         gradients = torch.autograd.grad(logits.sum(), (image, image_raw), create_graph=True)
         penalty = sum(g.square().sum(dim=(1, 2, 3)) for g in gradients).mean()
-        loss = penalty * (config.r1_gamma / 2 * config.r1_interval)
+        loss = penalty * (config.r1.gamma / 2 * config.r1.interval)
         return self.discriminator_gradients.flatten(loss), {"r1_penalty": penalty.detach()}
 
     def _prepare(self, images: int) -> None:
         """Follow the schedules; a new side in rays needs new graphs."""
-        config = self.config
+        config, geometry = self.config, self.config.geometry
         side = [side for start, side in config.rays if images >= start][-1]
         if side != self.side:
             self.side = side
             self.captured = [
-                CapturedFunction(function, config.graphs)
+                CapturedFunction(function, self.graphs)
                 for function in (self.generator_pass, self.discriminator_pass, self.r1_pass)
             ]
-        warm = min(1.0, (images + config.batch) / max(config.warmup_images, 1))
-        for group, rate in self.rates:
-            group["lr"] = rate * warm
-        self.geometry_weight.fill_(
-            faded(images, config.geometry_weight, config.geometry_floor, config.geometry_fade, config.geometry_images)
-        )
+        for name, optimizer in self.optimizers.items():
+            set_learning_rates(optimizer, [self.rates[name]], images, config.run, config.optimiser)
+        self.geometry_weight.fill_(faded(images, geometry.weight, geometry.floor, geometry.fade, geometry.images))
 
     def _update(self, gradients: FlatGradients, flat: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
         gradients.set(flat, self.accelerator.num_processes)
         optimizer.step()
 
-    def step(self, index: int, images: int) -> dict:
-        """All that is due at step `index`: both networks, R1, the average, the augmentation; returns figures."""
+    def step(self, images: int) -> dict[str, torch.Tensor | float]:
+        """All that is due: both networks, R1, the averages, the augmentation; returns figures."""
         config = self.config
         self._prepare(images)
         generate, discriminate, penalize = self.captured
         z = torch.randn(self.batch, self.generator.config.z_dim, device=self.device)
         cameras = self.sampler.sample_cameras(self.batch)
-        swap = faded(images, config.pose_swap_start, config.pose_swap_end, config.pose_swap_images)
+        swap = faded(images, config.pose_swap.start, config.pose_swap.end, config.pose_swap.images)
         swapped = torch.rand(self.batch, 1, device=self.device) < swap
         flat, fakes, figures = generate(z, cameras, torch.where(swapped, cameras.roll(1, 0), cameras))
-        self._update(self.generator_gradients, flat, self.generator_optimizer)
+        self._update(self.generator_gradients, flat, self.optimizers["generator"])
+        # Each process has learnt it from its own codes.
+        average_buffers(self.accelerator, [self.generator.w_avg])
         photo, photo_cameras = self.sampler.next()
         flat, more = discriminate(*fakes, cameras, photo, photo_cameras)
-        self._update(self.discriminator_gradients, flat, self.discriminator_optimizer)
+        self._update(self.discriminator_gradients, flat, self.optimizers["discriminator"])
         figures = figures | more
-        if config.r1_gamma and index % config.r1_interval == 0:
-            count = max(int(self.batch * config.r1_share), 1)
+        if config.r1.gamma and self.state["step"] % config.r1.interval == 0:
+            count = max(int(self.batch * config.r1.share), 1)
             flat, more = penalize(photo[:count], photo_cameras[:count])
-            self._update(self.discriminator_gradients, flat, self.discriminator_optimizer)
+            self._update(self.discriminator_gradients, flat, self.optimizers["discriminator"])
             figures = figures | more
-        half_life = min(config.average_images, max(images, 1) * config.average_rampup)
-        update_average(self.average, self.generator, 0.5 ** (config.batch / max(half_life, 1e-8)))
+        update_average(self.average, self.generator, average_decay(images, config.batch, config.average))
+        self.state["step"] += 1
         self.signs.append(figures["sign_real"].clone())
         if len(self.signs) == 16:
             self._adapt_augmentation()
-        return figures
+        return figures | {"augmentation": self.state["augmentation"]}
 
     def _adapt_augmentation(self) -> None:
         sign = torch.stack(self.signs).mean()
@@ -326,6 +401,22 @@ class GeneratorTrainer:
             sign = sign / self.accelerator.num_processes
         self.augment.adapt(sign.item(), len(self.signs) * self.config.batch)
         self.signs.clear()
+        self.state["augmentation"] = self.augment.p
+
+    def before_saving(self, run: TrainingRun) -> None:
+        """The signs that the augmentation has not followed yet."""
+        if self.signs:
+            signs = torch.stack(self.signs)
+            if self.accelerator.num_processes > 1:
+                torch.distributed.all_reduce(signs)
+                signs /= self.accelerator.num_processes
+            self.state["signs"] = signs.tolist()
+        else:
+            self.state["signs"] = []
+
+    def report(self, run: TrainingRun) -> None:
+        """A sheet of heads."""
+        run.sheet("heads", self.sheet())
 
     @torch.no_grad()
     def sheet(self, heads: int = 16, truncation_psi: float = 0.7):
@@ -344,44 +435,6 @@ def train(config: GeneratorConfig, folder: str | os.PathLike, resume: bool = Fal
     The checkpoint's `generator` is the averaged one and, with its `discriminator`, what is published.
 
     Raises:
-        FileNotFoundError, ValueError: the data set, the starting checkpoint or the settings do not fit.
+        FileExistsError, FileNotFoundError, ValueError, FloatingPointError, RuntimeError: see `loop.train`.
     """
-    accelerator = Accelerator()
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    set_seed(config.seed)
-    trainer = GeneratorTrainer(config, accelerator)
-    state = {"augmentation": 0.0, "step": 0}
-    run = TrainingRun(
-        folder,
-        accelerator,
-        config.total_images,
-        config.interval_images,
-        models={
-            "generator": trainer.average,
-            "generator_raw": trainer.generator,
-            **trainer.judges,
-        },
-        optimizers={"generator": trainer.generator_optimizer, "discriminator": trainer.discriminator_optimizer},
-        config=config,
-        state=state,
-        max_seconds=config.max_seconds,
-    )
-    if resume:
-        run.resume()
-        trainer.augment.p = state["augmentation"]
-    trainer.load_data(run.images)
-
-    def show(run):
-        if accelerator.is_main_process:
-            run.sheet("heads", trainer.sheet())
-
-    run.on_interval(show)
-    while run.active():
-        figures = trainer.step(state["step"], run.images)
-        state["step"] += 1
-        if not trainer.signs:  # it has just been adapted
-            state["augmentation"] = trainer.augment.p
-        run.advance(config.batch, figures | {"augmentation": state["augmentation"]})
-    run.finish()
-    return run.checkpoints[-1]
+    return loop.train(GeneratorTrainer, config, folder, resume).checkpoints[-1]

@@ -9,66 +9,80 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from pydantic import AfterValidator, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from ..cameras import camera_from_pose
 from ..data.dataset import to_signed
 from ..export.sheets import grid
 from ..models.identity import IdentityNetwork
-from .averaged import AveragedTrainer, train_averaged
+from . import loop
+from .averaged import AveragedTrainer
+from .settings import (
+    AverageSettings,
+    ComputeSettings,
+    DataSettings,
+    OptimiserSettings,
+    RunSettings,
+    Settings,
+    Share,
+    arguments_of,
+)
 from .trainer import TrainingRun
 
 
-@dataclass
-class IdentityConfig:
-    """Hyperparameters of the identity network's training; batches and counts are those of all processes together.
+class IdentityNetworks(Settings):
+    """Trained networks that are used as they are."""
 
-    Attributes:
-        data: dataset zip or folder of the photos.
-        generator: folder of the trained generator, which stays as it is.
-        validation: dataset of held-out photos for the figures; without it they are of training photos.
-        identity: options of `IdentityNetwork`.
-        total_images: length of the training; a pair is two images.
-        batch_samples, batch_photos: generated persons and photos a step, a pair of pictures each.
-        resolution: rays a side of the generated pictures.
-        max_yaw, max_pitch: degrees to either side from which each generated picture's pose is drawn.
-        min_truncation: each generated person's truncation is uniform from here to 1; near the average people look
-            alike.
-        temperature: of the contrastive loss.
-        learning_rate: AdamW's peak, after a linear warm-up over `warmup_images`; then it falls to 0 by half a cosine.
-        average_images: half-life of the moving average of the weights, at most a tenth of the images so far.
-        max_gradient_norm: gradients longer than this are shortened to it.
-        bf16: bfloat16 convolutions on CUDA.
-        interval_images: images between checkpoints, figures and sheets.
-        max_seconds: stop after so many seconds, with a checkpoint to resume from; the schedule follows total_images.
-    """
-
-    data: str
     generator: str
-    validation: str | None = None
-    identity: dict = field(default_factory=dict)
-    total_images: int = 600_000
-    batch_samples: int = 512
-    batch_photos: int = 512
-    resolution: int = 32
-    max_yaw: float = 30.0
-    max_pitch: float = 15.0
-    min_truncation: float = 0.6
-    temperature: float = 0.1
-    learning_rate: float = 2e-3
-    warmup_images: int = 20_000
-    weight_decay: float = 0.05
-    average_images: int = 20_000
-    max_gradient_norm: float = 1.0
-    bf16: bool = True
-    interval_images: int = 100_000
-    max_seconds: float | None = None
-    seed: int = 0
+    """Folder of the generator."""
+
+
+class IdentityBatch(Settings):
+    """Persons a step, a pair of pictures each; over all processes."""
+
+    samples: PositiveInt = 512
+    """Generated persons."""
+    photos: PositiveInt = 512
+    """Photos."""
+
+
+class IdentityConfig(Settings):
+    """Settings of the identity network's training; batches and counts are those of all processes together, and a pair
+    is two images."""
+
+    networks: IdentityNetworks
+    """What it is trained with."""
+    data: DataSettings
+    """Photos."""
+    identity: Annotated[dict[str, Any], AfterValidator(arguments_of(IdentityNetwork))] = {}
+    """Arguments of `IdentityNetwork`."""
+    batch: IdentityBatch = IdentityBatch()
+    """Batches."""
+    resolution: PositiveInt | None = 32
+    """Rays a side of the generated pictures; null: the generator's."""
+    max_yaw: NonNegativeFloat = 30.0
+    """Degrees to either side from which each generated picture's yaw is drawn."""
+    max_pitch: NonNegativeFloat = 15.0
+    """Likewise, its pitch."""
+    min_truncation: Share = 0.6
+    """Each generated person's truncation is uniform from here to 1; near the average people look alike."""
+    temperature: PositiveFloat = 0.1
+    """Of the contrastive loss."""
+    optimiser: OptimiserSettings = OptimiserSettings(learning_rate=2e-3, warmup_images=20_000, weight_decay=0.05)
+    """AdamW."""
+    average: AverageSettings = AverageSettings(half_life_images=20_000)
+    """The averaged network."""
+    compute: ComputeSettings = ComputeSettings()
+    """Precision."""
+    run: RunSettings
+    """Length and folder."""
 
 
 def _uniform(batch: int, low: float, high: float, device: torch.device) -> torch.Tensor:
@@ -140,18 +154,16 @@ def verification_figures(first: torch.Tensor, second: torch.Tensor) -> dict[str,
             negative rate at
         the best threshold; "same" and "different": mean cosines.
     """
-    cosines = first @ second.T
-    same = cosines.diagonal().contiguous()
-    different = cosines[~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)].sort().values
-    below = torch.searchsorted(different, same) / len(different)
-    not_above = torch.searchsorted(different, same, right=True) / len(different)
-    # With a threshold at each same-person cosine: how many of the others are below, and how many of the same are not.
-    true_positive = (same[None] >= same[:, None]).float().mean(dim=1)
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    cosines = (first @ second.T).double().cpu().numpy()
+    same = np.eye(len(cosines), dtype=bool)
+    false_positive, true_positive, _ = roc_curve(same.ravel(), cosines.ravel())
     return {
-        "auc": ((below + not_above) / 2).mean().item(),
-        "accuracy": ((below + true_positive) / 2).max().item(),
-        "same": same.mean().item(),
-        "different": different.mean().item(),
+        "auc": float(roc_auc_score(same.ravel(), cosines.ravel())),
+        "accuracy": float((true_positive + 1 - false_positive).max() / 2),
+        "same": float(cosines[same].mean()),
+        "different": float(cosines[~same].mean()),
     }
 
 
@@ -168,7 +180,7 @@ class IdentityTrainer(AveragedTrainer):
     @property
     def images_per_step(self) -> int:
         """Pairs are two images each."""
-        return 2 * (self.config.batch_samples + self.config.batch_photos)
+        return 2 * (self.config.batch.samples + self.config.batch.photos)
 
     def load_data(self, images: int) -> None:
         """Likewise, and what it is evaluated on."""
@@ -185,14 +197,13 @@ class IdentityTrainer(AveragedTrainer):
         w = self.samples.latents(self.sampler.sample_cameras(batch))
         planes = self.generator.planes(w, dtype=self.dtype)
         limits = torch.tensor([self.config.max_yaw, self.config.max_pitch])
-
-        def picture() -> torch.Tensor:
+        pictures = []
+        for _ in range(2):
             yaw, pitch = ((torch.rand(batch, 2) * 2 - 1) * limits).unbind(dim=1)
             cameras = camera_from_pose(yaw, pitch).to(self.device, non_blocking=True)
             output = self.generator.synthesize(w, cameras, planes=planes, resolution=resolution, dtype=self.dtype)
-            return output.image.clamp(-1, 1)
-
-        return picture(), picture()
+            pictures.append(output.image.clamp(-1, 1))
+        return tuple(pictures)
 
     def photo_pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A batch of photos, twice; half of the second ones mirrored."""
@@ -213,7 +224,7 @@ class IdentityTrainer(AveragedTrainer):
             "cosine_generated": cosine[: self.batch_samples],
             "cosine_photos": cosine[self.batch_samples :],
         }
-        return self.gradients.flatten(loss), figures
+        return self.gradients[0].flatten(loss), figures
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:
@@ -235,10 +246,10 @@ class IdentityTrainer(AveragedTrainer):
 def train(config: IdentityConfig, run_folder: str | os.PathLike, resume: bool = False) -> Path:
     """Runs (or goes on with) an identity network's training in `run_folder`; returns the newest checkpoint.
 
-    The checkpoint's `identity` is the averaged network, which is published. figures.jsonl: see `train_averaged`;
-    held-out figures are those of `IdentityTrainer.figures`.
+    The checkpoint's `identity` is the averaged network, which is published. Held-out figures are those of
+    `IdentityTrainer.figures`.
 
     Raises:
-        FileNotFoundError, ValueError: data, checkpoints or settings do not fit.
+        FileExistsError, FileNotFoundError, ValueError, FloatingPointError, RuntimeError: see `loop.train`.
     """
-    return train_averaged(IdentityTrainer, config, run_folder, resume)
+    return loop.train(IdentityTrainer, config, run_folder, resume, packages=("sklearn",)).checkpoints[-1]

@@ -1,0 +1,139 @@
+"""The paper's method: an auxiliary network's prediction, then gradient steps on the auxiliary network (Eq. 5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..adaptation import InnerLoop, InnerProblem, Tasks, adapt, make_tasks, predict_tasks
+from ..files import source_name
+from ..losses import InversionLoss
+from ..models.auxiliary import AuxiliaryNetwork
+from ..models.encoder import LatentEncoder
+from .base import Generator, InversionMethod, Reconstruction, weights_of
+from .registry import MethodRequest, register
+
+
+class AuxiliaryAdaptation(InversionMethod):
+    """The paper's method: an auxiliary network's prediction, then gradient steps on the auxiliary network (Eq. 5).
+
+    With `steps` 0 it is the prediction alone; a hypernetwork without adaptation (HyperInverter) is that of another
+    auxiliary network. A single photo is adapted by [`~metaaux.adaptation.adapt`], as in `MetaAuxInverter.invert`.
+
+    Args:
+        name: see `InversionMethod`.
+        label: see `InversionMethod`.
+        generator: the generator.
+        encoder: gives the code, which stays fixed.
+        loss: Eq. 8.
+        auxiliary: the auxiliary network.
+        steps: N of Eq. 5.
+        learning_rate: α of Eq. 5; `None` takes the rates stored in the auxiliary network.
+        source: where the auxiliary network came from, for the records.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        label: str,
+        generator: Generator,
+        encoder: LatentEncoder,
+        loss: InversionLoss,
+        auxiliary: AuxiliaryNetwork,
+        steps: int,
+        learning_rate: float | None,
+        source: str,
+    ):
+        super().__init__(name, label)
+        self.generator, self.encoder, self.loss, self.auxiliary = generator, encoder, loss, auxiliary
+        self.steps, self.learning_rate, self.source = steps, learning_rate, source
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "auxiliary": self.source,
+            "steps": self.steps,
+            "learning_rate": self.learning_rate,
+            "loss": weights_of(self.loss),
+        }
+
+    def invert(self, image: torch.Tensor, camera: torch.Tensor) -> list[Reconstruction]:
+        if len(image) > 1:
+            return self._invert_batch(image, camera)
+        return [self._invert_one(*one) for one in zip(image.split(1), camera.split(1))]
+
+    def _invert_one(self, image: torch.Tensor, camera: torch.Tensor) -> Reconstruction:
+        with torch.no_grad():
+            w = self.encoder(image)
+        result = adapt(
+            self.generator,
+            self.auxiliary,
+            self.loss,
+            image,
+            w,
+            camera,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+        )
+        final = result.image[0].detach().clamp(-1, 1)
+        return Reconstruction(final, w, camera, self.generator, result.weight_offsets, result.offset_planes)
+
+    def _invert_batch(self, image: torch.Tensor, camera: torch.Tensor) -> list[Reconstruction]:
+        generator, auxiliary = self.generator, self.auxiliary
+        tasks = make_tasks(generator, self.encoder, image, camera)
+        parameters = {name: p.detach().requires_grad_() for name, p in auxiliary.adaptable_parameters().items()}
+        inner = InnerLoop.of(auxiliary, self.steps)
+        if self.learning_rate is not None:
+            inner.rates = dict.fromkeys(inner.rates, torch.tensor(self.learning_rate, device=image.device))
+        with torch.enable_grad():
+            adapted, _ = InnerProblem(generator, auxiliary, self.loss, tasks, inner).run(parameters)
+        with torch.no_grad():
+            offsets = predict_tasks(auxiliary, adapted, tasks)
+            return [self._of_task(tasks, offsets, index) for index in range(len(image))]
+
+    def _of_task(self, tasks: Tasks, offsets, index: int) -> Reconstruction:
+        part = slice(index, index + 1)
+        w, camera = tasks.w[part], tasks.camera[part]
+        weight_offsets = {name: offset[index] for name, offset in offsets.weight_offsets.items()}
+        offset_planes = None if offsets.offset_planes is None else offsets.offset_planes[part]
+        output = self.generator.synthesize(w, camera, weight_offsets=weight_offsets, offset_planes=offset_planes)
+        if not torch.isfinite(output.image).all():
+            raise FloatingPointError("the reconstruction is not finite: the adaptation diverged")
+        return Reconstruction(output.image[0].clamp(-1, 1), w, camera, self.generator, weight_offsets, offset_planes)
+
+
+@register("full", "Ours (full)", stepped=True)
+@register("metaaux", "Ours", stepped=True)
+def make_metaaux(request: MethodRequest) -> AuxiliaryAdaptation:
+    """The checkpoint's own auxiliary network; "full" in tables of ablations."""
+    inverter = request.inverter
+    rate = inverter.config.inner_learning_rate
+    return make_adaptation(request, inverter.auxiliary, request.steps, rate, "pipeline")
+
+
+def make_from_folder(request: MethodRequest, steps: int) -> AuxiliaryAdaptation:
+    """The auxiliary network of the method's folder, with the rates that were learnt with it."""
+    auxiliary = request.load(AuxiliaryNetwork, image_size=request.inverter.generator.config.image_size)
+    return make_adaptation(request, auxiliary, steps, None, source_name(request.folder))
+
+
+def make_adaptation(
+    request: MethodRequest,
+    auxiliary: AuxiliaryNetwork,
+    steps: int,
+    learning_rate: float | None,
+    source: str,
+) -> AuxiliaryAdaptation:
+    """An auxiliary network with the checkpoint's generator, encoder and loss."""
+    inverter = request.inverter
+    return AuxiliaryAdaptation(
+        request.name,
+        request.label,
+        inverter.generator,
+        inverter.encoder,
+        inverter.inversion_loss(),
+        auxiliary,
+        steps,
+        learning_rate,
+        source,
+    )

@@ -1,0 +1,44 @@
+"""First values of the inner learning rates (α of Eq. 5), from which meta-learning goes on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+
+from ..adaptation import InnerLoop, InnerProblem, Tasks, predict_tasks
+from ..models.auxiliary import AuxiliaryNetwork
+
+if TYPE_CHECKING:
+    from .phases import FrozenNetworks
+
+
+@torch.no_grad()
+def calibrate_rates(
+    networks: FrozenNetworks,
+    auxiliary: AuxiliaryNetwork,
+    tasks: Tasks,
+    relative_step: float,
+    accelerator: Accelerator,
+) -> None:
+    """Set the inner rates such that a step changes each tensor by `relative_step` of its root mean square.
+
+    The scales of gradients differ by orders of magnitude between tensors (a tensor at zero counts as 0.01), which
+    one rate for all cannot suit and learning them from there would take long. Tensors without gradient keep theirs.
+    """
+    parameters = auxiliary.adaptable_parameters()
+    was_training = auxiliary.training
+    auxiliary.eval()
+    with torch.enable_grad():
+        stacked = {n: p.detach().expand(len(tasks), *p.shape).requires_grad_() for n, p in parameters.items()}
+        problem = InnerProblem(networks.generator, auxiliary, networks.inner_loss, tasks, InnerLoop.of(auxiliary, 0))
+        _, losses = problem.evaluate(0, predict_tasks(auxiliary, stacked, tasks))
+        gradients = torch.autograd.grad(losses["total"].sum(), list(stacked.values()))
+    auxiliary.train(was_training)
+    logs = []
+    for current, parameter, gradient in zip(auxiliary.log_inner_rates, parameters.values(), gradients, strict=True):
+        size = parameter.square().mean().sqrt().clamp(min=0.01)
+        slope = gradient.square().mean().sqrt()
+        logs.append(torch.where(slope > 1e-9, (relative_step * size / slope.clamp(min=1e-9)).log(), current))
+    auxiliary.log_inner_rates.copy_(accelerator.reduce(torch.stack(logs), reduction="mean"))

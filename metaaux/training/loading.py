@@ -1,0 +1,81 @@
+"""Networks and data that a run starts from."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate.tracking import get_available_trackers
+from torch import nn
+
+from ..data.dataset import FaceDataset
+from ..data.sampler import FaceSampler
+from ..hub.loading import load_component
+from ..models.perceptual import LPIPS
+from .settings import DataSettings
+
+Network = TypeVar("Network", bound=nn.Module)
+
+#: In a run's folder: a link to the newest checkpoint or, where links cannot be made, a text file with its name.
+LATEST = "latest"
+
+
+def find_folder(path: str | os.PathLike) -> Path:
+    """`path` itself, or where it leads if a part of it is a run's `latest` in the form of a text file."""
+    found = Path()
+    for part in Path(path).parts:
+        found = found / part
+        if part == LATEST and found.is_file():
+            found = found.parent / found.read_text(encoding="utf-8").strip()
+    return found
+
+
+def load_network(cls: type[Network], path: str | os.PathLike) -> Network:
+    """A network in float32, in eval mode and frozen, from its folder: safetensors only, and never from the Hub.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: as `hub.loading.load_component`.
+    """
+    return load_component(cls, find_folder(path))
+
+
+def load_perceptual(path: str | os.PathLike) -> LPIPS:
+    """A perceptual distance: an `LPIPS` folder, or a safetensors file of SqueezeNet 1.1 features with folded
+    normalisation."""
+    path = find_folder(path)
+    return load_component(LPIPS, path) if path.is_dir() else LPIPS.from_features_file(path)
+
+
+def make_sampler(data: DataSettings, dataset: FaceDataset, batch: int, device: torch.device, seed: int) -> FaceSampler:
+    """Endless batches of `batch` photos of `dataset`, as the settings say."""
+    return FaceSampler(
+        dataset,
+        batch,
+        device,
+        seed,
+        mirror=data.mirror,
+        balance_turned=data.balance_turned,
+        in_memory=data.in_memory,
+        workers=data.workers,
+        repeats=data.repeats,
+    )
+
+
+def check_packages(modules: Iterable[str] = (), trackers: Iterable[str] = ()) -> None:
+    """That what a run needs later is there before it starts.
+
+    Raises:
+        ValueError: importable `modules`, or packages of accelerate's `trackers`, are missing.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    available = {str(tracker.value) for tracker in get_available_trackers()}
+    missing += [name for name in trackers if name not in available]
+    if missing:
+        raise ValueError(
+            f"training needs {', '.join(missing)}: install metaaux[train] (or what requirements-dev.txt lists)"
+            + ("; run.trackers: [] does without trackers" if set(missing) & set(trackers) else "")
+        )

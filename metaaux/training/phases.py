@@ -1,0 +1,265 @@
+"""What both phases of the auxiliary network's training share: settings, frozen networks, start, calibration, held-out
+figures. `plain` and `meta` hold what they differ in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from accelerate import Accelerator
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from ..adaptation import Tasks, make_tasks
+from ..losses import InversionLoss, LossWeights
+from ..models.auxiliary import AuxiliaryNetwork
+from ..models.discriminator import DualDiscriminator
+from ..models.eg3d import EG3DGenerator
+from ..models.encoder import LatentEncoder
+from ..models.identity import IdentityNetwork
+from .calibration import calibrate_rates
+from .distributed import FlatGradients, broadcast_module
+from .loading import load_network, load_perceptual
+from .loop import Trainer, averaged_copy, per_process, set_learning_rates
+from .schedules import average_decay, update_average
+from .settings import (
+    AverageSettings,
+    ComputeSettings,
+    DataSettings,
+    OptimiserSettings,
+    RunSettings,
+    Settings,
+    Share,
+    arguments_of,
+)
+from .trainer import TrainingRun
+from .validation import Validation
+
+LossSetting = Annotated[dict[str, float], AfterValidator(arguments_of(LossWeights))]
+#: Arguments of `AuxiliaryNetwork` that the generator decides.
+_GIVEN = ("layer_shapes", "image_size", "plane_features", "plane_resolution", "box_size")
+
+
+class FrozenNetworkSettings(Settings):
+    """Folders of trained networks that are used as they are."""
+
+    generator: str
+    """The generator."""
+    encoder: str
+    """Gives the codes, which stay fixed."""
+    discriminator: str
+    """Of the adversarial term and, without `perceptual`, of the perceptual distance."""
+    identity: str
+    """Of the identity term."""
+    perceptual: str | None = None
+    """The perceptual network of the checkpoint to be, and so of the inner loop: an `LPIPS` folder or a safetensors
+    file of SqueezeNet features; null: the discriminator's features."""
+
+
+class AuxiliarySettings(Settings):
+    """The network to start from."""
+
+    initial: str | None = None
+    """Its folder (meta: that of the plain phase's network); null: a new one."""
+    layer_prefixes: tuple[str, ...] = ("backbone.", "super_resolution.")
+    """Generator layers that get weight offsets (new network only)."""
+    arguments: Annotated[dict[str, Any], AfterValidator(arguments_of(AuxiliaryNetwork, *_GIVEN))] = {}
+    """Further arguments of `AuxiliaryNetwork` (new network only)."""
+    offset_bias_resolution: PositiveInt | None = None
+    """Where given, the network started from gets offset planes of this side
+    (`AuxiliaryNetwork.with_offset_bias_resolution`)."""
+    full_kernel_layers: tuple[str, ...] = ()
+    """Its layers whose name starts with one of these get full kernels (`AuxiliaryNetwork.with_full_kernels`)."""
+
+
+class InnerSettings(Settings):
+    """The inner loop, Eq. 5, which is also that of inference; of the plain phase for held-out figures alone."""
+
+    steps: PositiveInt = 5
+    """K."""
+    loss: LossSetting = {}
+    """`LossWeights`, which are to be the checkpoint's; stored in the network."""
+    max_gradient_norm: PositiveFloat | None = None
+    """Clipping in Eq. 5, stored in the network; null keeps the network's."""
+    momentum: NonNegativeFloat | None = None
+    """μ of `adaptation.gradient_step`, likewise."""
+    order: Literal["first", "second"] = "second"
+    """Whether the inner gradients are differentiated through (second, MAML) or taken for constants (first)."""
+    resolution: PositiveInt | None = None
+    """Rays a side; null: the generator's."""
+    tasks_per_pass: PositiveInt = 8
+    """Tasks of a process whose inner loops run side by side; less needs less memory."""
+    learn_rates: bool = True
+    """Whether the inner learning rates are learnt too."""
+    rates_learning_rate: PositiveFloat = 0.02
+    """Peak of the learning rate of their logarithms."""
+    calibrate_rates: NonNegativeFloat = 0.002
+    """Where positive, the inner rates are set such that a step changes each tensor by this fraction of its root mean
+    square: at the start of the meta phase, and at each checkpoint of the plain phase."""
+
+
+class OuterSettings(Settings):
+    """The objective that the optimiser sees."""
+
+    loss: LossSetting = {}
+    """`LossWeights`."""
+    perceptual: str | None = None
+    """Its perceptual distance, where it is another than `networks.perceptual`; what that may be."""
+    resolution: PositiveInt | None = None
+    """Rays a side; null: the generator's."""
+    multi_step_weight: Share = 0.2
+    """Share of the meta phase's objective that is put on the inner loss of the states before the last (MAML++)."""
+    sample_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Part of the plain phase's batch that is generated instead of photographed."""
+
+
+class AuxiliaryConfig(Settings):
+    """Settings of both phases; counts are of images shown, over all processes: in the meta phase, of tasks."""
+
+    phase: Literal["plain", "meta"] = "plain"
+    """Prediction alone (Eq. 8), or meta-learning (Alg. 1)."""
+    networks: FrozenNetworkSettings
+    """What it is trained with."""
+    auxiliary: AuxiliarySettings = AuxiliarySettings()
+    """The network."""
+    data: DataSettings
+    """Photos."""
+    inner: InnerSettings = InnerSettings()
+    """Inner loop."""
+    outer: OuterSettings = OuterSettings()
+    """Objective."""
+    batch: PositiveInt = 32
+    """Photos per optimiser step."""
+    optimiser: OptimiserSettings = OptimiserSettings(learning_rate=5e-4, final_learning_rate=0.05, warmup_images=2_000)
+    """AdamW; its learning rate is β of Eq. 7."""
+    average: AverageSettings = AverageSettings(half_life_images=5_000)
+    """The averaged network, saved as `auxiliary_average`."""
+    validation_photos: PositiveInt = 32
+    """Photos of the validation set that are inverted at each interval."""
+    compute: ComputeSettings = ComputeSettings()
+    """Precision: of the generator and, in the plain phase, of the auxiliary network."""
+    run: RunSettings
+    """Length and folder."""
+
+
+@dataclass
+class FrozenNetworks:
+    """What the auxiliary network is trained against; nothing here is trained.
+
+    Attributes:
+        generator: the generator G.
+        encoder: gives the codes, which stay fixed.
+        inner_loss: Eq. 8 as inference has it.
+        outer_loss: of the objective.
+    """
+
+    generator: EG3DGenerator
+    encoder: LatentEncoder
+    inner_loss: InversionLoss
+    outer_loss: InversionLoss
+
+    def tasks(self, image: torch.Tensor, camera: torch.Tensor) -> Tasks:
+        """Photos [B, 3, S, S] seen by cameras [B, 25] as a task each."""
+        return make_tasks(self.generator, self.encoder, image, camera)
+
+
+def load_networks(config: AuxiliaryConfig, device: torch.device) -> FrozenNetworks:
+    """The frozen networks and both losses on `device`."""
+    folders = config.networks
+    discriminator = load_network(DualDiscriminator, folders.discriminator).to(device)
+    identity = load_network(IdentityNetwork, folders.identity).to(device)
+    perceptual = None if folders.perceptual is None else load_perceptual(folders.perceptual).to(device)
+    outer_perceptual = perceptual
+    if config.outer.perceptual is not None:
+        outer_perceptual = load_perceptual(config.outer.perceptual).to(device)
+    inner_weights, outer_weights = LossWeights(**config.inner.loss), LossWeights(**config.outer.loss)
+    return FrozenNetworks(
+        load_network(EG3DGenerator, folders.generator).to(device),
+        load_network(LatentEncoder, folders.encoder).to(device),
+        InversionLoss.from_components(inner_weights, discriminator, identity, perceptual),
+        InversionLoss.from_components(outer_weights, discriminator, identity, outer_perceptual),
+    )
+
+
+def make_auxiliary(config: AuxiliaryConfig, generator: EG3DGenerator) -> AuxiliaryNetwork:
+    """A new network that fits the generator, or the one that the configuration starts from."""
+    start = config.auxiliary
+    if start.initial is None:
+        auxiliary = AuxiliaryNetwork(**AuxiliaryNetwork.config_for(generator, start.layer_prefixes, **start.arguments))
+    else:
+        auxiliary = load_network(AuxiliaryNetwork, start.initial)
+    if start.offset_bias_resolution is not None:
+        auxiliary = auxiliary.with_offset_bias_resolution(start.offset_bias_resolution)
+    if start.full_kernel_layers:
+        auxiliary = auxiliary.with_full_kernels(start.full_kernel_layers)
+    for name in ("max_gradient_norm", "momentum"):
+        if getattr(config.inner, name) is not None:
+            auxiliary.register_to_config(**{f"inner_{name}": getattr(config.inner, name)})
+    return auxiliary.requires_grad_(True)
+
+
+class AuxiliaryTrainer(Trainer):
+    """The networks of a run, and all of a step but its objective."""
+
+    def __init__(self, config: AuxiliaryConfig, accelerator: Accelerator):
+        super().__init__(config, accelerator)
+        self.own_batch = per_process(config.batch, accelerator)
+        self.networks = load_networks(config, self.device)
+        auxiliary = make_auxiliary(config, self.networks.generator).to(self.device)
+        auxiliary.register_to_config(inner_loss=self.networks.inner_loss.describe())
+        broadcast_module(accelerator, auxiliary)
+        self.auxiliary, self.average = auxiliary, averaged_copy(auxiliary)
+        self.models = {"auxiliary": self.auxiliary, "auxiliary_average": self.average}
+
+        self.parameters = list(auxiliary.adaptable_parameters().values())
+        groups: list[dict[str, Any]] = [{"params": self.parameters, "weight_decay": config.optimiser.weight_decay}]
+        self.peaks = [config.optimiser.learning_rate]
+        if config.phase == "meta" and config.inner.learn_rates:
+            groups.append({"params": [auxiliary.log_inner_rates], "weight_decay": 0.0})
+            self.peaks.append(config.inner.rates_learning_rate)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+        self.optimizers = {"auxiliary": self.optimizer}
+        self.gradients = [FlatGradients(parameter for group in groups for parameter in group["params"])]
+        self.reduced = None if self.dtype == torch.float32 else self.dtype
+
+    @property
+    def images_per_step(self) -> int:
+        """Photos and samples, or tasks."""
+        return self.config.batch
+
+    @property
+    def image_size(self) -> int:
+        """The generator's."""
+        return self.networks.generator.config.image_size
+
+    def load_data(self, images: int) -> None:
+        """Likewise, and the photos of the held-out figures."""
+        super().load_data(images)
+        self.validation = None
+        if self.config.data.validation:
+            held_out = self.held_out(self.config.validation_photos)
+            inner = self.config.inner
+            self.validation = Validation(self.networks, held_out, inner.steps, inner.tasks_per_pass, self.device)
+
+    def calibrate(self) -> None:
+        """Inner rates from the averaged network's gradients, for both."""
+        tasks = self.networks.tasks(*self.sampler.next()).split(self.config.inner.tasks_per_pass)[0]
+        calibrate_rates(self.networks, self.average, tasks, self.config.inner.calibrate_rates, self.accelerator)
+        self.auxiliary.log_inner_rates.data.copy_(self.average.log_inner_rates)
+
+    def update(self, flat: torch.Tensor, images: int) -> dict[str, torch.Tensor | float]:
+        """Eq. 7 with the gradient `flat` of this process; returns figures."""
+        config = self.config
+        factor = set_learning_rates(self.optimizer, self.peaks, images, config.run, config.optimiser)
+        self.gradients[0].set(flat, self.accelerator.num_processes)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.optimiser.max_gradient_norm)
+        self.optimizer.step()
+        update_average(self.average, self.auxiliary, average_decay(images, config.batch, config.average))
+        return {"gradient_norm": norm, "learning_rate": factor * config.optimiser.learning_rate}
+
+    def report(self, run: TrainingRun) -> None:
+        """Held-out figures and a sheet of the averaged network."""
+        if self.validation is not None:
+            figures, sheet = self.validation.measure(self.average)
+            run.record({"images": run.images, **figures})
+            run.sheet("inversion", sheet)

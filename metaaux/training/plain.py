@@ -1,0 +1,89 @@
+"""First phase of the auxiliary network's training: its own prediction, before any gradient step, by Eq. 8."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from accelerate import Accelerator
+
+from ..adaptation import Tasks, synthesize_tasks
+from ..models.auxiliary import AuxiliaryNetwork, AuxiliaryOutput
+from .cuda_graphs import CapturedFunction
+from .distributed import average_buffers, batch_statistics
+from .phases import AuxiliaryConfig, AuxiliaryTrainer, FrozenNetworks
+from .trainer import TrainingRun
+
+
+def plain_objective(
+    networks: FrozenNetworks,
+    auxiliary: AuxiliaryNetwork,
+    tasks: Tasks,
+    resolution: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Eq. 8 of the prediction before any gradient step, a scalar; and figures of it.
+
+    Args:
+        networks: what it is trained against.
+        auxiliary: in training mode, or in eval mode.
+        tasks: a photo each.
+        resolution: rays a side; `None`: the generator's.
+        dtype: reduced precision of both networks; `None`: float32.
+    """
+    with torch.autocast(tasks.image.device.type, dtype=dtype) if dtype else contextlib.nullcontext():
+        offsets = auxiliary(tasks.image, tasks.camera, tasks.planes)
+    offsets = AuxiliaryOutput(
+        {name: offset.float() for name, offset in offsets.weight_offsets.items()}, offsets.offset_planes
+    )
+    output = synthesize_tasks(networks.generator, tasks, offsets, resolution, dtype=dtype)
+    losses = networks.outer_loss(output.image, output.image_raw, tasks.image, tasks.camera)
+    figures = {name: value.mean() for name, value in losses.items()}
+    return figures["total"], figures
+
+
+class PlainTrainer(AuxiliaryTrainer):
+    """Photos and the generator's own pictures, each predicted once."""
+
+    def __init__(self, config: AuxiliaryConfig, accelerator: Accelerator):
+        super().__init__(config, accelerator)
+        self.generated = round(config.outer.sample_fraction * self.own_batch)
+        if self.generated == self.own_batch:
+            raise ValueError(
+                f"outer.sample_fraction={config.outer.sample_fraction} leaves no photo of {self.own_batch} a process"
+            )
+        self.auxiliary.train()
+        self.captured = CapturedFunction(self.flat_gradient, self.graphs)
+
+    @property
+    def photos_per_process(self) -> int:
+        """Its share of the batch but for what is generated."""
+        return self.own_batch - self.generated
+
+    def flat_gradient(
+        self, image: torch.Tensor, camera: torch.Tensor, sample_camera: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Of photos [B, 3, S, S] seen by cameras [B, 25], and of generated heads seen by others [G, 25]."""
+        generator = self.networks.generator
+        if len(sample_camera):
+            with torch.no_grad():
+                z = torch.randn(len(sample_camera), generator.config.z_dim, device=sample_camera.device)
+                w = generator.mapping(z, sample_camera)
+                samples = generator.synthesize(w, sample_camera, dtype=self.reduced).image.clamp(-1, 1)
+            image, camera = torch.cat([image, samples]), torch.cat([camera, sample_camera])
+        tasks = self.networks.tasks(image, camera)
+        objective, figures = plain_objective(
+            self.networks, self.auxiliary, tasks, self.config.outer.resolution, self.reduced
+        )
+        return self.gradients[0].flatten(objective), {name: value.detach() for name, value in figures.items()}
+
+    def step(self, images: int) -> dict[str, torch.Tensor | float]:
+        """One update; returns figures."""
+        flat, figures = self.captured(*self.sampler.next(), self.sampler.sample_cameras(self.generated))
+        average_buffers(self.accelerator, batch_statistics(self.auxiliary))
+        return figures | self.update(flat, images)
+
+    def before_saving(self, run: TrainingRun) -> None:
+        """Inner rates, so that each checkpoint can be adapted."""
+        if self.config.inner.calibrate_rates > 0:
+            self.calibrate()
