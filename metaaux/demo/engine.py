@@ -115,18 +115,27 @@ class Engine:
         self._edit_on_gpu = _on_gpu(self._edit, _seconds_of_edit)
         self._turntable_on_gpu = _on_gpu(self._turntable, _seconds_of_turntable)
 
-    def start(self) -> None:
+    def start(self, loaded: Callable[[], None] | None = None) -> None:
         """Loads the models: on ZeroGPU before it returns, as models are to be placed at start there; elsewhere in a
-        thread, so that the page need not wait."""
+        thread, so that the page need not wait.
+
+        Args:
+            loaded: called once they are there.
+        """
         if self.zero_gpu:
-            self._load()
+            self._load(loaded)
         else:
-            threading.Thread(target=self._load, name="load-models", daemon=True).start()
+            threading.Thread(target=self._load, args=(loaded,), name="load-models", daemon=True).start()
 
     @property
     def ready(self) -> bool:
         """Whether the models are loaded, or have failed to."""
         return self._loaded.is_set()
+
+    @property
+    def works(self) -> bool:
+        """Whether the models are loaded."""
+        return self.ready and self._failure is None
 
     def inverter(self, model: str | None = None) -> MetaAuxInverter:
         """The pipeline of a model, once it is loaded.
@@ -145,6 +154,13 @@ class Engine:
         if self._failure is not None:
             raise ValueError("the model could not be loaded; whoever runs this demo finds the reason in its log")
         return self._inverters[model]
+
+    def max_head_bytes(self, model: str | None = None) -> int:
+        """Size of the largest file that a model's heads can have."""
+        from ..inversion import max_file_bytes
+
+        inverter = self.inverter(model)
+        return max_file_bytes(inverter.generator, inverter.auxiliary)
 
     @property
     def makes_turntables_at_once(self) -> bool:
@@ -450,7 +466,7 @@ class Engine:
         finally:
             closed.set()
 
-    def _load(self) -> None:
+    def _load(self, loaded: Callable[[], None] | None) -> None:
         try:
             from ..devices import best_device
             from ..pipeline import MetaAuxInverter
@@ -468,6 +484,8 @@ class Engine:
         finally:
             self._loaded.set()
         if self._failure is None:
+            if loaded is not None:
+                loaded()
             self._warm_up()
 
     def _warm_up(self) -> None:
