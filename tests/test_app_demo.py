@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 
 from metaaux import MetaAuxInverter
-from metaaux.demo import Settings, build_demo, launch
-from metaaux.demo import engine as engine_module
+from metaaux.demo import Settings, build_demo, launch, quota
 from metaaux.demo.engine import Engine
 from metaaux.demo.handlers import FURTHER_SLIDERS, NAMED_SLIDERS, VIEWPOINT_PARTS, Handlers
 from metaaux.demo.heads import HeadCache, head_bytes
@@ -607,17 +606,17 @@ class TestQuota:
 
     def test_a_usual_visit(self):
         """One inversion, any number of turns, two edits: measured at full size on one H100."""
-        assert (engine_module.INVERSION_SECONDS, engine_module.VIEW_SECONDS) == (1.025, 0.0074)
-        inversion = engine_module._seconds_of_inversion("m", [None], [None], 5, None, "path", True)
-        turns, edit = 0, engine_module._seconds_of_edit("m", "path", 0.0, 0.0, {"smile": 1.0})
+        assert (quota.INVERSION_SECONDS, quota.VIEW_SECONDS) == (1.025, 0.0074)
+        inversion = quota.seconds_of_inversion("m", [None], [None], 5, None, "path", True)
+        turns, edit = 0, quota.seconds_of_edit("m", "path", 0.0, 0.0, {"smile": 1.0})
         assert inversion + 50 * turns + 2 * edit <= 25
         # What is asked for covers what was measured.
         assert inversion > 1.025 + 217 * 0.0074 and edit > 0.021 + 217 * 0.0074
 
     def test_more_work_asks_for_more(self):
-        seconds = engine_module._seconds_of_inversion
+        seconds = quota.seconds_of_inversion
         assert seconds("m", [0], [0], 20, None, "p", True) > seconds("m", [0], [0], 5, None, "p", True)
         assert seconds("m", [0] * 3, [0] * 3, 5, None, "p", True) > seconds("m", [0], [0], 5, None, "p", True)
         assert seconds("m", [0], [0], 5, False, "p", False) < seconds("m", [0], [0], 5, None, "p", False)
-        assert engine_module._seconds_of_orbit("m", "p", 240, (25, 10), {}, "v") > 5
+        assert quota.seconds_of_orbit("m", "p", 240, (25, 10), {}, "v") > 5
         assert seconds("m", [0] * 5, [0] * 5, 20, None, "p", True) <= 120

@@ -8,7 +8,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from app_server import ROOT, running_app
 from browser import CHROMIUM, SLOW, changed, running_browser, settled, upload, view, visitors
 from PIL import Image
@@ -21,22 +20,8 @@ VIEWS = 10 + 31 * 7
 
 
 @pytest.fixture(scope="module")
-def model_folder(tiny_components, tmp_path_factory):
-    """The tiny pipeline with one editing direction."""
-    from metaaux import MetaAuxInverter
-    from metaaux.models.directions import Direction, LatentDirections
-
-    normal = torch.nn.functional.normalize(torch.arange(1.0, 17.0), dim=0)
-    smile = Direction("smile", "interfacegan", normal, 5.0, -3.0, 3.0, 0.9, "smiles more")
-    folder = tmp_path_factory.mktemp("turn-model") / "tiny"
-    directions = LatentDirections.from_directions([smile])
-    MetaAuxInverter(**tiny_components, latent_directions=directions).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def app(model_folder, tmp_path_factory):
-    variables = {"METAAUX_MODELS": str(model_folder), "METAAUX_DEVICE": "cpu"}
+def app(smiling_folder, tmp_path_factory):
+    variables = {"METAAUX_MODELS": str(smiling_folder), "METAAUX_DEVICE": "cpu"}
     with running_app(tmp_path_factory.mktemp("app"), **variables) as app:
         yield app
 
