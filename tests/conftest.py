@@ -116,6 +116,20 @@ def tiny_folder(tiny_components, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def smiling_folder(tiny_components, tmp_path_factory):
+    """Folder of a saved tiny pipeline with one editing direction, "smile"."""
+    from metaaux import MetaAuxInverter
+    from metaaux.models.directions import Direction, LatentDirections
+
+    normal = torch.nn.functional.normalize(torch.arange(1.0, 17.0), dim=0)
+    smile = Direction("smile", "interfacegan", normal, 5.0, -3.0, 3.0, 0.9, "smiles more")
+    folder = tmp_path_factory.mktemp("smiling-model") / "tiny"
+    directions = LatentDirections.from_directions([smile])
+    MetaAuxInverter(**tiny_components, latent_directions=directions).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_inverter(tiny_folder):
     """The tiny pipeline, loaded from its folder."""
     from metaaux import MetaAuxInverter

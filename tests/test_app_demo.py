@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 
 from metaaux import MetaAuxInverter
-from metaaux.demo import Settings, build_demo
-from metaaux.demo import engine as engine_module
+from metaaux.demo import Settings, build_demo, launch, quota
 from metaaux.demo.engine import Engine
 from metaaux.demo.handlers import FURTHER_SLIDERS, NAMED_SLIDERS, VIEWPOINT_PARTS, Handlers
 from metaaux.demo.heads import HeadCache, head_bytes
@@ -33,6 +32,7 @@ from metaaux.demo.validation import (
     explained,
     read_photos,
 )
+from metaaux.inversion import max_file_bytes
 from metaaux.models.directions import Direction, LatentDirections
 
 
@@ -136,11 +136,11 @@ class TestChecks:
         large.write_bytes(b"0" * 1_000_001)
         empty.touch()
         with pytest.raises(ValueError, match="up to 1 MB"):
-            check_inversion_file(str(large), Settings(max_file_mb=1))
+            check_inversion_file(str(large), 1_000_000)
         with pytest.raises(ValueError, match="is empty"):
-            check_inversion_file(str(empty), Settings())
+            check_inversion_file(str(empty), 10)
         with pytest.raises(ValueError, match="no inversion file"):
-            check_inversion_file(None, Settings())
+            check_inversion_file(None, 10)
 
     def test_errors_of_input_are_shown_and_others_are_not(self, caplog):
         with pytest.raises(gr.Error, match="Too small"):
@@ -208,6 +208,12 @@ class TestEngine:
         for thread in threads:
             thread.join()
         assert most[0] == engine.settings.workers == 1
+
+    def test_every_head_of_the_model_may_be_uploaded(self, engine, tiny_inversion, tmp_path):
+        inverter = engine.inverter()
+        tiny_inversion.save(tmp_path / "head.safetensors")
+        assert (tmp_path / "head.safetensors").stat().st_size <= engine.max_head_bytes()
+        assert engine.max_head_bytes() == max_file_bytes(inverter.generator, inverter.auxiliary)
 
     def test_unknown_model(self, engine):
         with pytest.raises(ValueError, match="no model '/etc' here"):
@@ -476,6 +482,20 @@ class TestPage:
         assert "mini" not in other and "hour" not in other
         assert "about 4 hours" in notice(("a", "b"), 120) and "`a`, `b`" in notice(("a", "b"), 120)
 
+    def test_uploads_may_be_as_large_as_the_models_heads(self, tiny_folder, monkeypatch):
+        demo, engine = build_demo(Settings(models=(str(tiny_folder),), device="cpu", max_file_mb=1))
+        monkeypatch.setattr(engine, "max_head_bytes", lambda model=None: 135_000_000)
+        try:
+            launch(demo, engine, block=False, quiet=True)
+            engine.inverter()
+            deadline = time.monotonic() + 60
+            while demo.config["max_file_size"] != 135_000_000:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert demo.max_file_size == 135_000_000
+        finally:
+            demo.close()
+
     def test_names_of_files_stay_text(self):
         assert "<script>" not in note_card("<script>") and "<script>" not in progress_bar("<script>", 0.5)
 
@@ -586,17 +606,17 @@ class TestQuota:
 
     def test_a_usual_visit(self):
         """One inversion, any number of turns, two edits: measured at full size on one H100."""
-        assert (engine_module.INVERSION_SECONDS, engine_module.VIEW_SECONDS) == (1.025, 0.0074)
-        inversion = engine_module._seconds_of_inversion("m", [None], [None], 5, None, "path", True)
-        turns, edit = 0, engine_module._seconds_of_edit("m", "path", 0.0, 0.0, {"smile": 1.0})
+        assert (quota.INVERSION_SECONDS, quota.VIEW_SECONDS) == (1.025, 0.0074)
+        inversion = quota.seconds_of_inversion("m", [None], [None], 5, None, "path", True)
+        turns, edit = 0, quota.seconds_of_edit("m", "path", 0.0, 0.0, {"smile": 1.0})
         assert inversion + 50 * turns + 2 * edit <= 25
         # What is asked for covers what was measured.
         assert inversion > 1.025 + 217 * 0.0074 and edit > 0.021 + 217 * 0.0074
 
     def test_more_work_asks_for_more(self):
-        seconds = engine_module._seconds_of_inversion
+        seconds = quota.seconds_of_inversion
         assert seconds("m", [0], [0], 20, None, "p", True) > seconds("m", [0], [0], 5, None, "p", True)
         assert seconds("m", [0] * 3, [0] * 3, 5, None, "p", True) > seconds("m", [0], [0], 5, None, "p", True)
         assert seconds("m", [0], [0], 5, False, "p", False) < seconds("m", [0], [0], 5, None, "p", False)
-        assert engine_module._seconds_of_orbit("m", "p", 240, (25, 10), {}, "v") > 5
+        assert quota.seconds_of_orbit("m", "p", 240, (25, 10), {}, "v") > 5
         assert seconds("m", [0] * 5, [0] * 5, 20, None, "p", True) <= 120

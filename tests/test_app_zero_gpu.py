@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 import torch
 from app_server import ROOT, running_app
+from browser import CHROMIUM, SLOW, changed, running_browser, settled, upload, visitors
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
@@ -27,9 +27,9 @@ def lender():
 
 
 @pytest.fixture(scope="module")
-def app(lender, tiny_folder, tmp_path_factory):
+def app(lender, smiling_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero-gpu")
-    variables = {"METAAUX_MODELS": str(tiny_folder), **environment(lender, folder)}
+    variables = {"METAAUX_MODELS": str(smiling_folder), **environment(lender, folder)}
     with running_app(folder, "tests/zero_gpu.py", **variables) as app:
         yield app
 
@@ -87,7 +87,7 @@ def test_what_cannot_work_is_said_before_a_gpu_is_asked_for(app, lender, client,
     text = tmp_path / "text.safetensors"
     text.write_text("not a safetensors file")
     refused(app, lender, lambda: client.predict(handle_file(text), api_name=endpoint), "not a safetensors file")
-    edits = {"edits": {"smile": 1.0}}
+    edits = {"edits": {"nose": 1.0}}
     refused(app, lender, lambda: client.predict(handle_file(inversion), **edits, api_name=endpoint), "no direction")
 
 
@@ -113,5 +113,27 @@ def test_the_next_request_works_after_errors(client, inversion):
     assert Path(client.predict(handle_file(inversion), api_name="/render")).is_file()
 
 
-def test_the_page_opens(app):
-    assert httpx.get(app.url).status_code == 200
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_a_visit_asks_once_an_inversion_never_for_turning_and_once_for_edits(app, lender):
+    with running_browser() as browser, visitors(app, browser) as open_page:
+        page = open_page()
+        upload(page, PHOTO)
+        before = len(lender.requested)
+        page.locator("#invert:not([disabled])").click(timeout=SLOW)
+        page.wait_for_selector("#view img", timeout=SLOW)
+        page.wait_for_selector("#view .stage[data-views='217']", timeout=SLOW)
+        first = settled(page)
+        assert len(lender.requested) - before == 1
+        page.locator("#view .stage").focus()
+        for _ in range(5):
+            page.keyboard.press("ArrowRight")
+            page.wait_for_timeout(300)
+        turned = changed(page, first)
+        assert len(lender.requested) - before == 1
+        slider = page.locator("#edits input[type=range]").first
+        for amount in ("1", "2", "3"):
+            slider.fill(amount)
+        changed(page, turned)
+        page.wait_for_selector("#view .stage[data-views='217']", timeout=SLOW)
+        assert len(lender.requested) - before == 2
+        assert sum(lender.requested[before:]) <= 25 and lender.failed <= 1

@@ -111,7 +111,7 @@ class Api:
             PNG of the view.
         """
         with explained():
-            source = check_inversion_file(inversion, self.settings)
+            source = check_inversion_file(inversion, self.engine.max_head_bytes(model))
             yaw, pitch = check_angle("yaw", yaw, MAX_YAW), check_angle("pitch", pitch, MAX_PITCH)
             edits = check_edits(edits, self.engine.inverter(model).directions)
             return save_picture(self.engine.render(model or self.settings.models[0], source, yaw, pitch, edits))
@@ -139,7 +139,7 @@ class Api:
             MP4 file (H.264).
         """
         with explained():
-            source = check_inversion_file(inversion, self.settings)
+            source = check_inversion_file(inversion, self.engine.max_head_bytes(model))
             frames = check_integer("frames", frames, 1, self.settings.max_frames)
             ranges = (
                 check_angle("yaw_range", yaw_range, MAX_YAW) or 0.0,
@@ -175,7 +175,7 @@ class Api:
             angles: yaws, pitches and size.
         """
         with explained():
-            source = check_inversion_file(inversion, self.settings)
+            source = check_inversion_file(inversion, self.engine.max_head_bytes(model))
             columns, rows = (
                 check_angles("yaws", yaws, YAWS, MAX_YAW),
                 check_angles("pitches", pitches, PITCHES, MAX_PITCH),
@@ -204,7 +204,7 @@ class Api:
             GLB file (binary glTF).
         """
         with explained():
-            source = check_inversion_file(inversion, self.settings)
+            source = check_inversion_file(inversion, self.engine.max_head_bytes(model))
             resolution = check_integer("resolution", resolution, 32, self.settings.max_mesh_resolution)
             edits = check_edits(edits, self.engine.inverter(model).directions)
             path = new_file("head.glb")

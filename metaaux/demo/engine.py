@@ -8,24 +8,28 @@ process once the parent has used it, so faces are aligned outside of them.
 from __future__ import annotations
 
 import contextvars
-import functools
-import inspect
 import logging
-import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import spaces
 from PIL import Image
 from spaces.config import Config as spaces_config
 
 from ..export.turntable import PITCHES, YAWS
 from .heads import HeadCache
+from .quota import (
+    on_gpu,
+    seconds_of_edit,
+    seconds_of_inversion,
+    seconds_of_mesh,
+    seconds_of_orbit,
+    seconds_of_turntable,
+    seconds_of_view,
+)
 from .settings import Settings
-from .validation import explained
 
 if TYPE_CHECKING:
     import torch
@@ -108,25 +112,29 @@ class Engine:
         self._heavy = _Count()
         self._background = threading.Lock()
         self._heads = HeadCache(settings.max_heads_mb * 1_000_000)
-        self._invert_on_gpu = _on_gpu(self._invert, _seconds_of_inversion)
-        self._render_on_gpu = _on_gpu(self._render, _seconds_of_view)
-        self._orbit_on_gpu = _on_gpu(self._orbit, _seconds_of_orbit)
-        self._mesh_on_gpu = _on_gpu(self._mesh, _seconds_of_mesh)
-        self._edit_on_gpu = _on_gpu(self._edit, _seconds_of_edit)
-        self._turntable_on_gpu = _on_gpu(self._turntable, _seconds_of_turntable)
+        self._invert_on_gpu = on_gpu(self._invert, seconds_of_inversion)
+        self._render_on_gpu = on_gpu(self._render, seconds_of_view)
+        self._orbit_on_gpu = on_gpu(self._orbit, seconds_of_orbit)
+        self._mesh_on_gpu = on_gpu(self._mesh, seconds_of_mesh)
+        self._edit_on_gpu = on_gpu(self._edit, seconds_of_edit)
+        self._turntable_on_gpu = on_gpu(self._turntable, seconds_of_turntable)
 
-    def start(self) -> None:
+    def start(self, loaded: Callable[[], None] | None = None) -> None:
         """Loads the models: on ZeroGPU before it returns, as models are to be placed at start there; elsewhere in a
-        thread, so that the page need not wait."""
+        thread, so that the page need not wait.
+
+        Args:
+            loaded: called once they are there.
+        """
         if self.zero_gpu:
-            self._load()
+            self._load(loaded)
         else:
-            threading.Thread(target=self._load, name="load-models", daemon=True).start()
+            threading.Thread(target=self._load, args=(loaded,), name="load-models", daemon=True).start()
 
     @property
-    def ready(self) -> bool:
-        """Whether the models are loaded, or have failed to."""
-        return self._loaded.is_set()
+    def works(self) -> bool:
+        """Whether the models are loaded."""
+        return self._loaded.is_set() and self._failure is None
 
     def inverter(self, model: str | None = None) -> MetaAuxInverter:
         """The pipeline of a model, once it is loaded.
@@ -145,6 +153,13 @@ class Engine:
         if self._failure is not None:
             raise ValueError("the model could not be loaded; whoever runs this demo finds the reason in its log")
         return self._inverters[model]
+
+    def max_head_bytes(self, model: str | None = None) -> int:
+        """Size of the largest file that a model's heads can have."""
+        from ..inversion import max_file_bytes
+
+        inverter = self.inverter(model)
+        return max_file_bytes(inverter.generator, inverter.auxiliary)
 
     @property
     def makes_turntables_at_once(self) -> bool:
@@ -219,14 +234,12 @@ class Engine:
     def view(
         self, model: str, path: str, yaw: float | None, pitch: float | None, edits: dict[str, float]
     ) -> Image.Image:
-        """As `render`, for a visitor who turns a head: what its views share is kept for the next one.
+        """As `render`, for a visitor who turns a head: what its views share is kept for the next one. Not on ZeroGPU,
+        where the process that would keep it does not outlive the call.
 
         Raises:
             FileNotFoundError: neither the file nor what was made of it is there any more.
         """
-        if self.zero_gpu:
-            # The process that would keep it does not outlive the call.
-            return self.render(model, path, yaw, pitch, edits)
         with self._heavy:
             return self.inverter(model).render(self._head(model, path, edits), yaw=yaw, pitch=pitch)
 
@@ -345,19 +358,18 @@ class Engine:
             inversion = inverter.invert(crops, steps=steps, on_step=on_step, camera=torch.stack(cameras), flip=flip)
             inversion.save(path)
             if turntable:
-                table = inverter.turntable(inversion, progress=lambda share: report(None))
-                report(table)
+                report(inverter.turntable(inversion, progress=lambda share: report(None)))
 
         last: Step | None = None
         table: Turntable | None = None
         for event in self._stream(run):
-            if isinstance(event, tuple):
-                last = Step(*event)
-                # The last step waits for the file, so that every step is exactly one result.
-                if last.step < steps:
-                    yield last
-            elif event is not None:
+            if not isinstance(event, tuple):
                 table = event
+                continue
+            last = Step(*event)
+            # The last step waits for the file, so that every step is exactly one result.
+            if last.step < steps:
+                yield last
         if last is not None:
             yield Step(last.step, last.image, last.losses, path, table)
 
@@ -450,7 +462,7 @@ class Engine:
         finally:
             closed.set()
 
-    def _load(self) -> None:
+    def _load(self, loaded: Callable[[], None] | None) -> None:
         try:
             from ..devices import best_device
             from ..pipeline import MetaAuxInverter
@@ -468,6 +480,8 @@ class Engine:
         finally:
             self._loaded.set()
         if self._failure is None:
+            if loaded is not None:
+                loaded()
             self._warm_up()
 
     def _warm_up(self) -> None:
@@ -485,66 +499,3 @@ class Engine:
                     inverter.invert(grey, steps=1, camera=camera_from_pose(0.0, 0.0))
         except Exception:
             logger.exception("the warm-up failed; the demo goes on without")
-
-
-def _on_gpu(function: Callable, duration: Callable[..., int]) -> Callable:
-    """`spaces.GPU`, which off ZeroGPU returns the function as it is. On ZeroGPU an error's message is lost on its way
-    to the visitor unless it is a `gr.Error`, which it is therefore made where it is raised."""
-    if not spaces_config.zero_gpu:
-        return function
-    if inspect.isgeneratorfunction(function):
-
-        @functools.wraps(function)
-        def run(*arguments: Any) -> Iterator[Any]:
-            with explained():
-                yield from function(*arguments)
-
-    else:
-
-        @functools.wraps(function)
-        def run(*arguments: Any) -> Any:
-            with explained():
-                return function(*arguments)
-
-    return spaces.GPU(duration=duration)(run)
-
-
-#: Measured on one H100 at full size (512 x 512 pixels), seconds: an inversion of one photo in five steps, tri-planes
-#: with a view of them, a further view. The embedded model takes 0.67, 0.0117 and 0.0051.
-INVERSION_SECONDS, SYNTHESIS_SECONDS, VIEW_SECONDS = 1.025, 0.021, 0.0074
-#: What is asked for beyond that: a worker process with its first kernels, and a GPU that may be half as fast.
-START_SECONDS, ALLOWANCE = 2.0, 2.0
-
-
-def _asked(measured: float) -> int:
-    """Seconds to ask ZeroGPU for; the visitor's quota is charged with them."""
-    return min(120, math.ceil(START_SECONDS + ALLOWANCE * measured))
-
-
-def _seconds_of_inversion(model, crops, cameras, steps, flip, path, turntable) -> int:
-    # The flip loss renders each photo's mirrored view as well; whether it is used by itself is found out later.
-    passes = len(crops) * (1 if flip is False else 2)
-    views = len(YAWS) * len(PITCHES) if turntable else 0
-    return _asked(INVERSION_SECONDS * (steps + 2) / 7 * passes + VIEW_SECONDS * views)
-
-
-def _seconds_of_view(model, path, yaw, pitch, edits) -> int:
-    return _asked(SYNTHESIS_SECONDS)
-
-
-def _seconds_of_edit(model, path, yaw, pitch, edits) -> int:
-    return _asked(SYNTHESIS_SECONDS + VIEW_SECONDS * len(YAWS) * len(PITCHES))
-
-
-def _seconds_of_turntable(model, path, yaws, pitches, size, edits) -> int:
-    return _asked(SYNTHESIS_SECONDS + VIEW_SECONDS * len(yaws) * len(pitches))
-
-
-def _seconds_of_orbit(model, path, frames, ranges, edits, video) -> int:
-    # Encoding takes as long again.
-    return _asked(SYNTHESIS_SECONDS + 2 * VIEW_SECONDS * frames)
-
-
-def _seconds_of_mesh(model, path, resolution, edits, mesh) -> int:
-    # Not measured: most of it is work of the processor, and grows with the number of cells.
-    return min(60, 10 + (resolution // 64) ** 2)

@@ -249,7 +249,7 @@ class Handlers:
         """A head file was dropped in."""
         with explained():
             inverter = self.engine.inverter(model)
-            inversion = inverter.load_inversion(check_inversion_file(path, self.settings))
+            inversion = inverter.load_inversion(check_inversion_file(path, self.engine.max_head_bytes(model)))
             # Written anew, so that what is kept and offered for download is what was checked, under our own name.
             kept = new_file("head.safetensors")
             inversion.save(kept)

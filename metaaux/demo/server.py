@@ -25,12 +25,20 @@ def launch(demo: gr.Blocks, engine: Engine, block: bool = True, **options: Any) 
         as [`gradio.Blocks.launch`]: the server's app, its local address, its public address if there is one.
     """
     settings = engine.settings
+
+    uploads = settings.max_file_mb * 1_000_000
+
+    def take_heads() -> None:
+        # A head's file may be larger than a photo is allowed to be; by how much is known once the models are there.
+        demo.max_file_size = max(uploads, *[engine.max_head_bytes(model) for model in settings.models])
+        demo.config["max_file_size"] = demo.max_file_size
+
     if engine.zero_gpu:
         engine.start()
     started = demo.launch(
         theme=MetaAuxTheme(),
         css=STYLE,
-        max_file_size=f"{settings.max_file_mb}mb",
+        max_file_size=uploads,
         state_session_capacity=settings.max_sessions,
         mcp_server=settings.mcp,
         # Messages only: what they may say is up to `validation.explained`.
@@ -41,7 +49,9 @@ def launch(demo: gr.Blocks, engine: Engine, block: bool = True, **options: Any) 
         **options,
     )
     if not engine.zero_gpu:
-        engine.start()
+        engine.start(take_heads)
+    elif engine.works:
+        take_heads()
     if block:
         demo.block_thread()
     return started

@@ -26,7 +26,7 @@ class Settings:
             unused goes first and is computed anew when it is needed (`METAAUX_MAX_HEADS_MB`).
         max_sessions: visitors whose heads are kept at once; the longest unused goes first (`METAAUX_MAX_SESSIONS`).
         mcp: whether the API is offered as MCP tools too; needs `pip install "gradio[mcp]"` (`METAAUX_MCP=1`).
-        max_file_mb: largest upload in megabytes (`METAAUX_MAX_FILE_MB`).
+        max_file_mb: largest photo in megabytes (`METAAUX_MAX_FILE_MB`); a head's file may have what its model needs.
         max_megapixels: largest photo (`METAAUX_MAX_MEGAPIXELS`).
         max_photos: photos of one person.
         max_steps: gradient steps.

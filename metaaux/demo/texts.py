@@ -53,7 +53,9 @@ STAGE = """
   <canvas aria-hidden="true"></canvas>
   <div class="tools">
     <button type="button" class="tilt" aria-pressed="false" title="Turn the head by tilting" hidden>Tilt</button>
-    <button type="button" class="full" title="Full screen" aria-label="Full screen" hidden>⛶</button>
+    <button type="button" class="full" title="Full screen" aria-label="Full screen" hidden>
+      <svg viewBox="0 0 16 16" aria-hidden="true"><path d="M2 6V2h4M10 2h4v4M14 10v4h-4M6 14H2v-4"/></svg>
+    </button>
   </div>
 </div>
 """

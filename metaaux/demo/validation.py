@@ -58,7 +58,7 @@ def read_photos(paths: Sequence[str | None], settings: Settings) -> list[Image.I
     photos = []
     for path in paths:
         name = os.path.basename(path)
-        _check_file_size(path, settings)
+        _check_file_size(path, settings.max_file_mb * 1_000_000)
         try:
             photos.append(load_photo(path, max_pixels=settings.max_megapixels * 1_000_000))
         except ValueError as error:
@@ -67,15 +67,19 @@ def read_photos(paths: Sequence[str | None], settings: Settings) -> list[Image.I
     return photos
 
 
-def check_inversion_file(path: str | None, settings: Settings) -> str:
+def check_inversion_file(path: str | None, max_bytes: int) -> str:
     """The path of an uploaded inversion file, whose contents the pipeline checks when it loads it.
+
+    Args:
+        path: None where there is none.
+        max_bytes: of the model's largest head, see `Engine.max_head_bytes`.
 
     Raises:
         ValueError: none was given, or it is too large.
     """
     if not path:
         raise ValueError("there is no inversion file; make one with /invert first")
-    _check_file_size(path, settings)
+    _check_file_size(path, max_bytes)
     return path
 
 
@@ -160,11 +164,11 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _check_file_size(path: str, settings: Settings) -> None:
+def _check_file_size(path: str, max_bytes: int) -> None:
     size = os.path.getsize(path)
-    if size > settings.max_file_mb * 1_000_000:
+    if size > max_bytes:
         raise ValueError(
-            f"{os.path.basename(path)} has {size / 1e6:.0f} MB; files up to {settings.max_file_mb} MB are accepted"
+            f"{os.path.basename(path)} has {size / 1e6:.1f} MB; files up to {max_bytes / 1e6:.4g} MB are accepted here"
         )
     if size == 0:
         raise ValueError(f"{os.path.basename(path)} is empty")
