@@ -23,11 +23,13 @@ from safetensors.torch import save as serialize_tensors
 from .files import atomic_path
 from .models.stylegan2 import offset_shapes
 from .models.weights import generator_fingerprint as generator_fingerprint
+from .models.weights import unwrapped
 
 FORMAT = "metaaux-inversion"
 VERSION = 1
-#: Largest file that [`Inversion.load`] reads. At full size (512² images, 256² offset planes) a file is below 32 MiB.
-MAX_FILE_BYTES = 128 * 2**20
+#: Largest file that is written, and read where the model is not known; of a known one [`max_file_bytes`] is the limit.
+#: The paper's model with all layers in full kernels and 1024² offset planes has 135 MB.
+MAX_FILE_BYTES = 256 * 2**20
 #: Keys of every entry of `Inversion.steps`; all but `step`, an integer, are floats.
 STEP_KEYS = ("step", "mse", "perceptual", "identity", "adversarial", "total", "seconds")
 
@@ -37,6 +39,28 @@ _METADATA_KEYS = {"format", "version", "model", "fingerprint", "steps"}
 _MAX_TENSORS = 512
 _MAX_STEPS = 10_000
 _MAX_MODEL_CHARS = 1_000
+#: Names and shapes of tensors, and `_MAX_STEPS` steps of less than 300 bytes.
+_MAX_HEADER_BYTES = 4 * 2**20
+
+
+def max_file_bytes(generator: torch.nn.Module, auxiliary: torch.nn.Module | None = None) -> int:
+    """Bytes of the largest inversion file that a model can have; any larger file is none of its own.
+
+    Args:
+        generator: an `EG3DGenerator` or `StyleGAN2Generator`. All of its layers count with full kernels, whatever the
+            auxiliary network has now: heads outlive a further training of it.
+        auxiliary: the `AuxiliaryNetwork`, whose offset planes may be finer than the generator's own planes.
+    """
+    generator = unwrapped(generator)
+    numbers = 25 + generator.num_ws * generator.config.w_dim
+    numbers += sum(
+        math.prod(max(offset_shapes(layer), key=math.prod)) for layer in generator.modulated_layers.values()
+    )
+    sides = [generator.config.get("plane_resolution", 0)]
+    if auxiliary is not None and auxiliary.config.use_offset_planes:
+        sides += [auxiliary.config.offset_resolution, auxiliary.config.offset_bias_resolution or 0]
+    numbers += 9 * max(sides) ** 2
+    return 4 * numbers + 3 * generator.config.image_size**2 + _MAX_HEADER_BYTES
 
 
 class InversionFileError(ValueError):
@@ -77,14 +101,20 @@ class Inversion:
         """Writes the inversion to `path`, whole or not at all.
 
         Raises:
-            InversionFileError: the inversion would not load again (a value that is not finite, a wrong shape, …).
+            InversionFileError: the inversion would not load again (a value that is not finite, a wrong shape, a file
+                larger than `MAX_FILE_BYTES`, …).
             FileNotFoundError: the folder of `path` does not exist.
         """
         tensors = {"w": self.w, "camera": self.camera, "offset_planes": self.offset_planes, "aligned": self.aligned}
         tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         tensors |= {_OFFSET_PREFIX + layer: offset for layer, offset in self.weight_offsets.items()}
         _check_tensors(tensors)
-        steps = [{key: float(step[key]) if key != "step" else step[key] for key in STEP_KEYS} for step in self.steps]
+        try:
+            steps = [{k: float(step[k]) if k != "step" else step[k] for k in STEP_KEYS} for step in self.steps]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InversionFileError(
+                f"its steps must have numbers under the keys {list(STEP_KEYS)} ({error!r})"
+            ) from None
         _check_origin(self.model, self.fingerprint)
         _check_steps(steps)
         metadata = {
@@ -98,11 +128,14 @@ class Inversion:
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             {key: json.dumps(value) for key, value in metadata.items()},
         )
+        _check_size(len(data), MAX_FILE_BYTES)
         with atomic_path(path) as temporary:
             temporary.write_bytes(data)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, fingerprint: str | None = None) -> Inversion:
+    def load(
+        cls, path: str | os.PathLike, fingerprint: str | None = None, max_bytes: int = MAX_FILE_BYTES
+    ) -> Inversion:
         """Reads an inversion that [`Inversion.save`] wrote; made for files from strangers.
 
         Size, layout, names, shapes, dtypes, finiteness and metadata are checked before anything is returned.
@@ -111,16 +144,19 @@ class Inversion:
         Args:
             path: the file.
             fingerprint: if given, the [`~metaaux.MetaAuxInverter.fingerprint`] that the file must carry.
+            max_bytes: larger files are not read; for a known model its [`max_file_bytes`].
 
         Raises:
             FileNotFoundError: there is no such file.
             InversionFileError: the file is not a valid inversion file, or it belongs to another model.
         """
         path = Path(path)
-        with path.open("rb") as file:
-            # Read once and bounded: what is checked is what is used, whatever the size on disk claims to be.
-            data = file.read(MAX_FILE_BYTES + 1)
         try:
+            with path.open("rb") as file:
+                _check_size(os.fstat(file.fileno()).st_size, max_bytes)
+                # Read once and bounded: what is checked is what is used, whatever the size on disk claims to be.
+                data = file.read(max_bytes + 1)
+            _check_size(len(data), max_bytes)
             return cls._parse(data, fingerprint)
         except InversionFileError as error:
             raise InversionFileError(f"{path.name} cannot be used as an inversion: {error}") from None
@@ -140,6 +176,7 @@ class Inversion:
                 f"this inversion was made with the model {self.model!r} (fingerprint {self.fingerprint[:12]}…), not "
                 f"with this one (fingerprint {fingerprint[:12]}…); load the model that it was made with"
             )
+        generator = unwrapped(generator)
         w_dim, num_ws = generator.config.w_dim, generator.num_ws
         if tuple(self.w.shape) not in ((w_dim,), (num_ws, w_dim)):
             raise ValueError(
@@ -159,8 +196,6 @@ class Inversion:
 
     @classmethod
     def _parse(cls, data: bytes, fingerprint: str | None) -> Inversion:
-        if len(data) > MAX_FILE_BYTES:
-            raise InversionFileError(f"it is larger than {MAX_FILE_BYTES // 2**20} MiB")
         try:
             entries = dict(safetensors.deserialize(data))
         except (safetensors.SafetensorError, OverflowError, MemoryError) as error:
@@ -188,10 +223,19 @@ class Inversion:
         )
 
 
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise InversionFileError(
+            f"it is larger than {limit / 2**20:.0f} MiB, which no inversion of this model is"
+            if limit < MAX_FILE_BYTES
+            else f"it is larger than {limit // 2**20} MiB"
+        )
+
+
 def _parse_metadata(data: bytes) -> dict[str, Any]:
     """Checked `model`, `fingerprint` and `steps` of a file whose header safetensors has already accepted."""
     header_size = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + header_size]).get("__metadata__", {})
+    metadata = json.loads(data[8 : 8 + header_size]).get("__metadata__") or {}
     if metadata.keys() != _METADATA_KEYS:
         raise InversionFileError(
             f"its metadata has the keys {sorted(metadata)[:10]}, those of an inversion are {sorted(_METADATA_KEYS)}"

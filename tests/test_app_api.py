@@ -84,7 +84,7 @@ def same(path, image):
 class TestEndpoints:
     def test_they_explain_themselves(self, client):
         endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-        assert set(endpoints) == {"/invert", "/render", "/orbit", "/mesh", "/directions"}
+        assert set(endpoints) == {"/invert", "/render", "/turntable", "/orbit", "/mesh", "/directions"}
         for name, endpoint in endpoints.items():
             assert len(endpoint["description"]) > 30, name
             for parameter in endpoint["parameters"]:
@@ -124,6 +124,25 @@ class TestEndpoints:
         video = client.predict(handle_file(inversion), frames=12, api_name="/orbit")
         frames, seconds = imageio_ffmpeg.count_frames_and_secs(video)
         assert frames == 12 and seconds == pytest.approx(0.4, abs=0.05)
+
+    def test_turntable(self, client, inversion):
+        picture, angles = client.predict(handle_file(inversion), api_name="/turntable")
+        size = angles["size"]
+        with Image.open(picture) as grid:
+            assert grid.size == (size * len(angles["yaws"]), size * len(angles["pitches"])) and size == 32
+            for column, row in ((0, 0), (20, 3), (30, 5)):
+                view = grid.crop((column * size, row * size, (column + 1) * size, (row + 1) * size))
+                pose = {"yaw": angles["yaws"][column], "pitch": angles["pitches"][row]}
+                rendered = Image.open(client.predict(handle_file(inversion), **pose, api_name="/render"))
+                difference = np.subtract(view.convert("RGB"), rendered.convert("RGB"), dtype=float)
+                assert np.abs(difference).mean() <= 2
+
+    def test_turntable_of_ones_own_angles(self, client, inversion):
+        options = {"yaws": [-10, 20.5], "pitches": [5], "size": 16, "edits": {"smile": 1.0}}
+        picture, angles = client.predict(handle_file(inversion), **options, api_name="/turntable")
+        assert angles == {"yaws": [-10.0, 20.5], "pitches": [5.0], "size": 16}
+        with Image.open(picture) as grid:
+            assert grid.size == (32, 16)
 
     def test_mesh(self, client, inversion):
         import trimesh
@@ -217,6 +236,12 @@ class TestBadInputs:
             ("/render", {"edits": {"age": 1}}, "no direction 'age'; available: smile"),
             ("/render", {"edits": {"smile": 1000}}, "smile must lie between"),
             ("/render", {"edits": ["smile"]}, "dictionary"),
+            ("/turntable", {"yaws": [50]}, "yaws must lie between -45 and 45"),
+            ("/turntable", {"yaws": [None]}, "yaws must be a number"),
+            ("/turntable", {"pitches": []}, "pitches must be a list of 1 to 64"),
+            ("/turntable", {"yaws": [0] * 65}, "yaws must be a list"),
+            ("/turntable", {"yaws": [0] * 64, "pitches": [0] * 9}, "up to 512 views"),
+            ("/turntable", {"size": 64}, "size must be a whole number from 16 to 32"),
             ("/orbit", {"frames": 10**6}, "frames must be a whole number from 1 to 240"),
             ("/orbit", {"frames": 0}, "frames must be"),
             ("/mesh", {"resolution": 10**5}, "resolution must be a whole number"),
@@ -245,7 +270,9 @@ class TestBadInputs:
         refused("other.safetensors", other, "made with the model")
 
     @pytest.mark.parametrize("path", ["/etc/passwd", str(PHOTO), "../../etc/passwd", "http://127.0.0.1:1/huge.jpg"])
-    @pytest.mark.parametrize(("endpoint", "arguments"), [("invert", 5), ("render", 5), ("orbit", 6), ("mesh", 4)])
+    @pytest.mark.parametrize(
+        ("endpoint", "arguments"), [("invert", 5), ("render", 5), ("turntable", 6), ("orbit", 6), ("mesh", 4)]
+    )
     def test_paths_reach_no_files(self, app, path, endpoint, arguments):
         """Sent as they are: gradio_client would upload what lies at a path."""
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}

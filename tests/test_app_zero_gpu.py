@@ -73,10 +73,13 @@ def test_endpoints_work_in_worker_processes(client, lender, inversion, tiny_inve
     expected = tiny_inverter.render(tiny_inverter.load_inversion(inversion), yaw=20, pitch=-5)
     assert np.array_equal(np.asarray(Image.open(picture).convert("RGB")), np.asarray(expected))
     assert Path(client.predict(handle_file(inversion), frames=4, api_name="/orbit")).stat().st_size > 0
-    assert len(lender.requested) - before == 2
+    grid = {"yaws": [20], "pitches": [-5]}
+    picture, _ = client.predict(handle_file(inversion), **grid, api_name="/turntable")
+    assert np.array_equal(np.asarray(Image.open(picture).convert("RGB")), np.asarray(expected))
+    assert len(lender.requested) - before == 3
 
 
-@pytest.mark.parametrize("endpoint", ["/render", "/orbit", "/mesh"])
+@pytest.mark.parametrize("endpoint", ["/render", "/turntable", "/orbit", "/mesh"])
 def test_what_cannot_work_is_said_before_a_gpu_is_asked_for(app, lender, client, inversion, tmp_path, endpoint):
     other = tmp_path / "other.safetensors"
     other.write_bytes(re.sub(rb"[0-9a-f]{64}", b"0" * 64, Path(inversion).read_bytes(), count=1))

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pickle
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from metaaux import Inversion, InversionFileError
 from metaaux.cameras import camera_from_pose
-from metaaux.inversion import MAX_FILE_BYTES, STEP_KEYS
+from metaaux.inversion import MAX_FILE_BYTES, STEP_KEYS, max_file_bytes
 
 
 @pytest.fixture
@@ -73,8 +74,84 @@ class TestRoundTrip:
     def test_metadata_values_are_json(self, saved):
         metadata = read(saved)[1]
         assert {key: type(json.loads(value)) for key, value in metadata.items()} == {
-            "format": str, "version": int, "model": str, "fingerprint": str, "steps": list,
-        }  # fmt: skip
+            "format": str,
+            "version": int,
+            "model": str,
+            "fingerprint": str,
+            "steps": list,
+        }
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    """Generator and auxiliary network of the paper's size, without memory, all layers in full kernels."""
+    from metaaux.models.auxiliary import AuxiliaryNetwork
+    from metaaux.models.eg3d import EG3DGenerator
+
+    folder = Path(__file__).resolve().parent.parent / "hub_configs" / "metaaux-ffhq"
+    config = AuxiliaryNetwork.load_config(folder / "auxiliary")
+    with torch.device("meta"):
+        generator = EG3DGenerator.from_config(EG3DGenerator.load_config(folder / "generator"))
+        auxiliary = AuxiliaryNetwork.from_config(config, full_kernel_layers=[""], offset_bias_resolution=512)
+    return generator, auxiliary
+
+
+class TestSize:
+    """The limit follows from the model; what `save` writes `load` reads."""
+
+    def test_full_size(self, full_size, tmp_path):
+        generator, auxiliary = full_size
+        inversion = Inversion(
+            w=torch.zeros(generator.num_ws, 512),
+            camera=camera_from_pose(0, 0),
+            weight_offsets={
+                layer: torch.zeros(auxiliary.hypernetworks[layer.replace(".", "-")].bias.shape)
+                for layer in auxiliary.layer_names
+            },
+            offset_planes=torch.zeros(3, 3, 512, 512),
+            steps=[dict.fromkeys(STEP_KEYS, 1 / 3) | {"step": step} for step in range(-1, 9_999)],
+            model="m" * 1000,
+            fingerprint="0" * 64,
+            aligned=torch.zeros(3, 512, 512, dtype=torch.uint8),
+        )
+        inversion.save(tmp_path / "me.safetensors")
+        size = (tmp_path / "me.safetensors").stat().st_size
+        limit = max_file_bytes(generator, auxiliary)
+        assert 100e6 < size <= limit < MAX_FILE_BYTES
+        # The margin is the header's: no head with one more layer would fit.
+        assert limit - size < 4 * 2**20
+        assert Inversion.load(tmp_path / "me.safetensors", max_bytes=limit).weight_offsets.keys() == set(
+            generator.modulated_layers
+        )
+        inversion.check_fits(generator, "0" * 64)
+
+    def test_larger_ones_are_not_read(self, saved):
+        size = saved.stat().st_size
+        assert Inversion.load(saved, max_bytes=size).w.shape == (8,)
+        with pytest.raises(InversionFileError, match="larger than .* MiB, which no inversion of this model is"):
+            Inversion.load(saved, max_bytes=size - 1)
+
+    def test_pipeline_reads_its_own(self, tiny_inverter, tiny_2d_inverter, tiny_inversion, tmp_path):
+        tiny_inversion.save(tmp_path / "me.safetensors")
+        assert tiny_inverter.load_inversion(tmp_path / "me.safetensors").steps == tiny_inversion.steps
+        limit = max_file_bytes(tiny_inverter.generator, tiny_inverter.auxiliary)
+        with open(tmp_path / "me.safetensors", "r+b") as file:
+            file.truncate(limit + 1)
+        with pytest.raises(InversionFileError, match="which no inversion of this model is"):
+            tiny_inverter.load_inversion(tmp_path / "me.safetensors")
+        assert max_file_bytes(tiny_2d_inverter.generator, tiny_2d_inverter.auxiliary) < 2 * limit
+        assert max_file_bytes(torch.compile(tiny_inverter.generator), tiny_inverter.auxiliary) == limit
+
+    def test_nothing_is_written_that_cannot_be_read(self, inversion, tmp_path, monkeypatch):
+        monkeypatch.setattr("metaaux.inversion.MAX_FILE_BYTES", 1000)
+        with pytest.raises(InversionFileError, match="larger than"):
+            inversion.save(tmp_path / "me.safetensors")
+        assert not list(tmp_path.iterdir())
+
+    def test_steps_that_lack_a_number(self, inversion, tmp_path):
+        for step in ({"step": -1}, dict.fromkeys(STEP_KEYS, "x"), dict.fromkeys(STEP_KEYS), 3):
+            with pytest.raises(InversionFileError, match="its steps must"):
+                dataclasses.replace(inversion, steps=[step]).save(tmp_path / "me.safetensors")
 
 
 class TestSave:
@@ -137,7 +214,7 @@ class TestHostileFiles:
         path = tmp_path / "huge.safetensors"
         with path.open("wb") as file:
             file.truncate(MAX_FILE_BYTES + 1)
-        self.assert_refused(path, "larger than 128 MiB")
+        self.assert_refused(path, f"larger than {MAX_FILE_BYTES // 2**20} MiB")
 
     def test_another_safetensors_file(self, tmp_path):
         path = tmp_path / "weights.safetensors"

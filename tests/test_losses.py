@@ -15,8 +15,8 @@ from metaaux.evaluation.metrics import ReconstructionMetrics
 from metaaux.losses import InversionLoss, LossWeights, perceptual_distance
 from metaaux.models.auxiliary import AuxiliaryNetwork
 from metaaux.models.perceptual import LPIPS, DiscriminatorPerceptualDistance
-from metaaux.training.auxiliary import AuxiliaryConfig, load_networks
 from metaaux.training.encoder import EncoderConfig, reconstruction_loss
+from metaaux.training.phases import AuxiliaryConfig, load_networks
 
 WEIGHTS = {"mse": 1.0, "perceptual": 0.3, "identity": 0.2, "adversarial": 0.01}
 
@@ -39,11 +39,17 @@ def pair(batch):
     return images, F.avg_pool2d(images, 4), photos, cameras
 
 
-def settings(folder, **changes) -> AuxiliaryConfig:
+def settings(folder, perceptual=None, outer_perceptual=None) -> AuxiliaryConfig:
     """A meta phase on the networks of a saved pipeline, with its loss."""
     names = ("generator", "encoder", "discriminator", "identity")
-    paths = {name: str(folder / name) for name in names}
-    return AuxiliaryConfig(**paths, data="none", phase="meta", inner_loss=WEIGHTS, outer_loss=WEIGHTS, **changes)
+    return AuxiliaryConfig(
+        phase="meta",
+        networks={name: str(folder / name) for name in names} | {"perceptual": perceptual},
+        data={"path": "none"},
+        inner={"loss": WEIGHTS},
+        outer={"loss": WEIGHTS, "perceptual": outer_perceptual},
+        run={"total_images": 1, "interval_images": 1},
+    )
 
 
 @pytest.mark.parametrize("kind", ["discriminator", "lpips-squeeze"])
@@ -52,8 +58,8 @@ def test_pipeline_meta_phase_and_evaluation_compute_the_same_loss(tiny_component
     weights = {f"weight_{name}": value for name, value in WEIGHTS.items() if name != "mse"}
     MetaAuxInverter(**tiny_components, perceptual=perceptual, **weights).save_pretrained(tmp_path)
     inverter = MetaAuxInverter.from_pretrained(tmp_path)
-    changes = {"perceptual": str(tmp_path / "perceptual")} if perceptual is not None else {}
-    networks = load_networks(settings(tmp_path, **changes), torch.device("cpu"))
+    place = str(tmp_path / "perceptual") if perceptual is not None else None
+    networks = load_networks(settings(tmp_path, perceptual=place), torch.device("cpu"))
     method = make_methods(["metaaux"], inverter, MethodOptions())[0]
 
     image, image_raw, photo, camera = pair
@@ -108,15 +114,17 @@ def test_the_encoders_loss_is_eq_8_without_its_adversarial_term(
     if features:
         distance = LPIPS("squeeze", normalization="folded").eval().requires_grad_(False)
         distance.save_pretrained(tmp_path / "features")
+    run = {"total_images": 1, "interval_images": 1}
     config = EncoderConfig(
-        data="none",
-        generator="none",
-        discriminator=str(tiny_folder / "discriminator"),
-        perceptual_features=str(tmp_path / "features") if features else None,
-        identity=str(tiny_folder / "identity"),
-        weight_mse=0.9,
-        weight_perceptual=0.3,
-        weight_identity=0.2,
+        networks={
+            "generator": "none",
+            "discriminator": str(tiny_folder / "discriminator"),
+            "perceptual": str(tmp_path / "features") if features else None,
+            "identity": str(tiny_folder / "identity"),
+        },
+        data={"path": "none"},
+        loss={"mse": 0.9, "perceptual": 0.3, "identity": 0.2},
+        run=run,
     )
     loss = reconstruction_loss(config, torch.device("cpu"), dtype)
     image, _, photo, camera = pair
@@ -131,7 +139,7 @@ def test_the_encoders_loss_is_eq_8_without_its_adversarial_term(
     torch.testing.assert_close(losses["identity"], 1 - cosine, atol=1e-6, rtol=0)
     total = 0.9 * losses["mse"] + 0.3 * losses["perceptual"] + 0.2 * losses["identity"]
     torch.testing.assert_close(losses["total"], total)
-    without = EncoderConfig(data="none", generator="none", weight_perceptual=0.0)
+    without = EncoderConfig(networks={"generator": "none"}, data={"path": "none"}, loss={"perceptual": 0.0}, run=run)
     assert reconstruction_loss(without, torch.device("cpu"), dtype).terms == ("mse",)
 
 

@@ -103,6 +103,36 @@ class TestCommands:
             assert (ROOT / target).exists(), target
 
 
+def equations(text):
+    """Numbers of the equations that a text refers to, singly (Eq. 8) or from one to another (Eq. 8-12)."""
+    found = re.findall(r"Eq\. (\d+)(?:(?:-| to Eq\. )(\d+))?", text)
+    return {number for first, last in found for number in range(int(first), int(last or first) + 1)}
+
+
+class TestTour:
+    """The table that leads from the paper to the code."""
+
+    ROWS = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in TEXT.split("## From the paper to the code")[1].split("\n## ")[0].splitlines()
+        if line.startswith("| ")
+    ][1:]
+
+    def test_has_every_equation_and_table(self):
+        places = "; ".join(row[0] for row in self.ROWS)
+        assert equations(places) == set(range(1, 13))
+        wanted = ["Table 1", "Table 2", "Table 3", "Alg. 1"]
+        wanted += [f"Sec. {section}" for section in ("3.1", "3.2", "3.3", "4.1", "4.5")]
+        assert [place for place in wanted if not re.search(rf"{re.escape(place)}\b", places)] == []
+
+    @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
+    def test_files_speak_of_the_equations_that_they_are_named_for(self, row):
+        paths = re.findall(r"\]\((.*?)\)", row[2])
+        assert paths and all((ROOT / path).exists() for path in paths)
+        texts = [(ROOT / path).read_text(encoding="utf-8") for path in paths if path.endswith(".py")]
+        assert equations(row[0]) <= equations(" ".join(texts))
+
+
 class TestContinuousIntegration:
     def test_reads_packages_and_test_line_from_readme(self):
         script = (ROOT / ".ci" / "run").read_text()

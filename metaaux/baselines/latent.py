@@ -1,4 +1,4 @@
-"""Optimisation of the latent code alone, in W or W+."""
+"""Optimisation of the latent code alone (Eq. 1), in W or W+."""
 
 from __future__ import annotations
 

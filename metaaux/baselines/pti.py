@@ -1,4 +1,4 @@
-"""PTI (Roich et al. 2022): pivotal tuning, a latent code by optimisation and then the generator's weights for it."""
+"""PTI (Roich et al. 2022), pivotal tuning: a code by optimisation, then the generator's weights for it (Eq. 2)."""
 
 from __future__ import annotations
 

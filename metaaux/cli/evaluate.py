@@ -76,7 +76,7 @@ def evaluate(
     from ..evaluation.metrics import ReconstructionMetrics
     from ..evaluation.reconstruction import ReconstructionEvaluation
 
-    inverter, methods, photos = options.open()
+    inverter, methods, photos = options.load()
     evaluation = ReconstructionEvaluation(
         inverter,
         methods,
@@ -181,7 +181,7 @@ def editing(
     from ..models.age_gender import AgeGenderNetwork
 
     network = AgeGenderNetwork.from_file(attributes)
-    inverter, methods, photos = options.open()
+    inverter, methods, photos = options.load()
     evaluation = EditingEvaluation(
         inverter,
         methods,

@@ -115,7 +115,7 @@ class ComparisonOptions:
             raise typer.BadParameter(f"{self.shard!r} is not of the form I/N with 1 <= I <= N", param_hint="--shard")
         return int(number), int(count)
 
-    def open(self) -> tuple[MetaAuxInverter, list[InversionMethod], PhotoSet]:
+    def load(self) -> tuple[MetaAuxInverter, list[InversionMethod], PhotoSet]:
         """Pipeline, methods and photos."""
         from ..baselines import MethodOptions, make_methods
         from ..baselines.optimization import LatentSettings

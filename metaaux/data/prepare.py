@@ -85,22 +85,11 @@ def prepare(
         ValueError: a setting is out of range, the folder holds no file, or no photo of it could be aligned.
     """
     folder, out = Path(folder), Path(out)
-    if not folder.is_dir():
-        raise NotADirectoryError(f"'{folder}' is not a folder")
-    if image_format not in _FORMATS:
-        raise ValueError(f"image_format must be one of {', '.join(_FORMATS)}, got '{image_format}'")
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
-    settings = {
-        "image_size": size,
-        "crop_scale": crop_scale,
-        "min_face_size": min_face_size,
-        "max_pixels": max_pixels,
-    }
-    FaceAligner(**settings)  # raises for what is out of range
+    settings = dict(image_size=size, crop_scale=crop_scale, min_face_size=min_face_size, max_pixels=max_pixels)
+    _check(folder, image_format, workers, settings)
 
     # 1. What there is to do: finished photos lie in a folder beside the zip.
-    partial = out.with_name(out.name + ".partial")
+    partial = _partial_folder(out)
     names = _photo_names(folder, exclude={out.resolve(), partial.resolve()})
     if not names:
         raise ValueError(f"'{folder}' holds no photos")
@@ -114,13 +103,28 @@ def prepare(
 
     # 3. Report and zip.
     results = {name: json.loads(_result_path(entry).read_text(encoding="utf-8")) for name, entry in entries.items()}
-    report = _report(results, resumed=len(names) - len(missing))
-    if report.written == 0:
-        reasons = "; ".join(f"{photo.name}: {photo.message}" for photo in report.skipped[:3])
-        raise ValueError(f"none of the {report.photos} photos in '{folder}' could be aligned, for instance {reasons}")
+    report = _report(folder, results, resumed=len(names) - len(missing))
     _write_zip(out, entries, results, image_format, report)
     shutil.rmtree(partial)
     return report
+
+
+def _partial_folder(out: Path) -> Path:
+    """`OUT.zip.partial`; where the zip's name leaves no room for the ending, its digest stands for the name."""
+    name = out.name
+    if len(os.fsencode(name)) > 240:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    return out.with_name(f"{name}.partial")
+
+
+def _check(folder: Path, image_format: str, workers: int | None, settings: dict) -> None:
+    if not folder.is_dir():
+        raise NotADirectoryError(f"'{folder}' is not a folder")
+    if image_format not in _FORMATS:
+        raise ValueError(f"image_format must be one of {', '.join(_FORMATS)}, got '{image_format}'")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    FaceAligner(**settings)  # raises for what is out of range
 
 
 def _result_path(entry: Path) -> Path:
@@ -154,8 +158,9 @@ def _prepare_photos(
         pool.shutdown(cancel_futures=True)
 
 
-def _report(results: Mapping[str, dict], resumed: int) -> PrepareReport:
-    return PrepareReport(
+def _report(folder: Path, results: Mapping[str, dict], resumed: int) -> PrepareReport:
+    """Raises ValueError if no photo could be aligned."""
+    report = PrepareReport(
         photos=len(results),
         written=sum("camera" in result for result in results.values()),
         resumed=resumed,
@@ -166,6 +171,10 @@ def _report(results: Mapping[str, dict], resumed: int) -> PrepareReport:
             if "error" in result
         ],
     )
+    if report.written == 0:
+        reasons = "; ".join(f"{photo.name}: {photo.message}" for photo in report.skipped[:3])
+        raise ValueError(f"none of the {report.photos} photos in '{folder}' could be aligned, for instance {reasons}")
+    return report
 
 
 def _photo_names(folder: Path, exclude: set[Path]) -> list[str]:

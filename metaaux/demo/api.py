@@ -1,4 +1,4 @@
-"""The endpoints that programs call: /invert, /render, /orbit, /mesh and /directions.
+"""The endpoints that programs call: /invert, /render, /turntable, /orbit, /mesh and /directions.
 
 They keep nothing between calls. What one call hands to the next is the inversion's file.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 import gradio as gr
 
+from ..export.turntable import PITCHES, YAWS
 from .engine import VIEWS, Engine
 from .settings import Settings
 from .uploads import FileInput, PhotoInput, new_file, save_picture
@@ -19,6 +20,7 @@ from .validation import (
     MAX_PITCH,
     MAX_YAW,
     check_angle,
+    check_angles,
     check_edits,
     check_flip,
     check_integer,
@@ -26,6 +28,9 @@ from .validation import (
     explained,
     read_photos,
 )
+
+#: Views of a grid.
+MAX_VIEWS = 512
 
 
 class Api:
@@ -61,7 +66,7 @@ class Api:
         Returns:
             reconstruction: PNG of the head as the photo shows it.
             report: step, its losses, seconds, the photo's camera (yaw and pitch in degrees) and faces found.
-            inversion: safetensors file for /render, /orbit and /mesh, with the last result only.
+            inversion: safetensors file for /render, /turntable, /orbit and /mesh, with the last result only.
             aligned: PNG of the photo as it was cropped.
         """
         with explained():
@@ -146,6 +151,46 @@ class Api:
                 pass
         return path
 
+    def turntable(
+        self,
+        inversion: str,
+        yaws: list | None = None,
+        pitches: list | None = None,
+        size: int | None = None,
+        edits: dict | None = None,
+        model: str | None = None,
+    ) -> tuple[str, dict]:
+        """Renders an inverted head from many sides into one picture, a grid that a page can turn without a request.
+
+        Args:
+            inversion: file that /invert returned.
+            yaws: degrees of the grid's columns, at most 64. Default: -45 to 45 in steps of 3.
+            pitches: degrees of the grid's rows, at most 64. Default: -30 to 30 in steps of 10.
+            size: side of one view in pixels, up to the model's. Default: the model's, but not above 256.
+            edits: as for /render.
+            model: as for /render.
+
+        Returns:
+            grid: PNG; row r, column c, each `size` pixels wide, shows the head at pitches[r] and yaws[c].
+            angles: yaws, pitches and size.
+        """
+        with explained():
+            source = check_inversion_file(inversion, self.settings)
+            columns, rows = (
+                check_angles("yaws", yaws, YAWS, MAX_YAW),
+                check_angles("pitches", pitches, PITCHES, MAX_PITCH),
+            )
+            if len(columns) * len(rows) > MAX_VIEWS:
+                raise ValueError(f"a grid has up to {MAX_VIEWS} views, got {len(columns)} x {len(rows)}")
+            inverter = self.engine.inverter(model)
+            if size is not None:
+                size = check_integer("size", size, 16, inverter.generator.config.image_size)
+            edits = check_edits(edits, inverter.directions)
+            table = self.engine.turntable(model or self.settings.models[0], source, columns, rows, size, edits)
+            path = new_file("turntable.png")
+            table.save(path)
+        return path, table.angles
+
     def mesh(self, inversion: str, resolution: int = 160, edits: dict | None = None, model: str | None = None) -> str:
         """Extracts the head's surface as a mesh with a texture.
 
@@ -203,6 +248,8 @@ def add_endpoints(engine: Engine, settings: Settings) -> None:
         add(api.render, head(*angles), [gr.Image(label="view", format="png")], VIEWS)
         path = gr.Number(60, label="frames"), gr.Number(25, label="yaw_range"), gr.Number(10, label="pitch_range")
         add(api.orbit, head(*path), [gr.File(label="video")], heavy)
+        grid = gr.JSON(label="yaws"), gr.JSON(label="pitches"), gr.Number(label="size")
+        add(api.turntable, head(*grid), [gr.Image(label="grid", format="png"), gr.JSON(label="angles")], heavy)
         add(api.mesh, head(gr.Number(160, label="resolution")), [gr.File(label="mesh")], heavy)
         add(api.directions, [_model_input(settings)], [gr.JSON(label="directions")], {"concurrency_limit": None})
 

@@ -11,9 +11,10 @@ import contextvars
 import functools
 import inspect
 import logging
+import math
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import spaces
 from PIL import Image
 from spaces.config import Config as spaces_config
 
+from ..export.turntable import PITCHES, YAWS
 from .heads import HeadCache
 from .settings import Settings
 from .validation import explained
@@ -28,7 +30,9 @@ from .validation import explained
 if TYPE_CHECKING:
     import torch
 
+    from ..export.turntable import Turntable
     from ..faces import AlignedFace
+    from ..head import Head
     from ..pipeline import MetaAuxInverter
 
 logger = logging.getLogger(__name__)
@@ -39,9 +43,33 @@ LOADING_TIMEOUT = 300.0
 #: Views have places for many visitors, each of whom takes one at a time: nobody's slow view holds up the others'.
 VIEWS = {"concurrency_id": "view", "concurrency_limit": 16}
 
+#: Where views take their time: first a few yaws, then row after row, those at the height of the eyes first.
+_PARTS = [(YAWS[1:-1:3], (0.0,)), *[(YAWS, (pitch,)) for pitch in sorted(PITCHES, key=abs)]]
+
 
 class _Cancelled(BaseException):
     """Ends a computation whose visitor has gone or has cancelled; not an error."""
+
+
+class _Count:
+    """How many computations are running that others give way to."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._number += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._changed:
+            self._number -= 1
+            self._changed.notify_all()
+
+    def wait_for_none(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._number == 0)
 
 
 @dataclass(frozen=True)
@@ -53,12 +81,14 @@ class Step:
         image: reconstruction of the first photo.
         losses: the entry of `Inversion.steps`.
         path: the inversion's file, with the last step only.
+        turntable: views of the finished head, where they were asked for.
     """
 
     step: int
     image: Image.Image
     losses: dict[str, float]
     path: str | None = None
+    turntable: Turntable | None = None
 
 
 class Engine:
@@ -75,11 +105,15 @@ class Engine:
         self._loaded = threading.Event()
         self._failure: Exception | None = None
         self._workers = threading.BoundedSemaphore(settings.workers)
+        self._heavy = _Count()
+        self._background = threading.Lock()
         self._heads = HeadCache(settings.max_heads_mb * 1_000_000)
         self._invert_on_gpu = _on_gpu(self._invert, _seconds_of_inversion)
         self._render_on_gpu = _on_gpu(self._render, _seconds_of_view)
         self._orbit_on_gpu = _on_gpu(self._orbit, _seconds_of_orbit)
         self._mesh_on_gpu = _on_gpu(self._mesh, _seconds_of_mesh)
+        self._edit_on_gpu = _on_gpu(self._edit, _seconds_of_edit)
+        self._turntable_on_gpu = _on_gpu(self._turntable, _seconds_of_turntable)
 
     def start(self) -> None:
         """Loads the models: on ZeroGPU before it returns, as models are to be placed at start there; elsewhere in a
@@ -112,11 +146,16 @@ class Engine:
             raise ValueError("the model could not be loaded; whoever runs this demo finds the reason in its log")
         return self._inverters[model]
 
+    @property
+    def makes_turntables_at_once(self) -> bool:
+        """Whether many views take a second or two, so that an inversion may bring them along: on GPUs."""
+        return self.zero_gpu or self.inverter().device.type == "cuda"
+
     def describe_device(self) -> str:
         """Where the models run, in a word or two for the page."""
         if self.zero_gpu:
             return "ZeroGPU"
-        return "GPU" if self.inverter().device.type == "cuda" else "CPU"
+        return "CPU" if self.inverter().device.type == "cpu" else "GPU"
 
     def align(self, model: str, photos: list[Image.Image]) -> list[AlignedFace]:
         """Crops and cameras of photos, always in this process.
@@ -143,6 +182,7 @@ class Engine:
         steps: int,
         flip: bool | None,
         path: str,
+        turntable: bool = False,
     ) -> Iterator[Step]:
         """Yields every step; with the last one the inversion's file is complete.
 
@@ -153,6 +193,7 @@ class Engine:
             steps: gradient steps.
             flip: as `MetaAuxInverter.invert`.
             path: where the inversion's file goes.
+            turntable: whether the last step shall bring views of the finished head.
 
         Raises:
             ValueError: the model has no flip loss, and it was asked for.
@@ -160,7 +201,7 @@ class Engine:
         if flip:
             self._check_viewpoints(model, "the flip loss")
             self.inverter(model).inversion_loss(flip=True)
-        yield from self._invert_on_gpu(model, crops, cameras, steps, flip, path)
+        yield from self._invert_on_gpu(model, crops, cameras, steps, flip, path, turntable)
 
     def render(
         self, model: str, path: str, yaw: float | None, pitch: float | None, edits: dict[str, float]
@@ -186,9 +227,47 @@ class Engine:
         if self.zero_gpu:
             # The process that would keep it does not outlive the call.
             return self.render(model, path, yaw, pitch, edits)
+        with self._heavy:
+            return self.inverter(model).render(self._head(model, path, edits), yaw=yaw, pitch=pitch)
+
+    def edit(
+        self, model: str, path: str, yaw: float | None, pitch: float | None, edits: dict[str, float]
+    ) -> tuple[Image.Image, Turntable | None]:
+        """As `render`, and views from all sides, if this model's heads have any: one request for both."""
+        self._check_file(model, path)
+        return self._edit_on_gpu(model, path, yaw, pitch, edits)
+
+    def sheets(
+        self, model: str, path: str, edits: dict[str, float], wanted: Callable[[], bool]
+    ) -> Iterator[tuple[Turntable, bool]]:
+        """Views from all sides, part by part, while nothing else is computed here.
+
+        Args:
+            wanted: asked before each view; once it says no, there are no more parts.
+
+        Yields:
+            a part, the coarsest first, and whether it is the last one.
+        """
+
+        def wait(share: float) -> None:
+            if not wanted():
+                raise _Cancelled
+            self._heavy.wait_for_none()
+
         inverter = self.inverter(model)
-        head = self._heads.get(model, path, edits, lambda: inverter.prepare(inverter.load_inversion(path), edits))
-        return inverter.render(head, yaw=yaw, pitch=pitch)
+        parts = [(YAWS, PITCHES)] if self.makes_turntables_at_once else _PARTS
+        for number, (yaws, pitches) in enumerate(parts, start=1):
+            try:
+                with self._background:
+                    wait(0.0)
+                    table = inverter.turntable(self._head(model, path, edits), yaws, pitches, progress=wait)
+            except _Cancelled:
+                return
+            yield table, number == len(parts)
+
+    def _head(self, model: str, path: str, edits: dict[str, float]) -> Head:
+        inverter = self.inverter(model)
+        return self._heads.get(model, path, edits, lambda: inverter.prepare(inverter.load_inversion(path), edits))
 
     def forget(self, path: str) -> None:
         """Drops what is kept of an inversion file for `view`."""
@@ -216,6 +295,25 @@ class Engine:
         self._check_file(model, path)
         yield from self._mesh_on_gpu(model, path, resolution, edits, mesh)
 
+    def turntable(
+        self,
+        model: str,
+        path: str,
+        yaws: Sequence[float],
+        pitches: Sequence[float],
+        size: int | None,
+        edits: dict[str, float],
+    ) -> Turntable:
+        """A grid of views of an inversion file, as `MetaAuxInverter.turntable`.
+
+        Raises:
+            ValueError: as `orbit`, or a size beyond the model's.
+        """
+        self._check_viewpoints(model, "turntables")
+        self._check_file(model, path)
+        (table,) = self._turntable_on_gpu(model, path, yaws, pitches, size, edits)
+        return table
+
     def _check_file(self, model: str, path: str) -> None:
         # A visitor's quota is spent on what cannot work if this is found out on ZeroGPU's side. Elsewhere the file is
         # read in this process anyway.
@@ -234,6 +332,7 @@ class Engine:
         steps: int,
         flip: bool | None,
         path: str,
+        turntable: bool = False,
     ) -> Iterator[Step]:
         import torch
 
@@ -245,21 +344,36 @@ class Engine:
 
             inversion = inverter.invert(crops, steps=steps, on_step=on_step, camera=torch.stack(cameras), flip=flip)
             inversion.save(path)
+            if turntable:
+                table = inverter.turntable(inversion, progress=lambda share: report(None))
+                report(table)
 
         last: Step | None = None
-        for step, image, losses in self._stream(run):
-            last = Step(step, image, losses)
-            # The last step waits for the file, so that every step is exactly one result.
-            if step < steps:
-                yield last
+        table: Turntable | None = None
+        for event in self._stream(run):
+            if isinstance(event, tuple):
+                last = Step(*event)
+                # The last step waits for the file, so that every step is exactly one result.
+                if last.step < steps:
+                    yield last
+            elif event is not None:
+                table = event
         if last is not None:
-            yield Step(last.step, last.image, last.losses, path)
+            yield Step(last.step, last.image, last.losses, path, table)
 
     def _render(
         self, model: str, path: str, yaw: float | None, pitch: float | None, edits: dict[str, float]
     ) -> Image.Image:
         inverter = self.inverter(model)
         return inverter.render(inverter.load_inversion(path), yaw=yaw, pitch=pitch, edits=edits)
+
+    def _edit(
+        self, model: str, path: str, yaw: float | None, pitch: float | None, edits: dict[str, float]
+    ) -> tuple[Image.Image, Turntable | None]:
+        inverter = self.inverter(model)
+        head = inverter.prepare(inverter.load_inversion(path), edits)
+        table = inverter.turntable(head) if inverter.has_viewpoints else None
+        return inverter.render(head, yaw=yaw, pitch=pitch), table
 
     def _orbit(
         self, model: str, source: str, frames: int, ranges: tuple[float, float], edits: dict[str, float], path: str
@@ -284,6 +398,22 @@ class Engine:
 
         yield from self._stream(run)
 
+    def _turntable(
+        self,
+        model: str,
+        path: str,
+        yaws: Sequence[float],
+        pitches: Sequence[float],
+        size: int | None,
+        edits: dict[str, float],
+    ) -> Iterator[Turntable]:
+        inverter = self.inverter(model)
+
+        def run(report: Callable[[Any], None]) -> None:
+            report(inverter.turntable(inverter.load_inversion(path), yaws, pitches, size, edits))
+
+        yield from self._stream(run)
+
     def _stream(self, run: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
         """Runs `run(report)` in a thread and yields what it reports, as it does. Once the iterator is closed the next
         report ends the computation; until then it keeps its worker, so no more than `workers` ever compute."""
@@ -297,7 +427,7 @@ class Engine:
 
         def work() -> None:
             try:
-                with self._workers:
+                with self._workers, self._heavy:
                     if not closed.is_set():
                         run(report)
                 events.put(("end", None))
@@ -322,11 +452,10 @@ class Engine:
 
     def _load(self) -> None:
         try:
-            import torch
-
+            from ..devices import best_device
             from ..pipeline import MetaAuxInverter
 
-            device = self.settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            device = self.settings.device or best_device()
             for model in self.settings.models:
                 inverter = MetaAuxInverter.from_pretrained(model)
                 inverter.set_progress_bar_config(disable=True)
@@ -380,18 +509,42 @@ def _on_gpu(function: Callable, duration: Callable[..., int]) -> Callable:
     return spaces.GPU(duration=duration)(run)
 
 
-def _seconds_of_inversion(model, crops, cameras, steps, flip, path) -> int:
-    passes = (steps + 2) * len(crops) * (1 if flip is False else 2)
-    return min(120, 8 + passes // 4)
+#: Measured on one H100 at full size (512 x 512 pixels), seconds: an inversion of one photo in five steps, tri-planes
+#: with a view of them, a further view. The embedded model takes 0.67, 0.0117 and 0.0051.
+INVERSION_SECONDS, SYNTHESIS_SECONDS, VIEW_SECONDS = 1.025, 0.021, 0.0074
+#: What is asked for beyond that: a worker process with its first kernels, and a GPU that may be half as fast.
+START_SECONDS, ALLOWANCE = 2.0, 2.0
 
 
-def _seconds_of_view(model, source, yaw, pitch, edits) -> int:
-    return 6
+def _asked(measured: float) -> int:
+    """Seconds to ask ZeroGPU for; the visitor's quota is charged with them."""
+    return min(120, math.ceil(START_SECONDS + ALLOWANCE * measured))
 
 
-def _seconds_of_orbit(model, source, frames, ranges, edits, path) -> int:
-    return min(60, 8 + frames // 15)
+def _seconds_of_inversion(model, crops, cameras, steps, flip, path, turntable) -> int:
+    # The flip loss renders each photo's mirrored view as well; whether it is used by itself is found out later.
+    passes = len(crops) * (1 if flip is False else 2)
+    views = len(YAWS) * len(PITCHES) if turntable else 0
+    return _asked(INVERSION_SECONDS * (steps + 2) / 7 * passes + VIEW_SECONDS * views)
 
 
-def _seconds_of_mesh(model, source, resolution, edits, path) -> int:
+def _seconds_of_view(model, path, yaw, pitch, edits) -> int:
+    return _asked(SYNTHESIS_SECONDS)
+
+
+def _seconds_of_edit(model, path, yaw, pitch, edits) -> int:
+    return _asked(SYNTHESIS_SECONDS + VIEW_SECONDS * len(YAWS) * len(PITCHES))
+
+
+def _seconds_of_turntable(model, path, yaws, pitches, size, edits) -> int:
+    return _asked(SYNTHESIS_SECONDS + VIEW_SECONDS * len(yaws) * len(pitches))
+
+
+def _seconds_of_orbit(model, path, frames, ranges, edits, video) -> int:
+    # Encoding takes as long again.
+    return _asked(SYNTHESIS_SECONDS + 2 * VIEW_SECONDS * frames)
+
+
+def _seconds_of_mesh(model, path, resolution, edits, mesh) -> int:
+    # Not measured: most of it is work of the processor, and grows with the number of cells.
     return min(60, 10 + (resolution // 64) ** 2)

@@ -105,6 +105,19 @@ def check_angle(name: str, value: Any, limit: float) -> float | None:
     return number
 
 
+def check_angles(name: str, values: Any, default: Sequence[float], limit: float) -> list[float]:
+    """Degrees within ±`limit`, at least one and at most 64 of them; `default` where none are given.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if values is None:
+        return list(default)
+    if not isinstance(values, (list, tuple)) or not 1 <= len(values) <= 64:
+        raise ValueError(f"{name} must be a list of 1 to 64 angles in degrees, got {values!r:.40}")
+    return [check_angle(name, _number(name, value), limit) for value in values]
+
+
 def check_edits(edits: Any, directions: Mapping[str, Direction]) -> dict[str, float]:
     """Amounts by name of a direction, without those that are 0.
 

@@ -69,7 +69,7 @@ def load_component(
         OverflowError: a weight is too large for `dtype`.
         OSError: a file is damaged, or the Hub cannot be reached.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
         if not (allow_hub and is_hub_id(path)):
             raise FileNotFoundError(f"there is no folder {folder}, where a network was expected")
@@ -93,6 +93,7 @@ def _read(cls: type[Network], folder: Path, variant: str | None) -> Network:
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            disable_mmap=os.name == "nt",  # where a mapped file could not be replaced by saving
         )
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: weights and {CONFIG} do not fit together: {str(error)[:300]}") from None
@@ -229,8 +230,8 @@ class LoadingMixin:
         """What the pipeline calls itself, and its folder: given, embedded, or downloaded."""
         if name is None or (name == EMBEDDED_MODEL and not os.path.isdir(name)):
             name, folder = EMBEDDED_MODEL, embedded_model_folder()
-        elif Path(name).expanduser().is_dir():
-            folder = Path(name).expanduser()
+        elif os.path.isdir(os.path.expanduser(name)):
+            folder = Path(os.path.expanduser(name))
         elif is_hub_id(name):
             return name, Path(cls.download(name, variant, subfolder=subfolder, **options))
         else:
@@ -275,6 +276,6 @@ def _one_device(device_map: Any) -> torch.device | None:
         return torch.device(device_map)
     except (RuntimeError, TypeError):
         raise ValueError(
-            f"device_map takes the name of one device, such as 'cuda', got {device_map!r}: the networks are small; "
-            "for less GPU memory call enable_model_cpu_offload()"
+            f"device_map takes the name of one device, such as 'cuda', got {device_map!r}: the networks are small, "
+            "and each gradient step of an inversion needs all of them"
         ) from None

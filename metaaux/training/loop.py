@@ -146,38 +146,20 @@ def train(
         FloatingPointError, RuntimeError: see `TrainingRun.advance`.
     """
     # 1. Processes, and precision of the GPU.
-    settings: RunSettings = config.run
-    check_packages(packages, settings.trackers)
-    places = ProjectConfiguration(project_dir=str(folder), logging_dir=os.path.join(folder, "trackers"))
-    accelerator = start_processes(settings.timeout_minutes, log_with=settings.trackers, project_config=places)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    check_packages(packages, config.run.trackers)
+    accelerator = _start(config.run, folder)
 
     # 2. Networks: the same in every process.
-    set_seed(settings.seed)
+    set_seed(config.run.seed)
     trainer = make_trainer(config, accelerator)
 
     # 3. The run's folder and, to go on with, its checkpoint.
-    run = TrainingRun(
-        folder,
-        accelerator,
-        settings.total_images,
-        settings.interval_images,
-        models=trainer.models,
-        optimizers=trainer.optimizers,
-        config=config.model_dump(mode="json"),
-        state=trainer.state,
-        max_seconds=settings.max_seconds,
-        keep=settings.keep,
-        gradients=trainer.gradients,
-        max_nonfinite_steps=settings.max_nonfinite_steps,
-        check_every=trainer.check_every,
-    )
+    run = _open_run(trainer, folder)
     try:
-        if not resume:
-            run.refuse_used_folder()
-        else:
+        if resume:
             run.resume()
+        else:
+            run.refuse_used_folder()
         accelerator.init_trackers(run.folder.name)
 
         # 4. Photos and random streams: another one in every process.
@@ -194,3 +176,29 @@ def train(
     finally:
         run.close()
     return run
+
+
+def _start(settings: RunSettings, folder: str | os.PathLike) -> Accelerator:
+    places = ProjectConfiguration(project_dir=str(folder), logging_dir=os.path.join(folder, "trackers"))
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return start_processes(settings.timeout_minutes, log_with=settings.trackers, project_config=places)
+
+
+def _open_run(trainer: Trainer, folder: str | os.PathLike) -> TrainingRun:
+    settings: RunSettings = trainer.config.run
+    return TrainingRun(
+        folder,
+        trainer.accelerator,
+        settings.total_images,
+        settings.interval_images,
+        models=trainer.models,
+        optimizers=trainer.optimizers,
+        config=trainer.config.model_dump(mode="json"),
+        state=trainer.state,
+        max_seconds=settings.max_seconds,
+        keep=settings.keep,
+        gradients=trainer.gradients,
+        max_nonfinite_steps=settings.max_nonfinite_steps,
+        check_every=trainer.check_every,
+    )
