@@ -30,7 +30,8 @@ _MOST_SETS = max(1, min(8, os.cpu_count() or 1))
 # What MediaPipe and TensorFlow Lite write about themselves, which no setting of theirs turns off.
 _CHATTER = re.compile(rb"INFO: Created TensorFlow Lite|WARNING: All log messages before absl|[IW]\d{4} .*\.cc:\d+\] ")
 
-_stderr_lock = threading.Lock()
+# Reentrant: owners may vanish, and graphs be closed, while one of this thread's has its say.
+_stderr_lock = threading.RLock()
 
 
 class FaceGraphs:
@@ -88,7 +89,9 @@ class FaceGraphs:
         """Frees the graphs, failed ones too."""
         for graph in (self.near, self.far, self.mesh):
             try:
-                graph.close()
+                # A graph that was never used is started before it ends.
+                with contextlib.nullcontext() if graph in self._silent else _without_chatter():
+                    graph.close()
             # A failed graph raises its error once more, and would be kept.
             except Exception:
                 graph._graph = None
