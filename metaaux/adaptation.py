@@ -4,9 +4,9 @@ The loop is MAML's (Finn et al. 2017): gradient steps from parameters that were 
 (Antoniou et al. 2019) come learning rates of each tensor's own and, for training, the losses of the steps on the way.
 It works on a batch of tasks, each of them one person; a visitor's photo is a batch of one task.
 
-Nothing shared is changed: the adapted parameters live in a dictionary that belongs to the call, and
-`torch.func.functional_call`, which for its duration swaps tensors inside the module it is given, only ever sees a
-private shell of the auxiliary network that shares the tensors. So several threads may adapt the same network at once.
+Nothing shared is changed: the adapted parameters live in a dictionary that belongs to the call, and `functional_call`,
+which for its duration swaps tensors inside the module it is given, only ever sees a private view of the auxiliary
+network. So several threads may adapt one network at once. Dimensions: see `metaaux.models`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import torch
 
 from .cameras import mirror_camera
 from .devices import synchronize
-from .losses import InversionLoss, private_view
+from .losses import InversionLoss
 from .models.auxiliary import AuxiliaryNetwork, AuxiliaryOutput
 from .models.eg3d import EG3DGenerator, GeneratorOutput
 from .models.encoder import ImageEncoder
 from .models.stylegan2 import ImageOutput, StyleGAN2Generator
+from .models.views import private_view
 
 Generator = EG3DGenerator | StyleGAN2Generator
 StepCallback = Callable[[int, torch.Tensor, dict[str, float]], None]
@@ -205,7 +206,7 @@ def synthesize_tasks(
         resolution, dtype: see `InnerLoop`.
         lookup: see `renderer.sample_planes`.
         camera: in place of the photos' own, [T·P, 25].
-        planes: of each task's adapted backbone [T, 3, C, R, R], where they are known already.
+        planes: of each task's adapted backbone [T, 3, C, R, R], where known already.
     """
     if planes is None:
         planes = generator.planes(tasks.w, offsets.weight_offsets, dtype=dtype)
@@ -245,8 +246,7 @@ class InnerProblem:
         generator: in eval mode; not changed. Freeze it (`requires_grad_(False)`) to save memory.
         auxiliary: in eval mode, a `private_view` where threads share the network; not changed.
         loss: Eq. 8 and, with weights for it, Eq. 12.
-        tasks: the photos.
-        inner: settings.
+        tasks, inner: the photos and the settings.
 
     Raises:
         ValueError: the auxiliary network is in training mode.
@@ -279,8 +279,8 @@ class InnerProblem:
             offsets, planes: see `synthesize_tasks`.
 
         Returns:
-            Reconstructions [T·P, …]; "mse", "perceptual", "identity", "adversarial", "total" and, where Eq. 12 takes
-            part, "flip", each [T], the mean over a task's photos.
+            Reconstructions [T·P, …]; the terms of `InversionLoss` and, where Eq. 12 takes part, "flip", each [T], the
+            mean over a task's photos.
         """
         inner, tasks = self.inner, self.tasks
         if planes is None:
@@ -361,8 +361,8 @@ class AdaptationResult:
         parameters: adapted parameters of the auxiliary network, by name; detached.
         weight_offsets: δ per generator layer, as `generator.synthesize` takes it.
         offset_planes: [1, 3, 3, r, r] world units, or `None` without the 3D module.
-        steps: one dictionary a step from -1 to N: "step", the loss terms of Eq. 8 ("flip" too where it takes part)
-            and "seconds", the time that this step alone took.
+        steps: one dictionary a step from -1 to N: "step", the terms of `InnerProblem.evaluate`, and "seconds", the
+            time that this step alone took.
         image: the last reconstruction of each photo [P, 3, S, S].
     """
 
@@ -389,8 +389,7 @@ def adapt(
 ) -> AdaptationResult:
     """Adapt the auxiliary network to the photos of one person by N gradient steps (Eq. 5, `gradient_step`).
 
-    A batch of one task, with the network's own momentum; works inside `no_grad` and `inference_mode` too. Predictions
-    from several photos are averaged and the loss is the mean over them, so that the rates suit any number.
+    A batch of one task, with the network's own momentum; works inside `no_grad` and `inference_mode` too.
 
     Args:
         generator, loss: see `InnerProblem`.

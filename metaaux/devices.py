@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 #: Operators of an inversion that Apple's GPUs lack in some supported version of PyTorch: the derivatives of bilinear
-#: look-ups (up to 2.12) and of the antialiased reduction in front of the identity network. The package switches
-#: PyTorch's fallback to the CPU on for them. Double precision, which these GPUs lack altogether, is nowhere needed.
+#: look-ups (2.13 has them) and of antialiased reductions. The package switches PyTorch's fallback to the CPU on for
+#: them. Double precision, which these GPUs lack altogether, is nowhere needed.
 MPS_FALLBACK_OPERATORS = ("grid_sampler_2d_backward", "_upsample_bilinear2d_aa_backward")
 
 

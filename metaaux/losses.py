@@ -7,8 +7,6 @@ or by the distance that `perceptual_distance` picks, so that a checkpoint is tra
 from __future__ import annotations
 
 import contextlib
-import copy
-import itertools
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -17,6 +15,7 @@ import torch.nn.functional as F
 
 from .models.discriminator import DualDiscriminator
 from .models.perceptual import LPIPS, DiscriminatorPerceptualDistance
+from .models.views import private_view
 from .models.weights import unwrapped
 
 
@@ -265,13 +264,3 @@ class InversionLoss:
     def _adversarial(self, image: torch.Tensor, image_raw: torch.Tensor, camera: torch.Tensor) -> torch.Tensor:
         # StyleGAN's non-saturating generator loss.
         return F.softplus(-self.discriminator(image, image_raw, camera)).flatten(1).mean(1)
-
-
-def private_view(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy of `module` that shares every parameter and buffer with it but no module object.
-
-    `functional_call` replaces entries of the modules' parameter tables while it runs, which another thread would see;
-    on a private view it disturbs nobody. The view's mode can be changed freely too.
-    """
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})

@@ -159,9 +159,12 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
 
     @property
     def aligner(self) -> FaceAligner:
-        """Finds and crops faces as this checkpoint's generator expects; made at the first use, shared by threads."""
-        if self._aligner is None:
-            self._aligner = FaceAligner(self.generator.config.image_size, crop_scale=self.config.crop_scale)
+        """Finds and crops faces as this checkpoint's generator expects; made at the first use, shared by threads, and
+        given up with the pipeline."""
+        settings = self.generator.config.image_size, self.config.crop_scale
+        # Another generator may have been put in.
+        if self._aligner is None or (self._aligner.image_size, self._aligner.crop_scale) != settings:
+            self._aligner = FaceAligner(settings[0], crop_scale=settings[1])
         return self._aligner
 
     def __call__(

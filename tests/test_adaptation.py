@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 from metaaux.adaptation import InnerLoop, InnerProblem, Tasks, adapt, gradient_step, make_tasks, predict_tasks
 from metaaux.cameras import mirror_camera
-from metaaux.losses import InversionLoss, LossWeights, private_view
+from metaaux.losses import InversionLoss, LossWeights
 from metaaux.models.perceptual import DiscriminatorPerceptualDistance
+from metaaux.models.views import private_view
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -204,7 +204,7 @@ class TestMesh:
         assert (tmp_path / "a.ply").read_bytes()[:4] == b"ply\n"
 
     def test_errors(self, run, tiny_folder, inversion_file, tmp_path):
-        code, _, err = run("mesh", inversion_file, "--out", tmp_path / "a.glb", "--texture", 5000)
+        code, _, err = run("mesh", inversion_file, "--out", tmp_path / "a.glb", "--texture", 3000)
         assert code == 2 and "--texture" in err
         code, _, err = run("mesh", inversion_file, "--out", tmp_path / "a.stl")
         assert code == 2 and "must end in .glb" in err
@@ -401,6 +401,8 @@ class TestPlaces:
             for out in ("file", "file/a", "a" * 256):
                 code, stdout, err = run(*command, "--out", tmp_path / out)
                 assert code == 2 and stdout == "" and ("is a file" in err or "too long" in err)
+        code, _, err = run("convert", "lpips", photo, tmp_path / "file")
+        assert code == 2 and "file is a file" in err
         code, _, err = run("evaluate", "generator", "--out", tmp_path / "file")
         assert code == 2 and "file is a file" in err
         assert (tmp_path / "file").read_bytes() == b""

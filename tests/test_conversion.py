@@ -25,6 +25,7 @@ from metaaux.conversion.arcface import convert_arcface
 from metaaux.conversion.eg3d import convert_eg3d
 from metaaux.conversion.lpips import convert_lpips
 from metaaux.conversion.stylegan2 import convert_stylegan2
+from metaaux.hub.loading import load_component
 from metaaux.models.discriminator import DualDiscriminator
 from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.identity import IdentityNetwork
@@ -58,6 +59,24 @@ class TestEG3D:
         assert str(summary.networks["discriminator"]["tensors"]) in str(summary)
         assert seen == sorted(seen) and seen[-1][1] == source.stat().st_size
         assert {p.name for p in (tmp_path / "out").iterdir()} == {"generator", "discriminator"}
+
+    @pytest.mark.parametrize("default", ["float64", "meta"])
+    def test_whatever_the_process_has_as_its_defaults(self, tmp_path, default):
+        contents, networks = snapshot()
+        source = write(tmp_path / "model.pkl", contents)
+        if default == "meta":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(torch.float64)
+        try:
+            convert_eg3d(source, tmp_path)
+            generator = load_component(EG3DGenerator, tmp_path / "generator")
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)
+        expected = networks[0].state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in generator.state_dict().items())
+        assert {tensor.dtype for tensor in generator.state_dict().values()} == {torch.float32}
 
     def test_existing_folders_are_kept(self, tmp_path):
         contents, _ = snapshot()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from eg3d_reference import RELEASED_AXES, hashed, hashed_cameras, hashed_weights, inner_points
 
 from metaaux.models.eg3d import EG3DGenerator
-from metaaux.models.stylegan2 import upsample2d
+from metaaux.models.resampling import upsample2d
 from metaaux.models.super_resolution import SuperResolution
 
 TINY = {

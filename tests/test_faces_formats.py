@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import stat
 import struct
@@ -247,3 +248,40 @@ def test_bombs_are_refused_by_their_header(monkeypatch):
         load_photo(png(60000) + empty, max_pixels=10**10)
     with pytest.raises(UnreadableImageError, match="9000 x 9000 pixels, more than the limit of 80,000,000"):
         load_photo(png(9000) + empty)
+
+
+def test_the_demo_reads_the_same_formats_and_names_files_as_their_owners_do(picture, tmp_path):
+    from metaaux.demo.settings import Settings
+    from metaaux.demo.validation import read_photos
+
+    files = {
+        "holiday.heic": heic(Image.fromarray(picture)),
+        "drawing.jpg": encoded(Image.fromarray(picture), "EPS"),
+        "new.jpg": b"\xff\x0a" + bytes(60),
+        "cut.png": encoded(Image.fromarray(picture), "PNG")[:60],
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    assert read_photos([str(tmp_path / "holiday.heic")], Settings())[0].size == (36, 24)
+    for name, words in (("drawing.jpg", "PostScript"), ("new.jpg", "JPEG XL"), ("cut.png", "damaged")):
+        with pytest.raises(UnreadableImageError, match=f"^'{name}' is .*{words}") as caught:
+            read_photos([str(tmp_path / name)], Settings())
+        assert str(tmp_path) not in str(caught.value)
+
+
+def test_pictures_of_data_sets_are_opened_by_an_allow_list_too(picture, tmp_path):
+    from metaaux.data.dataset import FaceDataset
+
+    files = {
+        "eps.png": (encoded(Image.fromarray(picture), "EPS"), "no PNG, WebP or JPEG"),
+        "text.png": (b"no picture", "no PNG, WebP or JPEG"),
+        "cut.png": (encoded(Image.fromarray(picture), "PNG")[:60], "not a readable picture"),
+    }
+    for name, (data, _) in files.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": [[name, [0.0] * 25] for name in files]}))
+    dataset = FaceDataset(tmp_path, 24)
+    for index, (name, (_, words)) in enumerate(files.items()):
+        with pytest.raises(ValueError, match=f"{name} in .*{words}") as caught:
+            dataset[index]
+        assert " at 0x" not in str(caught.value)

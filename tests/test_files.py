@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from metaaux import Inversion
 from metaaux.export.images import save_image
 from metaaux.export.mesh import HeadMesh
-from metaaux.export.mesh_files import write_glb
+from metaaux.export.mesh_files import write_glb, write_mesh
 from metaaux.export.video import write_video
 from metaaux.files import atomic_path, check_output_file, check_output_folder, write_json, write_text
 
@@ -130,6 +131,11 @@ class TestWriters:
         assert Path(f"{name}.glb").read_bytes()[:4] == b"glTF"
         tiny_inversion.save(f"{name}.s")
         assert torch.equal(Inversion.load(f"{name}.s").w, tiny_inversion.w)
+
+    def test_what_lies_beside_a_file_of_the_longest_name(self, tmp_path):
+        uv, texture = np.zeros((4, 2), dtype=np.float32), np.zeros((4, 4, 3), dtype=np.uint8)
+        write_mesh(replace(TETRAHEDRON, uv=uv, texture=texture), tmp_path / ("a" * 250 + " .obj"))
+        assert sorted(path.suffix for path in tmp_path.iterdir()) == [".mtl", ".obj", ".png"]
 
     @pytest.mark.parametrize("folder", ["10:30", "-y", "%d", "two\nlines"])
     def test_names_of_folders(self, tmp_path, monkeypatch, folder):

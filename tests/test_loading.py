@@ -157,6 +157,10 @@ class TestLoading:
         with pytest.raises(ValueError, match=match):
             MetaAuxInverter.from_pretrained(folder)
 
+    def test_proxies_are_for_the_environment(self, tiny_folder):
+        with pytest.raises(ValueError, match="set HTTPS_PROXY"):
+            MetaAuxInverter.from_pretrained(tiny_folder, proxies={"https": "localhost:1"})
+
     def test_settings_in_place_of_the_checkpoints(self, tiny_folder, tiny_components):
         loaded = MetaAuxInverter.from_pretrained(
             tiny_folder, inner_steps=2, low_cpu_mem_usage=False, encoder=tiny_components["encoder"]
@@ -200,6 +204,10 @@ class TestComponent:
             assert load_component(LatentEncoder, folder).dtype == torch.float32
         finally:
             torch.set_default_dtype(torch.float32)
+
+    def test_unknown_arguments(self, folder):
+        with pytest.raises(TypeError, match="takes no torch_dtype"):
+            load_component(LatentEncoder, folder, torch_dtype=torch.float16)
 
     def test_one_of_several_classes(self, folder):
         assert type(load_component((PSPEncoder, LatentEncoder), str(folder))) is LatentEncoder

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metaaux.models import stylegan2
+from metaaux.models import resampling
 from metaaux.models.discriminator import minibatch_deviation
-from metaaux.models.stylegan2 import blur2d, downsample2d, modulated_conv2d, upsample2d
+from metaaux.models.modulation import modulated_conv2d
+from metaaux.models.resampling import blur2d, downsample2d, upsample2d
 
 KERNEL = torch.outer(torch.tensor([1.0, 3, 3, 1]), torch.tensor([1.0, 3, 3, 1])) / 64
 
@@ -49,12 +50,12 @@ def test_blur_is_filtering(padding, gain):
     torch.testing.assert_close(blur2d(x, padding, gain), expected)
     # As on GPUs, here on the CPU.
     x = x.contiguous(memory_format=torch.channels_last)
-    sliced = stylegan2._blur_by_slices(x, padding, gain)
+    sliced = resampling._blur_by_slices(x, padding, gain)
     torch.testing.assert_close(sliced, expected)
     assert sliced.is_contiguous(memory_format=torch.channels_last)
     large = torch.full((1, 1, 6, 6), 3000.0, dtype=torch.float16)
     torch.testing.assert_close(
-        stylegan2._blur_by_slices(large, 0, gain), torch.full((1, 1, 3, 3), 3000 * gain**2).half()
+        resampling._blur_by_slices(large, 0, gain), torch.full((1, 1, 3, 3), 3000 * gain**2).half()
     )
 
 

@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from metaaux.adaptation import InnerLoop, InnerProblem, Tasks, adapt, predict_tasks
-from metaaux.losses import InversionLoss, LossWeights, private_view
+from metaaux.losses import InversionLoss, LossWeights
 from metaaux.models.auxiliary import AuxiliaryNetwork
 from metaaux.models.discriminator import DualDiscriminator
 from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.perceptual import DiscriminatorPerceptualDistance
+from metaaux.models.views import private_view
 from metaaux.training.auxiliary import AuxiliaryConfig, train
 from metaaux.training.calibration import calibrate_rates
 from metaaux.training.meta import meta_objective
@@ -115,17 +116,38 @@ def smooth_problem(tiny_components, monkeypatch):
     with torch.random.fork_rng():
         torch.manual_seed(11)
         generator = EG3DGenerator(
-            z_dim=4, w_dim=4, image_size=32, plane_resolution=8, plane_features=4, channel_base=64, channel_max=8,
-            decoder_hidden=4, neural_resolution=4, depth_samples=4, importance_samples=0, super_resolution_kind="2X",
-        )  # fmt: skip
+            z_dim=4,
+            w_dim=4,
+            image_size=32,
+            plane_resolution=8,
+            plane_features=4,
+            channel_base=64,
+            channel_max=8,
+            decoder_hidden=4,
+            neural_resolution=4,
+            depth_samples=4,
+            importance_samples=0,
+            super_resolution_kind="2X",
+        )
         auxiliary = AuxiliaryNetwork(
             **AuxiliaryNetwork.config_for(
-                generator, prefixes=("backbone.b8.",), backbone_layer_type="basic", backbone_depths=(1, 1, 1, 1),
-                backbone_embedding_size=4, backbone_hidden_sizes=(4, 4, 4, 4), neck_channels=4, hyper_channels=4,
-                hyper_rank=2, hyper_convs=1, offset_resolution=4, offset_channels=4, offset_image_features=2,
-                camera_channels=4, inner_learning_rate=0.05,
+                generator,
+                prefixes=("backbone.b8.",),
+                backbone_layer_type="basic",
+                backbone_depths=(1, 1, 1, 1),
+                backbone_embedding_size=4,
+                backbone_hidden_sizes=(4, 4, 4, 4),
+                neck_channels=4,
+                hyper_channels=4,
+                hyper_rank=2,
+                hyper_convs=1,
+                offset_resolution=4,
+                offset_channels=4,
+                offset_image_features=2,
+                camera_channels=4,
+                inner_learning_rate=0.05,
             )
-        )  # fmt: skip
+        )
         with torch.no_grad():
             auxiliary.offset_network.to_offsets.weight.normal_(std=0.3)
             for hypernetwork in auxiliary.hypernetworks.values():
@@ -201,10 +223,16 @@ def test_tasks_side_by_side_come_out_as_alone(networks, tasks, tiny_components):
         part = slice(i, i + 1)
         images = {}
         result = adapt(
-            networks.generator, auxiliary, networks.inner_loss, tasks.image[part], tasks.w[part], tasks.camera[part],
-            steps=2, learning_rates=rates,
+            networks.generator,
+            auxiliary,
+            networks.inner_loss,
+            tasks.image[part],
+            tasks.w[part],
+            tasks.camera[part],
+            steps=2,
+            learning_rates=rates,
             on_step=lambda step, image, _, images=images: images.update({step: image}),
-        )  # fmt: skip
+        )
         for name, parameter in result.parameters.items():
             torch.testing.assert_close(adapted[name][i], parameter, atol=1e-5, rtol=1e-4)
         for step in range(2):
@@ -395,8 +423,12 @@ def test_shipped_configurations_are_valid(path):
     LossWeights(**config.inner.loss), LossWeights(**config.outer.loss)
     if phase == "plain":
         generator = EG3DGenerator(
-            image_size=128, plane_resolution=128, channel_base=8192, channel_max=256, neural_resolution=64,
+            image_size=128,
+            plane_resolution=128,
+            channel_base=8192,
+            channel_max=256,
+            neural_resolution=64,
             super_resolution_kind="2X",
-        )  # fmt: skip
+        )
         network = AuxiliaryNetwork(**AuxiliaryNetwork.config_for(generator, **config.auxiliary.arguments))
         assert sum(p.numel() for p in network.parameters()) <= 4_000_000

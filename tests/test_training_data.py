@@ -1,8 +1,10 @@
 """Data set, augmentation and gradients of the trainers."""
 
 import io
+import itertools
 import json
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 
 from metaaux.cameras import camera_from_pose, mirror_camera, pose_of_camera
 from metaaux.data.dataset import FaceDataset
-from metaaux.data.sampler import FaceSampler
+from metaaux.data.sampler import FaceSampler, _EndlessSampler
 from metaaux.training.augment import AdaptiveAugmentation
 from metaaux.training.cuda_graphs import CapturedFunction
 from metaaux.training.distributed import FlatGradients
@@ -78,6 +80,21 @@ class TestFaceDataset:
         with pytest.raises(ValueError, match="25 numbers"):
             FaceDataset(tmp_path / "a.zip", 16)
 
+    def test_more_pictures_than_are_decoded_at_once(self, tmp_path):
+        dataset = FaceDataset(write_dataset(tmp_path / "a.zip", count=260, size=8), 8)
+        images = dataset.load()
+        assert images.shape == (260, 3, 8, 8) and images.nbytes == dataset.decoded_bytes
+        assert torch.equal(images[258], dataset[258][0])
+
+    def test_spawned_workers_read_it(self, tmp_path):
+        """As on macOS and Windows; this process has the zip open."""
+        dataset = FaceDataset(write_dataset(tmp_path / "a.zip"), 16)
+        first = dataset[0][0]
+        loader = torch.utils.data.DataLoader(dataset, 6, num_workers=1, multiprocessing_context="spawn")
+        images, cameras = next(iter(loader))
+        assert torch.equal(images, dataset.load()) and torch.equal(cameras, dataset.cameras)
+        assert torch.equal(dataset[0][0], first)
+
 
 class TestFaceSampler:
     @pytest.mark.parametrize("in_memory", [True, False])
@@ -97,6 +114,40 @@ class TestFaceSampler:
         assert 0.75 < (yaw > 20).float().mean() < 0.85  # four to one
         plain = FaceSampler(dataset, 1, "cpu", mirror=False, balance_turned=False).sample_cameras(4000)
         assert 0.45 < (pose_of_camera(plain)[0] > 20).float().mean() < 0.55
+
+    def test_sources_are_repeated(self, tmp_path):
+        dataset = FaceDataset(write_dataset(tmp_path / "a.zip", count=2), 16)
+        dataset.names[1] = "new/00001.png"
+        sampler = FaceSampler(dataset, 1, "cpu", in_memory=False, repeats={"new/": 3})
+        assert sampler.order.tolist() == [0, 1, 1, 1]
+        with pytest.raises(ValueError, match="no picture of .* starts with 'old'"):
+            FaceSampler(dataset, 1, "cpu", repeats={"old": 3})
+
+    def test_what_does_not_fit_into_memory_is_streamed(self, tmp_path, monkeypatch):
+        dataset = FaceDataset(write_dataset(tmp_path / "a.zip"), 16)
+        assert FaceSampler(dataset, 2, "cpu", in_memory="auto").images is not None
+        free = SimpleNamespace(available=2 * dataset.decoded_bytes)
+        monkeypatch.setattr("metaaux.data.sampler.psutil.virtual_memory", lambda: free)
+        sampler = FaceSampler(dataset, 2, "cpu", in_memory="auto", workers=1)
+        assert sampler.images is None and sampler.next()[0].shape == (2, 3, 16, 16)
+
+    @pytest.mark.parametrize("in_memory", [True, False])
+    def test_goes_on_where_another_was(self, tmp_path, in_memory):
+        dataset = FaceDataset(write_dataset(tmp_path / "a.zip"), 16)
+        first, second = (FaceSampler(dataset, 8, "cpu", seed=seed, in_memory=in_memory, workers=0) for seed in (1, 2))
+        before = [first.next()[0] for _ in range(3)]
+        second.next()
+        second.set_state(first.state())
+        for _ in range(2):
+            (image, camera), (other, other_camera) = first.next(), second.next()
+            assert torch.equal(image, other) and torch.equal(camera, other_camera)
+        assert not torch.equal(before[0], before[1])
+
+    def test_streams_the_same_order_from_any_place(self):
+        order = torch.arange(10)
+        whole = list(itertools.islice(_EndlessSampler(order, seed=3), 10_000))
+        assert list(itertools.islice(_EndlessSampler(order, seed=3, start=4_097), 5_000)) == whole[4_097:9_097]
+        assert set(whole) == set(range(10)) and whole[:4096] != whole[4096:8192]
 
     def test_seed_decides(self, tmp_path):
         dataset = FaceDataset(write_dataset(tmp_path / "a.zip"), 16)

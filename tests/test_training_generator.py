@@ -25,12 +25,19 @@ from metaaux.training.trainer import TrainingRun
 from tests.test_training_data import write_dataset
 
 GENERATOR = dict(
-    z_dim=8, w_dim=16, image_size=32, plane_resolution=16, channel_base=128, channel_max=8, neural_resolution=16,
-    depth_samples=4, importance_samples=4, super_resolution_kind="2X", super_resolution_conv_clamp=None,
-)  # fmt: skip
-DISCRIMINATOR = dict(
-    image_size=32, channel_base=128, channel_max=8, conv_clamp=None, mapping_layers=2, raw_size=16
-)  # fmt: skip
+    z_dim=8,
+    w_dim=16,
+    image_size=32,
+    plane_resolution=16,
+    channel_base=128,
+    channel_max=8,
+    neural_resolution=16,
+    depth_samples=4,
+    importance_samples=4,
+    super_resolution_kind="2X",
+    super_resolution_conv_clamp=None,
+)
+DISCRIMINATOR = dict(image_size=32, channel_base=128, channel_max=8, conv_clamp=None, mapping_layers=2, raw_size=16)
 
 
 def tiny_config(tmp_path, **settings):

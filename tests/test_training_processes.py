@@ -18,51 +18,55 @@ from tests.test_train_auxiliary import folders  # noqa: F401, a fixture
 from tests.test_training_data import write_dataset
 from tests.test_training_generator import DISCRIMINATOR, GENERATOR
 
-SCRIPT = '''
-import importlib, json, sys
-import torch
+SCRIPT = """
+import importlib
+import json
+import sys
 from pathlib import Path
-from safetensors.torch import save_file
 
-torch.set_num_threads(1)
+import torch
+from safetensors.torch import save_file
 
 from metaaux.training.trainer import TrainingRun
 
-part, settings, folder = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
-delay, broken = float(sys.argv[4]), sys.argv[5] == "broken"
-finish, advance, runs = TrainingRun.finish, TrainingRun.advance, []
+torch.set_num_threads(1)
+finish, advance, job, folder = TrainingRun.finish, TrainingRun.advance, {}, Path()
 
 
 def finish_and_keep(run):
-    rank = run.accelerator.process_index
     tensors = {f"{m}.{k}": v.clone() for m, model in run.models.items() for k, v in model.state_dict().items()}
-    save_file(tensors | {"images": torch.tensor(run.images)}, folder / f"{rank}.safetensors")
+    save_file(tensors | {"images": torch.tensor(run.images)}, folder / f"{run.accelerator.process_index}.safetensors")
     return finish(run)
 
 
 def advance_apart(run, images, figures=None):
-    """One process's clock is ahead of the other's; or one process's weights change."""
-    if run.accelerator.process_index == 1:
-        run._started -= delay
-        if broken:
-            next(iter(run.models.values())).float()
-            with torch.no_grad():
-                next(next(iter(run.models.values())).parameters()).view(-1)[0] += 1e-3
+    rank = run.accelerator.process_index
+    run._started -= job.get("hurry", [0, 0])[rank]  # each process's clock runs ahead in its own way
+    if job.get("broken") and rank == 1:
+        with torch.no_grad():
+            run.models["generator"].w_avg[0] += 1e-3
     advance(run, images, figures)
 
 
 TrainingRun.finish, TrainingRun.advance = finish_and_keep, advance_apart
 if __name__ == "__main__":
-    module = importlib.import_module(f"metaaux.training.{part}")
-    config = getattr(module, f"{part.capitalize()}Config").model_validate(settings)
-    module.train(config, folder / "run", resume="resume" in sys.argv)
-'''
+    rank = int(sys.argv[2])
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        folder = Path(job["name"])
+        folder.mkdir(exist_ok=True)
+        module = importlib.import_module(f"metaaux.training.{job['part']}")
+        config = getattr(module, f"{job['part'].capitalize()}Config").model_validate(job["settings"])
+        try:
+            module.train(config, job["run"], resume=job.get("resume", False))
+        except (OSError, RuntimeError) as error:
+            (folder / f"{rank}.error").write_text(f"{type(error).__name__}: {error}")
+"""
 
 
-def launch(tmp_path: Path, part: str, settings: dict, *arguments: str, delay: float = 0.0, broken: bool = False):
-    """Exit codes and standard errors of two processes that train `part`."""
-    (tmp_path / "script.py").write_text(SCRIPT)
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
+def launch(folder: Path, jobs: list[dict]) -> None:
+    """Two processes, each of which does the jobs one after another."""
+    (folder / "script.py").write_text(SCRIPT)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -75,11 +79,10 @@ def launch(tmp_path: Path, part: str, settings: dict, *arguments: str, delay: fl
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "script.py", part, "settings.json", ".", str(delay), "broken" if broken else "-"]
     processes = [
         subprocess.Popen(
-            [*command, *arguments],
-            cwd=tmp_path,
+            [sys.executable, "script.py", "jobs.json", str(rank)],
+            cwd=folder,
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -87,17 +90,9 @@ def launch(tmp_path: Path, part: str, settings: dict, *arguments: str, delay: fl
         )
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=400)[1] for process in processes]
-    return [process.returncode for process in processes], errors
-
-
-def check_equal(tmp_path: Path) -> int:
-    """That both processes ended with the same tensors; images shown."""
-    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
-    assert first.keys() == second.keys() and len(first) > 10
-    differing = [name for name in first if not torch.equal(first[name], second[name])]
-    assert differing == []
-    return int(first["images"])
+    errors = [process.communicate(timeout=900)[1] for process in processes]
+    (folder / "stderr.txt").write_text("\n".join(errors))
+    assert [process.returncode for process in processes] == [0, 0], errors
 
 
 def generator_settings(tmp_path: Path, **changes) -> dict:
@@ -114,10 +109,13 @@ def generator_settings(tmp_path: Path, **changes) -> dict:
     return nested(settings, **changes)
 
 
-@pytest.fixture
-def meta_settings(folders, tiny_components, tmp_path):  # noqa: F811
-    tiny_components["auxiliary"].save_pretrained(tmp_path / "initial")
-    return {
+@pytest.fixture(scope="module")
+def done(folders, tiny_components, tmp_path_factory):  # noqa: F811
+    """A folder with what two processes left of all jobs: launched once, since importing takes longest."""
+    folder = tmp_path_factory.mktemp("processes")
+    tiny_components["auxiliary"].save_pretrained(folder / "initial")
+    generator = generator_settings(folder)
+    meta = {
         **folders,
         "phase": "meta",
         "auxiliary": {"initial": "initial"},
@@ -126,52 +124,62 @@ def meta_settings(folders, tiny_components, tmp_path):  # noqa: F811
         "optimiser": {"learning_rate": 1e-3},
         "run": {"total_images": 6, "interval_images": 4, "timeout_minutes": 5},
     }
+    endless = {"run__total_images": 10**6, "run__interval_images": 10**6, "run__max_seconds": 1000.0}
+    hurry = {"hurry": [300, 10_000]}
+    jobs = [
+        {"name": "generator", "run": "a", "settings": generator},
+        {"name": "resumed", "run": "a", "resume": True, "settings": nested(generator, run__total_images=24)},
+        {"name": "used", "run": "a", "settings": generator},
+        {
+            "name": "clock",
+            "run": "b",
+            "settings": nested(generator, **endless, optimiser__warmup_images=10**5),
+            **hurry,
+        },
+        {"name": "meta", "run": "c", "part": "auxiliary", "settings": meta},
+        {"name": "meta-clock", "run": "d", "part": "auxiliary", "settings": nested(meta, **endless), **hurry},
+        {"name": "broken", "run": "e", "settings": generator, "broken": True},
+    ]
+    launch(folder, [{"part": "generator"} | job for job in jobs])
+    return folder
 
 
-ENDLESS = {"run__total_images": 10**6, "run__interval_images": 10**6}
+def check_equal(folder: Path) -> int:
+    """That both processes ended with the same tensors; images shown."""
+    assert not list(folder.glob("*.error")), [path.read_text() for path in folder.glob("*.error")]
+    first, second = (load_file(folder / f"{rank}.safetensors") for rank in range(2))
+    assert first.keys() == second.keys() and len(first) > 10
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    return int(first["images"])
 
 
-class TestEqualParameters:
-    def test_generator(self, tmp_path):
-        codes, errors = launch(tmp_path, "generator", generator_settings(tmp_path))
-        assert codes == [0, 0], errors
-        assert check_equal(tmp_path) == 16
-        saved = load_file(next((tmp_path / "run" / "latest" / "generator").glob("*.safetensors")))
-        ended = load_file(tmp_path / "0.safetensors")
-        assert all(torch.equal(ended[f"generator.{name}"], value) for name, value in saved.items())
-        # Goes on with both processes' own random streams.
-        codes, errors = launch(tmp_path, "generator", generator_settings(tmp_path, run__total_images=24), "resume")
-        assert codes == [0, 0] and not any("no random state" in error for error in errors), errors
-        assert check_equal(tmp_path) == 24
-
-    def test_generator_stopped_by_the_clock(self, tmp_path):
-        """The other process's clock runs far ahead, which neither stops the run nor moves its schedules."""
-        settings = generator_settings(tmp_path, **ENDLESS, run__max_seconds=6.0, optimiser__warmup_images=10**5)
-        codes, errors = launch(tmp_path, "generator", settings, delay=3.0)
-        assert codes == [0, 0], errors
-        assert check_equal(tmp_path) >= 64
-
-    def test_meta(self, tmp_path, meta_settings):
-        codes, errors = launch(tmp_path, "auxiliary", meta_settings)
-        assert codes == [0, 0], errors
-        assert check_equal(tmp_path) == 6
-
-    def test_meta_stopped_by_the_clock(self, tmp_path, meta_settings):
-        settings = nested(meta_settings, **ENDLESS, run__max_seconds=6.0)
-        codes, errors = launch(tmp_path, "auxiliary", settings, delay=3.0)
-        assert codes == [0, 0], errors
-        assert check_equal(tmp_path) > 2
+def errors(folder: Path) -> list[str]:
+    return [(folder / f"{rank}.error").read_text() for rank in range(2)]
 
 
-def test_replicas_that_go_apart_stop_the_run(tmp_path):
-    codes, errors = launch(tmp_path, "generator", generator_settings(tmp_path), broken=True)
-    assert codes == [1, 1]
-    assert all("networks have gone apart" in error and "generator" in error for error in errors), errors
-    assert not list((tmp_path / "run").glob("checkpoint-*"))
+@pytest.mark.parametrize(("name", "images"), [("generator", 16), ("resumed", 24), ("meta", 6)])
+def test_both_train_the_same_parameters(done, name, images):
+    assert check_equal(done / name) == images
 
 
-def test_errors_of_one_process_end_both(tmp_path):
-    settings = generator_settings(tmp_path)
-    (tmp_path / "run" / "checkpoint-8").mkdir(parents=True)
-    codes, errors = launch(tmp_path, "generator", settings)
-    assert codes == [1, 1] and all("holds a run already: resume it" in error for error in errors), errors
+@pytest.mark.parametrize(("name", "images"), [("clock", 64), ("meta-clock", 8)])
+def test_the_main_process_decides_when_time_is_up(done, name, images):
+    """After four steps, or at the next look; the other one's clock is further, but neither stops the run nor moves its
+    schedules."""
+    assert check_equal(done / name) == images
+
+
+def test_each_goes_on_with_its_own_random_stream(done):
+    assert "no random state" not in (done / "stderr.txt").read_text()
+    states = [load_file(done / "a" / "latest" / "random" / f"0000{rank}-of-00002.safetensors") for rank in range(2)]
+    assert not torch.equal(states[0]["photos.generator"], states[1]["photos.generator"])
+
+
+def test_replicas_that_go_apart_stop_the_run(done):
+    assert all("RuntimeError: the processes' networks have gone apart" in error for error in errors(done / "broken"))
+    assert all("w_avg" in error for error in errors(done / "broken"))
+    assert not list((done / "e").glob("checkpoint-*"))
+
+
+def test_an_error_of_the_main_process_reaches_the_other(done):
+    assert all("FileExistsError: a holds a run already: resume it" in error for error in errors(done / "used"))

@@ -110,6 +110,21 @@ class TestLatest:
             load_network(EG3DGenerator, tmp_path / "latest" / "generator")
 
 
+def test_schedules_follow_the_images_where_the_clock_ends_the_run(tmp_path, monkeypatch):
+    step, rates = GeneratorTrainer.step, {}
+
+    def step_and_look(trainer, images):
+        figures = step(trainer, images)
+        rates[images] = trainer.optimizers["generator"].param_groups[0]["lr"]
+        return figures
+
+    monkeypatch.setattr(GeneratorTrainer, "step", step_and_look)
+    run = {"total_images": 1000, "interval_images": 1000, "max_seconds": 0.0}
+    checkpoint = train(tiny_config(tmp_path, run=run, optimiser={"warmup_images": 99}), tmp_path / "run")
+    assert checkpoint.name == "checkpoint-64"  # the clock is looked at every 16 steps
+    assert rates == {images: pytest.approx(0.0025 * (images + 1) / 100) for images in range(0, 64, 4)}
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_run_that_was_stopped_comes_out_as_one_that_was_not(tmp_path, in_memory):
     """Weights, optimisers, order of the photos, random codes, augmentation: to the bit, on a CPU."""
@@ -124,7 +139,7 @@ def test_a_run_that_was_stopped_comes_out_as_one_that_was_not(tmp_path, in_memor
     config.run.total_images = 88
     parts = train(config, tmp_path / "parts", resume=True)
     states = [json.loads((folder / "state.json").read_text()) for folder in (whole, parts)]
-    assert states[0] == states[1] and states[0]["state"]["augmentation"] > 0
+    assert states[0] == states[1] and len(states[0]["state"]["signs"]) == 22 - 16
     for name in ("generator", "generator_raw"):
         first, second = (EG3DGenerator.from_pretrained(folder / name).state_dict() for folder in (whole, parts))
         assert all(torch.equal(first[key], second[key]) for key in first), name
@@ -142,7 +157,7 @@ def test_another_number_of_processes_draws_anew(tmp_path):
 
 class TestNotFinite:
     def test_is_counted_and_reported(self, tmp_path, monkeypatch):
-        self.spoil(monkeypatch, steps={1, 2})
+        self.spoil(monkeypatch, steps={0, 1})
         with pytest.warns(UserWarning, match="2 gradients were not finite"):
             train(tiny_config(tmp_path), tmp_path / "run")
         assert [line.get("nonfinite_gradients") for line in lines(tmp_path / "run")] == [2, None]
@@ -150,9 +165,9 @@ class TestNotFinite:
     def test_ends_the_run_after_the_stated_number(self, tmp_path, monkeypatch):
         self.spoil(monkeypatch, steps=set(range(3, 100)))
         config = tiny_config(tmp_path, run={"total_images": 400, "interval_images": 8, "max_nonfinite_steps": 1})
-        with pytest.raises(FloatingPointError, match="2 gradients .* not finite, at 16 images; .*checkpoint-8"):
+        with pytest.raises(FloatingPointError, match="2 gradients .* not finite, at 24 images; .*checkpoint-16"):
             train(config, tmp_path / "run")
-        assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-8"]
+        assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-8", "checkpoint-16"}
 
     def test_ends_the_run_within_a_long_interval(self, tmp_path, monkeypatch):
         self.spoil(monkeypatch, steps=set(range(100)))

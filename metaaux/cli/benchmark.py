@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import DeviceOption, echo, usage_error
+from .options import DeviceOption, check_file, echo
 
 
 class Precision(str, enum.Enum):
@@ -38,10 +38,9 @@ def benchmark(
     import torch
 
     from ..evaluation.benchmark import load_for_benchmark, run_benchmark
-    from ..files import check_output_file, write_json
+    from ..files import write_json
 
-    with usage_error("--out"):
-        check_output_file(out)
+    check_file(out)
     if threads is not None:
         torch.set_num_threads(threads)
     inverter, random_weights = load_for_benchmark(model, device, getattr(torch, dtype.value))

@@ -12,6 +12,7 @@ from .options import (
     EditOption,
     FolderOption,
     ModelOption,
+    StepsOption,
     check_folder,
     echo,
     load_inverter,
@@ -26,7 +27,7 @@ def compare_flip(
     out: FolderOption,
     most: Annotated[int, typer.Option("--most-turned", min=1, help="Faces of each data set: the most turned.")] = 8,
     pictures: Annotated[int, typer.Option(min=1, help="Faces in the comparison picture, the first so many.")] = 8,
-    steps: Annotated[int | None, typer.Option(min=0, help="Gradient steps. Default: the model's.")] = None,
+    steps: StepsOption = None,
     features: Annotated[
         Path | None,
         typer.Option(metavar="SAFETENSORS", help="SqueezeNet 1.1 for the distances. Default: the model's own."),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import echo
+from .options import check_folder, echo
 
 app = typer.Typer(
     name="convert",
@@ -17,7 +17,15 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-FolderArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the pipeline; made if missing.")]
+
+def _checked(folder: Path) -> Path:
+    check_folder(folder, "FOLDER")
+    return folder
+
+
+FolderArgument = Annotated[
+    Path, typer.Argument(metavar="FOLDER", callback=_checked, help="Folder of the pipeline; made if missing.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace networks that are there already.")]
 
 

@@ -135,7 +135,7 @@ def mesh(
     inversion: InversionArgument,
     out: FolderOption,
     resolution: Annotated[int, typer.Option(min=16, max=512, help="Cells along each side of the cube.")] = 192,
-    texture: Annotated[int, typer.Option(min=64, max=4096, help="Side of the texture in texels.")] = 1024,
+    texture: Annotated[int, typer.Option(min=64, max=2048, help="Side of the texture in texels.")] = 1024,
     model: ModelOption = None,
     device: DeviceOption = None,
 ) -> None:

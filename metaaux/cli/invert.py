@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import DeviceOption, FolderOption, JsonOption, ModelOption, check_folder, echo, echo_json, load_inverter
+from .options import (
+    DeviceOption,
+    FolderOption,
+    JsonOption,
+    ModelOption,
+    StepsOption,
+    check_folder,
+    echo,
+    echo_json,
+    load_inverter,
+)
 
 if TYPE_CHECKING:
     from ..inversion import Inversion
@@ -18,7 +28,7 @@ def invert(
     photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="One or more photos of one person.")],
     out: FolderOption,
     model: ModelOption = None,
-    steps: Annotated[int | None, typer.Option(min=0, help="Gradient steps. Default: the model's, usually 5.")] = None,
+    steps: StepsOption = None,
     as_json: JsonOption = False,
     flip: Annotated[
         bool | None,

@@ -30,7 +30,7 @@ def mesh(
         ),
     ],
     resolution: Annotated[int, typer.Option(min=16, max=512, help="Cells along each side of the cube.")] = 192,
-    texture: Annotated[int, typer.Option(min=0, max=4096, help="Side in texels; 0: vertex colours instead.")] = 1024,
+    texture: Annotated[int, typer.Option(min=0, max=2048, help="Side in texels; 0: vertex colours instead.")] = 1024,
     edit: EditOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,

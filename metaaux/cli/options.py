@@ -8,13 +8,15 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+
+from ..files import check_output_file, check_output_folder
 
 if TYPE_CHECKING:
     from ..baselines import InversionMethod
@@ -36,12 +38,8 @@ EditOption = Annotated[
     typer.Option("--edit", metavar="NAME=VALUE", help="Amount of a latent direction; may be repeated."),
 ]
 FolderOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the results; made if missing.")]
-StepsOption = Annotated[
-    int | None, typer.Option(min=0, help="Gradient steps of adapted methods. Default: the model's, usually 5.")
-]
+StepsOption = Annotated[int | None, typer.Option(min=0, help="Gradient steps. Default: the model's, usually 5.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON (ASCII) on stdout.")]
-
-DEFAULT_METHODS = "metaaux,metaaux-0,encoder,pti"
 
 
 @dataclass
@@ -66,7 +64,7 @@ class ComparisonOptions:
             "pti, without_auxiliary; and, each with its folder's option, psp, styletransformer, hyperinverter, "
             "without_meta, without_2d, without_3d."
         ),
-    ] = DEFAULT_METHODS
+    ] = "metaaux,metaaux-0,encoder,pti"
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many photos.")] = None
     model: ModelOption = None
     device: DeviceOption = None
@@ -104,8 +102,7 @@ class ComparisonOptions:
     def check(self) -> None:
         """Ends the command where `--data` or `--out` is missing, `--out` cannot be written or `--shard` is none."""
         required(self.data, "--data")
-        with usage_error("--out"):
-            check_folder(required(self.out, "--out"))
+        check_folder(required(self.out, "--out"))
         self.part()
 
     def part(self) -> tuple[int, int]:
@@ -220,31 +217,27 @@ def required(value: Path | None, option: str) -> Path:
     return value
 
 
-@contextmanager
-def usage_error(option: str):
-    """Names the option that an OSError in the block is the fault of."""
-    try:
-        yield
-    except OSError as error:
-        raise typer.BadParameter(one_line(error.strerror or error), param_hint=option) from None
-
-
-def check_folder(folder: Path) -> None:
-    """Ends the command, before any work, where `--out` cannot be a folder for results."""
-    from ..files import check_output_folder
-
-    with usage_error("--out"):
+def check_folder(folder: Path, option: str = "--out") -> None:
+    """Ends the command, before any work, where the option's value cannot be a folder for results."""
+    with _usage_error(option):
         check_output_folder(folder)
 
 
 def check_file(path: Path, *suffixes: str, option: str = "--out") -> None:
-    """Ends the command, before any work, where no file with one of these suffixes can be written at `path`."""
-    from ..files import check_output_file
-
-    if path.suffix.lower() not in suffixes:
+    """Ends the command, before any work, where no file can be written at `path`, or it has none of these suffixes."""
+    if suffixes and path.suffix.lower() not in suffixes:
         raise typer.BadParameter(f"{path} must end in {' or '.join(suffixes)}", param_hint=option)
-    with usage_error(option):
+    with _usage_error(option):
         check_output_file(path)
+
+
+@contextmanager
+def _usage_error(option: str) -> Iterator[None]:
+    """Says of which option an OSError in the block is the fault."""
+    try:
+        yield
+    except OSError as error:
+        raise typer.BadParameter(one_line(error.strerror or error), param_hint=option) from None
 
 
 def one_line(text: object) -> str:

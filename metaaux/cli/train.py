@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..files import check_output_folder
-from .options import usage_error
+from .options import check_folder
 
 
 class Part(str, enum.Enum):
@@ -52,6 +51,5 @@ def train(
     module = importlib.import_module(f"metaaux.training.{part.value}")
     loaded = load_settings(getattr(module, f"{part.value.capitalize()}Config"), config, settings or ())
     folder = default_run_folder(config) if run is None else run
-    with usage_error("--run"):
-        check_output_folder(folder)
+    check_folder(folder, "--run")
     module.train(loaded, folder, resume)

@@ -54,8 +54,11 @@ class FaceDataset(torch.utils.data.Dataset):
 
     def _decode(self, name: str, data: bytes) -> np.ndarray:
         try:
-            image = Image.open(io.BytesIO(data)).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
+            image = Image.open(io.BytesIO(data), formats=("PNG", "WEBP", "JPEG")).convert("RGB")
+        except UnidentifiedImageError:
+            raise ValueError(f"{name} in {self.path} is not a readable picture: no PNG, WebP or JPEG file") from None
+        # Pillow raises what it meets in a damaged file.
+        except Exception as error:
             raise ValueError(f"{name} in {self.path} is not a readable picture: {error}") from error
         if image.size != (self.image_size, self.image_size):
             image = image.resize((self.image_size, self.image_size), Image.Resampling.LANCZOS)

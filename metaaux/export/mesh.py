@@ -59,7 +59,7 @@ def extract_mesh(
         head: of `MetaAuxInverter.prepare`.
         resolution: cells along each side of the generator's cube, 16 to 512. Time and memory grow with its cube.
         progress: called with the share that is done, 0 to 1.
-        texture: side in texels, 64 to 4096, of a texture baked from views, the photo's first; the surface then has
+        texture: side in texels, 64 to 2048, of a texture baked from views, the photo's first; the surface then has
             about 12,000 triangles. `None` or 0: each vertex has a colour instead.
 
     Raises:
@@ -94,5 +94,5 @@ def check_sizes(resolution: int, texture: int | None) -> None:
     """Raises ValueError unless `extract_mesh` takes these sizes."""
     if not 16 <= resolution <= 512:
         raise ValueError(f"the resolution of a mesh must be 16 to 512, got {resolution}")
-    if texture and not 64 <= texture <= 4096:
-        raise ValueError(f"the texture of a mesh must have 64 to 4096 texels a side, or be 0 for none, got {texture}")
+    if texture and not 64 <= texture <= 2048:
+        raise ValueError(f"the texture of a mesh must have 64 to 2048 texels a side, or be 0 for none, got {texture}")

@@ -101,7 +101,7 @@ def write_obj(mesh: HeadMesh, path: str | os.PathLike) -> None:
     if mesh.texture is not None:
         name = re.sub(r"[^A-Za-z0-9._-]", "_", path.stem)
         if name != path.stem:
-            name = f"{name}-{zlib.crc32(os.fsencode(path.stem)):08x}"
+            name = f"{name[:200]}-{zlib.crc32(os.fsencode(path.stem)):08x}"
         picture = io.BytesIO()
         _picture(mesh).save(picture, format="PNG")
         files[path.with_name(f"{name}.png")] = picture.getvalue()

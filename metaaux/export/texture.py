@@ -21,7 +21,7 @@ from .raster import rasterize, render_mesh
 # Yaw and pitch in degrees of the views that colours are taken from: for vertices, and for a texture, which has the
 # photo's own view before them.
 _VERTEX_VIEWS = [(0, 0), (-15, 0), (15, 0), (-30, 0), (30, 0), (0, -18), (0, 18)]
-_TEXTURE_VIEWS = [(0, 0), (-25, 0), (25, 0), (-50, 0), (50, 0), (0, -25), (-30, 25), (30, 25), (0, 45)]
+_TEXTURE_VIEWS = [(0, 0), (-45, 0), (45, 0), (0, -30), (-25, 35), (25, 35)]
 # How far the photo's view goes before another that sees a point as squarely.
 _PHOTO = 300.0
 # A view counts by this power of the cosine at which it sees a point: it keeps one view ahead of the others, a mean of
@@ -119,7 +119,7 @@ def bake(
     size: int,
     progress: Callable[[float], None],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Paints an atlas from the photo's view and nine others.
+    """Paints an atlas from the photo's view and six others.
 
     Each texel takes the mean of the views that show it, weighted by how squarely they do, the photo's far before the
     others; what none shows takes the colours around it, spread along the surface. Texels beside the charts repeat

@@ -62,6 +62,10 @@ class _HeadPose:
 class FaceAligner:
     """Turns photos into the crops and cameras of the training data. May be shared between threads.
 
+    Of several faces the largest is taken, by the longer side of its landmarks' box. All aligners of a process share
+    MediaPipe's graphs, which are built at the first use; as a context manager, or with `close`, an aligner gives up
+    its part in them before it is garbage. Copied and unpickled aligners work as new ones do.
+
     Args:
         image_size: side of the crops, pixels.
         crop_scale: framing, the size of faces relative to the crops that this project's data holds (1.0). EG3D's
@@ -90,6 +94,17 @@ class FaceAligner:
         self.max_pixels = max_pixels
         self._detector = FaceDetector()
 
+    def __enter__(self) -> FaceAligner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives up this aligner's part in MediaPipe's graphs, which are closed once no aligner needs them. It stays
+        usable: the next photo opens them again."""
+        self._detector.close()
+
     def align(self, photo: Photo) -> AlignedFace:
         """Crop and camera of the largest face.
 
@@ -100,6 +115,7 @@ class FaceAligner:
             UnreadableImageError: the photo cannot be read or has more than `max_pixels` pixels.
             NoFaceError: no face was found.
             FaceTooSmallError: the largest face is smaller than `min_face_size`.
+            RuntimeError: this process was forked from one that had used MediaPipe.
         """
         image = load_photo(photo, self.max_pixels)
         faces = self._detector.detect(image)
@@ -136,6 +152,7 @@ class FaceAligner:
 
         Raises:
             UnreadableImageError: the image cannot be read or has more than `max_pixels` pixels.
+            RuntimeError: this process was forked from one that had used MediaPipe.
         """
         faces = self._detector.detect(load_photo(image, self.max_pixels))
         if not faces:

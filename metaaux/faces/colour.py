@@ -30,7 +30,7 @@ def to_srgb(image: Image.Image, profile: object) -> Image.Image:
     elif image.mode != "LAB" and image.mode not in _SPACES:
         image = image.convert("RGB")
     transform = _transform(profile, image.mode)
-    if image.mode in ("L", "I;16"):
+    if image.mode == "I;16" or (image.mode == "L" and transform is not None):
         return _grey_to_srgb(image, transform)
     if transform is not None and not (image.mode == "RGB" and _is_identity(transform)):
         return ImageCms.applyTransform(image, transform)

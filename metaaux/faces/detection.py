@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+
+from .graphs import POOL, FaceGraphs
 
 # FaceMesh's vertices on the middle of the forehead and the chin.
 _FOREHEAD, _CHIN = 10, 152
@@ -22,8 +20,10 @@ _MESH_SIDE = 512
 _LARGEST_ROLL = 20.0
 # The short-range detector's score of the square that FaceMesh saw; faces of the data score 0.84 and more.
 _LOWEST_SCORE = 0.75
-# Squares are halved while they are larger than this: a face of 48 pixels is then at least a thirteenth of one.
+# The smallest squares' side: a face of 48 pixels is a thirteenth of one, which the full-range detector still sees.
 _SMALLEST_SQUARE = 640
+# Levels of 255 between the darkest and the brightest value of a square, below which it is not looked at.
+_LOWEST_CONTRAST = 8
 
 
 class NoFaceError(ValueError):
@@ -118,88 +118,78 @@ def _reflected(index: np.ndarray, length: int) -> np.ndarray:
     return np.where(index < length, index, 2 * length - 2 - index)
 
 
-# The process that has used MediaPipe. Its graphs abort in a fork of that process, even new ones.
-_process_of_graphs: int | None = None
-
-
-class _Graphs:
-    """One set of MediaPipe graphs. A graph serves one thread at a time."""
-
-    def __init__(self) -> None:
-        global _process_of_graphs
-        _process_of_graphs = os.getpid()
-        # Imported here: loading it takes a second, and training and conversion run without it.
-        from mediapipe.python.solutions import face_detection, face_mesh
-
-        self.near = face_detection.FaceDetection(min_detection_confidence=0.5, model_selection=0)
-        self.far = face_detection.FaceDetection(min_detection_confidence=0.5, model_selection=1)
-        # The refined landmarks are those the training crops' cameras come from.
-        self.mesh = face_mesh.FaceMesh(
-            static_image_mode=True, max_num_faces=4, refine_landmarks=True, min_detection_confidence=0.5
-        )
-
-
 class FaceDetector:
     """Finds faces of any size in photos, in any thread.
 
     MediaPipe's detectors look at a picture at 128 or 192 pixels and miss faces that are small in it, or that fill it.
-    So the whole picture is searched first, then with room around it, then in overlapping squares of half its side,
-    a quarter and so on, until a face turns up.
+    So the whole picture is searched first, then with room around it, then in overlapping squares of half its side or
+    a little more, a quarter and so on, until a face turns up. The smallest squares have sides of 640 pixels: a photo
+    without a face takes about 0.1 s a megapixel of a core's time.
+
+    Detectors share their process's graphs; a copied or unpickled one opens what it needs at its first use.
     """
 
-    def __init__(self) -> None:
-        self._idle: collections.deque[_Graphs] = collections.deque()
+    def __reduce__(self) -> tuple[type[FaceDetector], tuple[()]]:
+        return FaceDetector, ()
 
-    @contextlib.contextmanager
-    def _graphs(self) -> Iterator[_Graphs]:
-        if _process_of_graphs not in (None, os.getpid()):
-            raise RuntimeError(
-                "faces cannot be detected in this process: it was forked from one that had used MediaPipe, and would "
-                "crash; align photos before the fork (on a Space: outside the GPU function), or spawn processes"
-            )
-        try:
-            graphs = self._idle.pop()
-        except IndexError:
-            graphs = _Graphs()
-        yield graphs
-        # Not after an error: a graph that failed stays in that state.
-        self._idle.append(graphs)
+    def close(self) -> None:
+        """Gives up this detector's part in the process's graphs, which are closed behind the last detector. The next
+        call of `detect` opens them again."""
+        POOL.leave(self)
 
     def detect(self, image: Image.Image) -> list[DetectedFace]:
         """Faces of an RGB image, the largest first; an empty list where there is none.
 
-        Once a face is found, squares of half the side are searched too and the search ends: faces far behind the
+        Once a face is found, the next smaller squares are searched too and the search ends: faces far behind the
         largest one are not listed.
+
+        Raises:
+            RuntimeError: this process was forked from one that had used MediaPipe.
         """
+        POOL.join(self)
         faces: list[DetectedFace] = []
-        with self._graphs() as graphs:
-            side = max(image.size)
-            self._search(graphs, image, side, faces)
+        side = max(image.size)
+        halvings = max(0, int(np.ceil(np.log2(side / _SMALLEST_SQUARE))))
+        with POOL.lend() as graphs:
+            _search(graphs, image, side, faces, both=True)
             if not faces:
-                self._search(graphs, image, 2 * side, faces)
-            while side > _SMALLEST_SQUARE:
+                _search(graphs, image, 2 * side, faces, both=True)
+            for level in range(1, halvings + 1):
                 found_before = bool(faces)
-                side /= 2
-                self._search(graphs, image, side, faces)
+                # Faces that are large in smaller squares were large enough for the full-range detector before.
+                _search(graphs, image, side * (_SMALLEST_SQUARE / side) ** (level / halvings), faces, both=level == 1)
                 if found_before:
                     break
         return sorted(faces, key=lambda face: face.size, reverse=True)
 
-    def _search(self, graphs: _Graphs, image: Image.Image, side: float, faces: list[DetectedFace]) -> None:
-        """Adds to `faces` those that the detectors find in squares of `side` photo pixels, but for known ones."""
-        scale = side / _DETECTION_SIDE
-        size = [max(1, round(length / scale)) for length in image.size]
-        scaled = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
-        lefts, tops = (_starts(length) for length in size)
-        for corner in [(left, top) for top in tops for left in lefts]:
-            # Beyond the picture a crop is black.
-            square = scaled.crop((*corner, corner[0] + _DETECTION_SIDE, corner[1] + _DETECTION_SIDE))
-            for box_centre, box_side in _detections(graphs, square):
-                centre = (np.array(corner) + box_centre) * scale
-                if not any(face.is_at(centre) for face in faces):
-                    face = _landmarks(graphs, image, centre, box_side * scale)
-                    if face is not None and not any(other.is_at(face.centre) for other in faces):
-                        faces.append(face)
+
+def _search(graphs: FaceGraphs, image: Image.Image, side: float, faces: list[DetectedFace], both: bool) -> None:
+    """Adds to `faces` those that the detectors find in squares of `side` photo pixels, but for known ones.
+
+    Args:
+        graphs: lent to this thread.
+        image: RGB.
+        side: of the squares, photo pixels.
+        faces: what is known so far.
+        both: whether the short-range detector looks too.
+    """
+    scale = side / _DETECTION_SIDE
+    size = [max(1, round(length / scale)) for length in image.size]
+    scaled = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+    lefts, tops = (_starts(length) for length in size)
+    for corner in [(left, top) for top in tops for left in lefts]:
+        # Beyond the picture a crop is black.
+        square = scaled.crop((*corner, corner[0] + _DETECTION_SIDE, corner[1] + _DETECTION_SIDE))
+        if max(high - low for low, high in square.getextrema()) < _LOWEST_CONTRAST:
+            continue
+        for box_centre, box_side in _detections(graphs, square, both):
+            centre = (np.array(corner) + box_centre) * scale
+            reach = box_side * scale / 2
+            inside = ((centre > -reach) & (centre < np.array(image.size) + reach)).all()
+            if inside and not any(face.is_at(centre) for face in faces):
+                face = _landmarks(graphs, image, centre, box_side * scale)
+                if face is not None and not any(other.is_at(face.centre) for other in faces):
+                    faces.append(face)
 
 
 def _starts(length: int) -> list[int]:
@@ -212,20 +202,20 @@ def _starts(length: int) -> list[int]:
     return [round(start) for start in np.linspace(0, room, count)]
 
 
-def _detections(graphs: _Graphs, square: Image.Image) -> list[tuple[np.ndarray, float]]:
+def _detections(graphs: FaceGraphs, square: Image.Image, both: bool) -> list[tuple[np.ndarray, float]]:
     """Middle [2] and side in pixels of the boxes that the detectors find in a picture, the surest first."""
     pixels = np.asarray(square)
     found = []
-    for graph in (graphs.near, graphs.far):
-        for detection in graph.process(pixels).detections or []:
+    for graph in (graphs.near, graphs.far) if both else (graphs.far,):
+        for detection in graphs.process(graph, pixels):
             box = detection.location_data.relative_bounding_box
             centre = np.array([box.xmin + box.width / 2, box.ymin + box.height / 2]) * square.size
             found.append((detection.score[0], centre, max(box.width * square.width, box.height * square.height)))
     found.sort(key=lambda item: item[0], reverse=True)
-    return [(centre, side) for _, centre, side in found]
+    return [(centre, side) for _, centre, side in found if np.isfinite(centre).all() and 0 < side < np.inf]
 
 
-def _landmarks(graphs: _Graphs, image: Image.Image, centre: np.ndarray, side: float) -> DetectedFace | None:
+def _landmarks(graphs: FaceGraphs, image: Image.Image, centre: np.ndarray, side: float) -> DetectedFace | None:
     """The face at a detection, or None where FaceMesh or a second look of the detector sees none there."""
     face = _mesh(graphs, image, centre, side, roll=0.0)
     if face is not None and abs(face.roll) > _LARGEST_ROLL:
@@ -247,16 +237,18 @@ def _turned_square(centre: np.ndarray, side: float, roll: float, pixels: int) ->
     return np.column_stack([linear, centre - linear @ [pixels / 2, pixels / 2]])
 
 
-def _mesh(graphs: _Graphs, image: Image.Image, centre: np.ndarray, side: float, roll: float) -> DetectedFace | None:
+def _mesh(graphs: FaceGraphs, image: Image.Image, centre: np.ndarray, side: float, roll: float) -> DetectedFace | None:
     """FaceMesh's face nearest to a detection, seen in a square turned by `roll`, or None where it sees none there."""
     to_image = _turned_square(centre, side, roll, _MESH_SIDE)
     # Square, since FaceMesh skews leaning heads in oblong pictures, and black around the photo: of the borders tried,
     # reflected ones mislead FaceMesh most by far where they cut a face.
     square = sample_square(image, to_image, _MESH_SIDE, reflect=False)
     nearest = None
-    for found in graphs.mesh.process(np.asarray(square)).multi_face_landmarks or []:
+    for found in graphs.process(graphs.mesh, np.asarray(square)):
         # The last ten of the refined landmarks are irises.
         points = np.array([(point.x, point.y, point.z) for point in found.landmark[:468]]) * _MESH_SIDE
+        if not np.isfinite(points).all():
+            continue
         # FaceMesh counts pixel centres as whole numbers.
         positions = (points[:, :2] + 0.5) @ to_image[:, :2].T + to_image[:, 2]
         face = DetectedFace(np.column_stack([positions, points[:, 2] * np.hypot(*to_image[:, 0])]))
@@ -265,9 +257,9 @@ def _mesh(graphs: _Graphs, image: Image.Image, centre: np.ndarray, side: float, 
     return nearest if nearest is not None and nearest.is_at(centre) else None
 
 
-def _score(graphs: _Graphs, image: Image.Image, centre: np.ndarray, side: float, roll: float) -> float:
+def _score(graphs: FaceGraphs, image: Image.Image, centre: np.ndarray, side: float, roll: float) -> float:
     """The short-range detector's score of the square that FaceMesh saw, 0 without a detection."""
     to_image = _turned_square(centre, side, roll, _DETECTION_SIDE)
     square = sample_square(image, to_image, _DETECTION_SIDE, reflect=False)
-    detections = graphs.near.process(np.asarray(square)).detections or []
+    detections = graphs.process(graphs.near, np.asarray(square))
     return max((detection.score[0] for detection in detections), default=0.0)

@@ -69,6 +69,8 @@ def load_component(
         OverflowError: a weight is too large for `dtype`.
         OSError: a file is damaged, or the Hub cannot be reached.
     """
+    if unknown := kwargs.keys() - set(DOWNLOAD_OPTIONS):
+        raise TypeError(f"load_component takes no {', '.join(sorted(unknown))}")
     folder = Path(os.path.expanduser(path))
     if not folder.is_dir():
         if not (allow_hub and is_hub_id(path)):
@@ -210,6 +212,8 @@ class LoadingMixin:
         kwargs.pop("low_cpu_mem_usage", None)  # weights are never held twice
         if kwargs.pop("use_safetensors", True) is not True:
             raise ValueError("use_safetensors must stay True: other weight files are pickles, which can run code")
+        if kwargs.pop("proxies", None):
+            raise ValueError("huggingface_hub takes no proxies as arguments any more: set HTTPS_PROXY, or HTTP_PROXY")
         options = {option: kwargs.pop(option) for option in DOWNLOAD_OPTIONS if option in kwargs}
         name, folder = cls._locate(pretrained_model_name_or_path, variant, subfolder, options)
         kwargs |= load_components(folder, dtypes, variant, kwargs)

@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from ..files import forget_origin, write_json, write_text
 from ..models.weights import ORIGIN, cast, check_finite, origin_of, unwrapped, without_wrappers
 from .card import CARD, card_of, updated_card
+from .download import check_subfolder
 from .layout import CONFIG, INDEX, NETWORKS, PIPELINE, WEIGHTS, read_json, variant_files
 
 _VARIANT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -127,6 +128,7 @@ class PublishingMixin:
             card = updated_card(ModelCard(card_of(self, repo_id)), repo_id, license, base_models, tags, figures)
             write_text(card, Path(folder, CARD))
             message = commit_message or f"Upload {type(self).__name__}"
+            subfolder = subfolder and str(check_subfolder(subfolder))
             return _commit(HfApi(token=token), folder, repo_id, revision, subfolder, message, private, create_pr)
 
     def _to_be_saved(self, dtype: torch.dtype | None):

@@ -1,5 +1,9 @@
 """Auxiliary network (§3.3, Fig. 3): from a photo to offsets for the generator's weights and sampling positions.
 
+Hypernetworks that predict residual weights, δ relative to θ, are HyperStyle's (Alaluf et al. 2022); HyperInverter
+(Dinh et al. 2022) predicts them in one pass, as step 0 does here. A learning rate for each tensor is MAML++'s
+(Antoniou et al. 2019). Dimensions: see `metaaux.models`.
+
 The 2D module predicts, for each modulated convolution j of the generator, a δ_j that replaces its weight θ_j by
 θ_j·(1 + δ_j). The 3D module predicts an offset tri-plane, whose look-up moves the renderer's sample points (Eq. 4).
 Both are zero at the start, so that training and adaptation begin at the unchanged generator.
@@ -59,7 +63,16 @@ class HyperNetwork(nn.Module):
         kernel_size: side of D's kernels, 1 or `KERNEL_SIZE`.
     """
 
-    def __init__(self, in_channels, out_features, in_features, channels, rank, num_convs, kernel_size=1):
+    def __init__(
+        self,
+        in_channels: int,
+        out_features: int,
+        in_features: int,
+        channels: int,
+        rank: int,
+        num_convs: int,
+        kernel_size: int = 1,
+    ):
         super().__init__()
         self.out_features, self.in_features, self.rank = out_features, in_features, rank
         self.convs = nn.ModuleList(
@@ -129,9 +142,17 @@ class OffsetPlaneNetwork(nn.Module):
     """
 
     def __init__(
-        self, in_channels, in_resolution, channels, camera_channels, plane_features, image_plane_features, resolution,
-        bias_resolution, bound,
-    ):  # fmt: skip
+        self,
+        in_channels: int,
+        in_resolution: int,
+        channels: int,
+        camera_channels: int,
+        plane_features: int,
+        image_plane_features: int,
+        resolution: int,
+        bias_resolution: int,
+        bound: float,
+    ):
         super().__init__()
         num_blocks = (resolution // in_resolution).bit_length() - 1
         if num_blocks < 1 or in_resolution << num_blocks != resolution:
@@ -143,11 +164,15 @@ class OffsetPlaneNetwork(nn.Module):
         self.mapping = MappingNetwork(0, 25, camera_channels, track_average=False)
         self.blocks = nn.ModuleList(
             SynthesisBlock(
-                channels if i else in_channels, channels, camera_channels, in_resolution << (i + 1),
-                image_channels=3 * image_plane_features, use_noise=False,
+                channels if i else in_channels,
+                channels,
+                camera_channels,
+                in_resolution << (i + 1),
+                image_channels=3 * image_plane_features,
+                use_noise=False,
             )
             for i in range(num_blocks)
-        )  # fmt: skip
+        )
         self.compare = nn.Conv2d(3 * (image_plane_features + plane_features), channels, 3, padding=1)
         self.refine = nn.Conv2d(channels, channels, 3, padding=1)
         self.to_offsets = nn.Conv2d(channels, 9, 3, padding=1)
@@ -253,20 +278,7 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         inner_loss: dict[str, Any] | None = None,
     ):
         super().__init__()
-        if not use_weight_offsets and not use_offset_planes:
-            raise ValueError("use_weight_offsets and use_offset_planes are both off: nothing is left to predict")
-        if use_weight_offsets and not layer_shapes:
-            raise ValueError("layer_shapes is empty: name the generator's layers, or switch use_weight_offsets off")
-        if image_size % BACKBONE_STRIDE:
-            raise ValueError(f"image_size must be a multiple of {BACKBONE_STRIDE}, got {image_size}")
-        if use_offset_planes and plane_resolution % offset_resolution:
-            raise ValueError(f"offset_resolution {offset_resolution} does not divide the planes' {plane_resolution}")
-        bias_resolution = offset_bias_resolution or offset_resolution
-        if use_offset_planes and bias_resolution < offset_resolution:
-            raise ValueError(
-                f"offset_bias_resolution {bias_resolution} is below offset_resolution {offset_resolution}"
-            )
-
+        self._check_config()
         self.backbone = ResNetBackbone(
             ResNetConfig(
                 layer_type=backbone_layer_type,
@@ -280,24 +292,38 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         # Sorted, because a saved configuration is sorted too.
         self.layer_names = sorted(layer_shapes) if use_weight_offsets else []
         _check_prefixes(full_kernel_layers, self.layer_names)
-        self.hypernetworks = nn.ModuleDict(
-            {
-                _module_name(name): HyperNetwork(
-                    neck_channels, *layer_shapes[name], hyper_channels, hyper_rank, hyper_convs,
-                    KERNEL_SIZE if name.startswith(tuple(full_kernel_layers)) else 1,
-                )
-                for name in self.layer_names
-            }
-        )  # fmt: skip
+        self.hypernetworks = nn.ModuleDict()
+        for name in self.layer_names:
+            kernel_size = KERNEL_SIZE if name.startswith(tuple(full_kernel_layers)) else 1
+            sizes = (hyper_channels, hyper_rank, hyper_convs, kernel_size)
+            self.hypernetworks[_module_name(name)] = HyperNetwork(neck_channels, *layer_shapes[name], *sizes)
         self.offset_network = None
         if use_offset_planes:
+            channels = (offset_channels, camera_channels, plane_features, offset_image_features)
+            sides = (offset_resolution, offset_bias_resolution or offset_resolution)
             self.offset_network = OffsetPlaneNetwork(
-                neck_channels, image_size // BACKBONE_STRIDE, offset_channels, camera_channels, plane_features,
-                offset_image_features, offset_resolution, bias_resolution, offset_bound * box_size,
-            )  # fmt: skip
+                neck_channels, image_size // BACKBONE_STRIDE, *channels, *sides, offset_bound * box_size
+            )
         self.log_inner_rates = nn.Parameter(
             torch.full((len(self.adaptable_parameters()),), math.log(inner_learning_rate))
         )
+
+    def _check_config(self) -> None:
+        """Raises ValueError for sizes that do not fit together."""
+        config = self.config
+        if not config.use_weight_offsets and not config.use_offset_planes:
+            raise ValueError("use_weight_offsets and use_offset_planes are both off: nothing is left to predict")
+        if config.use_weight_offsets and not config.layer_shapes:
+            raise ValueError("layer_shapes is empty: name the generator's layers, or switch use_weight_offsets off")
+        if config.image_size % BACKBONE_STRIDE:
+            raise ValueError(f"image_size must be a multiple of {BACKBONE_STRIDE}, got {config.image_size}")
+        if not config.use_offset_planes:
+            return
+        side, bias_side = config.offset_resolution, config.offset_bias_resolution
+        if config.plane_resolution % side:
+            raise ValueError(f"offset_resolution {side} does not divide the planes' {config.plane_resolution}")
+        if bias_side and bias_side < side:
+            raise ValueError(f"offset_bias_resolution {bias_side} is below offset_resolution {side}")
 
     @staticmethod
     def config_for(generator: nn.Module, prefixes: Sequence[str] = ("",), **overrides: Any) -> dict[str, Any]:

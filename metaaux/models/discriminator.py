@@ -10,14 +10,23 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-from .stylegan2 import FullyConnected, MappingNetwork, blur2d, downsample2d, scaled_leaky_relu
+from .resampling import blur2d, downsample2d
+from .stylegan2 import FullyConnected, MappingNetwork, scaled_leaky_relu
 from .weights import full_dtype
 
 
 class Convolution(nn.Module):
     """Convolution with equalised learning rate, optional ×½ resampling, bias and leaky ReLU (`activate`)."""
 
-    def __init__(self, in_channels, out_channels, kernel_size, down=False, activate=True, conv_clamp=None):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        down: bool = False,
+        activate: bool = True,
+        conv_clamp: float | None = None,
+    ):
         super().__init__()
         self.down, self.conv_clamp = down, conv_clamp
         self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
@@ -38,7 +47,14 @@ class Convolution(nn.Module):
 class DiscriminatorBlock(nn.Module):
     """Residual block that halves the resolution; the first one also turns the picture into features."""
 
-    def __init__(self, in_channels, mid_channels, out_channels, image_channels, conv_clamp):
+    def __init__(
+        self,
+        in_channels: int,
+        mid_channels: int,
+        out_channels: int,
+        image_channels: int,
+        conv_clamp: float | None,
+    ):
         super().__init__()
         if not in_channels:
             self.fromrgb = Convolution(image_channels, mid_channels, 1, conv_clamp=conv_clamp)

@@ -60,7 +60,12 @@ def _spans(count: int, size: int) -> list[tuple[int, int]]:
 class TriPlaneDecoder(nn.Module):
     """Sampled features → density and colour features through one hidden layer of softplus units (EG3D §4.2)."""
 
-    def __init__(self, features, hidden, lr_multiplier):
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        lr_multiplier: float,
+    ):
         super().__init__()
         self.hidden = FullyConnected(features, hidden, lr_multiplier=lr_multiplier)
         self.out = FullyConnected(hidden, 1 + features, lr_multiplier=lr_multiplier)
@@ -280,11 +285,15 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
             offsets = None if offset_planes is None else renderer.PlaneTable.of(offset_planes.float())
             parts = [
                 march(
-                    table, offset_planes=offsets, directions=directions[:, start:end], depths=depths[:, start:end],
-                    uniform=None if uniform is None else uniform[:, start:end], limits=limits,
+                    table,
+                    offset_planes=offsets,
+                    directions=directions[:, start:end],
+                    depths=depths[:, start:end],
+                    uniform=None if uniform is None else uniform[:, start:end],
+                    limits=limits,
                 )
                 for start, end in _spans(rays, RAYS_AT_ONCE)
-            ]  # fmt: skip
+            ]
             colours, distance, opacity = (torch.cat(part, dim=1) for part in zip(*parts))
         else:
             colours, distance, opacity = march(

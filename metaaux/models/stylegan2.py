@@ -17,6 +17,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from .modulation import modulated_conv2d
+from .resampling import blur2d, upsample2d
 from .weights import full_dtype, note_origin
 
 LRELU_SLOPE = 0.2
@@ -30,65 +32,20 @@ def scaled_leaky_relu(x: torch.Tensor, gain: float = 1.0, clamp: float | None = 
     return x if clamp is None else x.clamp(-clamp * gain, clamp * gain)
 
 
-def blur2d(x: torch.Tensor, padding: int, gain: float = 1.0) -> torch.Tensor:
-    """Low-pass filter [B, C, H, W] with the separable [1, 3, 3, 1] kernel over zero borders of width `padding`.
-
-    `gain` scales the amplitude per axis; the output is [B, C, H + 2·padding - 3, W + 2·padding - 3].
-    """
-    # On a CPU one depthwise convolution is several times faster than passes over slices; on GPUs it is slower.
-    return (_blur_by_convolution if x.device.type == "cpu" else _blur_by_slices)(x, padding, gain)
-
-
-def _blur_by_convolution(x: torch.Tensor, padding: int, gain: float) -> torch.Tensor:
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) * (gain / 8)
-    kernel = (taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)
-    return F.conv2d(x, kernel, padding=padding, groups=x.shape[1])
-
-
-def _blur_by_slices(x: torch.Tensor, padding: int, gain: float) -> torch.Tensor:
-    # Scaled once, and first: half precision could not hold the sums.
-    x = F.pad(x * (gain / 8) ** 2, (padding, padding, padding, padding))
-    for dim in (2, 3):
-        n = x.shape[dim] - 3
-        outer = x.narrow(dim, 0, n) + x.narrow(dim, 3, n)
-        inner = x.narrow(dim, 1, n) + x.narrow(dim, 2, n)
-        x = torch.add(outer, inner, alpha=3)
-    return x
-
-
-def upsample2d(x: torch.Tensor) -> torch.Tensor:
-    """Upsample [B, C, H, W] by 2 with the [1, 3, 3, 1] kernel and zero borders → [B, C, 2H, 2W] in `channels_last`.
-
-    Zero insertion followed by this kernel gives each output ¾ of its nearest and ¼ of its next nearest input.
-    """
-    # Interleaving makes new memory, which would be laid out by channels were these not the last axis: a tri-plane
-    # look-up, which reads all channels of a pixel, would need a cache line for each of them.
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-    for dim in (1, 2):
-        n = x.shape[dim] - 2
-        before, nearest, after = (x.narrow(dim, start, n) for start in range(3))
-        nearest = nearest * 0.75
-        x = torch.stack((nearest + before * 0.25, nearest + after * 0.25), dim=dim + 1).flatten(dim, dim + 1)
-    return x.permute(0, 3, 1, 2)
-
-
-def downsample2d(x: torch.Tensor) -> torch.Tensor:
-    """Downsample [B, C, H, W] by 2 with the [1, 3, 3, 1] kernel and zero borders → [B, C, H/2, W/2]."""
-    x = F.pad(x, (1, 1, 1, 1))
-    for dim in (2, 3):
-        n = x.shape[dim] // 2 - 1
-        taps = [x[(slice(None),) * dim + (slice(start, start + 2 * n, 2),)] for start in range(4)]
-        x = (taps[0] + taps[3]) * 0.125 + (taps[1] + taps[2]) * 0.375
-    return x
-
-
 class FullyConnected(nn.Module):
     """Linear layer with equalised learning rate: y = act(x·Wᵀ·(lr/√in) + b·lr).
 
     `activation` is "linear" or "lrelu". Weights are drawn from N(0, 1)/`lr_multiplier`, biases start at `bias_init`.
     """
 
-    def __init__(self, in_features, out_features, activation="linear", lr_multiplier=1.0, bias_init=0.0):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        activation: str = "linear",
+        lr_multiplier: float = 1.0,
+        bias_init: float = 0.0,
+    ):
         super().__init__()
         if activation not in ("linear", "lrelu"):
             raise ValueError(f"activation must be 'linear' or 'lrelu', got {activation!r}")
@@ -124,7 +81,15 @@ class MappingNetwork(nn.Module):
     updated by the trainer only, never by a call.
     """
 
-    def __init__(self, z_dim, condition_dim, w_dim, num_layers=2, lr_multiplier=0.01, track_average=True):
+    def __init__(
+        self,
+        z_dim: int,
+        condition_dim: int,
+        w_dim: int,
+        num_layers: int = 2,
+        lr_multiplier: float = 0.01,
+        track_average: bool = True,
+    ):
         super().__init__()
         self.z_dim, self.condition_dim = z_dim, condition_dim
         features = [z_dim + (w_dim if condition_dim else 0)] + [w_dim] * num_layers
@@ -150,79 +115,22 @@ class MappingNetwork(nn.Module):
         return x
 
 
-def _conv_transpose2d(x: torch.Tensor, kernels: torch.Tensor, groups: int = 1) -> torch.Tensor:
-    """Transposed convolution of stride 2."""
-    if x.device.type == "cpu" and groups == 1 and not torch.is_grad_enabled():
-        # Up to nine times as fast there as in the default layout, but for the backward pass.
-        # Permuted by hand, since vmap knows no memory formats.
-        x, kernels = (t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) for t in (x, kernels))
-    return F.conv_transpose2d(x, kernels, stride=2, groups=groups)
-
-
-def _per_sample_conv2d(x: torch.Tensor, kernels: torch.Tensor, upsample: bool) -> torch.Tensor:
-    """Each sample of x [B, I, H, W] with its own kernel of kernels [B, O, I, k, k], as one grouped convolution."""
-    batch = len(x)
-    grouped = x.reshape(1, -1, *x.shape[2:]) if batch > 1 else x
-    if upsample:
-        y = _conv_transpose2d(grouped, kernels.transpose(1, 2).flatten(0, 1), batch)
-    else:
-        y = F.conv2d(grouped, kernels.flatten(0, 1), padding=kernels.shape[-1] // 2, groups=batch)
-    return y.reshape(batch, -1, *y.shape[2:]) if batch > 1 else y
-
-
-def modulated_conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    styles: torch.Tensor,
-    demodulate: bool = True,
-    upsample: bool = False,
-    offset: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Modulated and demodulated convolution (StyleGAN2 Eq. 1-3).
-
-    x [B, I, H, W], weight [O, I, k, k], styles [B, I] → [B, O, H', W'] in the dtype of `x`, where H' is 2H + 1 for
-    `upsample` (a stride-2 transposed convolution, to be blurred by the caller) and H otherwise.
-    `offset` δ of shape [O, I, 1, 1] or [O, I, k, k], or one a sample, [B, O, I, …], replaces the weight by θ·(1 + δ).
-
-    A weight shared by the batch is applied between a scaling of its input and one of its output, which costs one
-    convolution; one that differs per sample is folded with its style and applied as a grouped convolution.
-    """
-    batch, in_channels = x.shape[:2]
-    if offset is not None:
-        weight = weight * (1 + offset.to(weight.dtype))
-    weight, styles = weight.float(), styles.float()
-    if x.dtype == torch.float16 and demodulate:
-        # Demodulation cancels any scale of weight and style; dividing by the maxima keeps half precision in range.
-        peak = weight.abs().amax(dim=(-3, -2, -1), keepdim=True)
-        weight = weight / (
-            peak * math.sqrt(weight[0, 0].numel() * in_channels if weight.ndim == 4 else weight[0, 0].numel())
-        )
-        styles = styles / styles.abs().amax(dim=1, keepdim=True)
-    if weight.ndim == 5 or batch == 1:
-        per_sample = (weight if weight.ndim == 5 else weight[None]) * styles[:, None, :, None, None]
-        if demodulate:
-            # The bound on the norm is where the shared weights below have a term under the root.
-            per_sample = per_sample / torch.linalg.vector_norm(per_sample, dim=(2, 3, 4), keepdim=True).clamp(min=1e-4)
-        return _per_sample_conv2d(x, per_sample.to(x.dtype), upsample)
-
-    x = x * styles.to(x.dtype)[:, :, None, None]
-    if upsample:
-        y = _conv_transpose2d(x, weight.to(x.dtype).transpose(0, 1))
-    else:
-        y = F.conv2d(x, weight.to(x.dtype), padding=weight.shape[-1] // 2)
-    if demodulate:
-        energy = styles.square() @ weight.square().sum(dim=(2, 3)).t()
-        y = y * (energy + 1e-8).rsqrt().to(y.dtype)[:, :, None, None]
-    return y
-
-
 class SynthesisLayer(nn.Module):
     """Style-modulated 3×3 convolution with noise, bias and leaky ReLU; `up` doubles the resolution first.
 
     `resolution` is the output's side in pixels.
     """
 
-    def __init__(self, in_channels, out_channels, w_dim, resolution, up=False, use_noise=True, conv_clamp=None):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        w_dim: int,
+        resolution: int,
+        up: bool = False,
+        use_noise: bool = True,
+        conv_clamp: float | None = None,
+    ):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
         self.resolution, self.up, self.use_noise, self.conv_clamp = resolution, up, use_noise, conv_clamp
@@ -257,7 +165,13 @@ class SynthesisLayer(nn.Module):
 class ToRGB(nn.Module):
     """Style-modulated 1×1 convolution to image (or tri-plane) channels, without demodulation."""
 
-    def __init__(self, in_channels, out_channels, w_dim, conv_clamp=None):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        w_dim: int,
+        conv_clamp: float | None = None,
+    ):
         super().__init__()
         self.conv_clamp = conv_clamp
         self.style_gain = 1 / math.sqrt(in_channels)
@@ -280,7 +194,15 @@ class SynthesisBlock(nn.Module):
     """
 
     def __init__(
-        self, in_channels, out_channels, w_dim, resolution, image_channels, up=True, use_noise=True, conv_clamp=None
+        self,
+        in_channels: int,
+        out_channels: int,
+        w_dim: int,
+        resolution: int,
+        image_channels: int,
+        up: bool = True,
+        use_noise: bool = True,
+        conv_clamp: float | None = None,
     ):
         super().__init__()
         self.up = up
@@ -319,7 +241,16 @@ class SynthesisNetwork(nn.Module):
     `num_ws` counts the w vectors it takes: one a convolution and one for the last to-RGB.
     """
 
-    def __init__(self, w_dim, resolution, image_channels, channel_base, channel_max, use_noise=True, conv_clamp=None):
+    def __init__(
+        self,
+        w_dim: int,
+        resolution: int,
+        image_channels: int,
+        channel_base: int,
+        channel_max: int,
+        use_noise: bool = True,
+        conv_clamp: float | None = None,
+    ):
         super().__init__()
         if resolution < 8 or resolution & (resolution - 1):
             raise ValueError(f"resolution must be a power of two of at least 8, got {resolution}")

@@ -27,7 +27,16 @@ class SuperResolution(nn.Module):
     EG3D's `sr_antialias`. Every layer is styled by the last w.
     """
 
-    def __init__(self, kind, feature_channels, image_size, w_dim, use_noise=True, conv_clamp=256.0, antialias=True):
+    def __init__(
+        self,
+        kind: str,
+        feature_channels: int,
+        image_size: int,
+        w_dim: int,
+        use_noise: bool = True,
+        conv_clamp: float | None = 256.0,
+        antialias: bool = True,
+    ):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"super_resolution_kind must be one of {', '.join(KINDS)}, got {kind!r}")

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 
 
+# kornia's augmentations take their probability as a number and read on the host which images they hit; a captured CUDA
+# graph can replay neither.
 class AdaptiveAugmentation:
     """Geometric and colour augmentation whose strength follows the discriminator's overfitting.
 

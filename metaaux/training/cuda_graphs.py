@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 
 
+# torch.cuda.make_graphed_callables captures forward and backward passes apart, and so neither gradients taken inside a
+# function nor their derivatives (R1, second order); nor does it take dictionaries.
 class CapturedFunction:
     """A function of tensors that is replayed as a CUDA graph once it is warm.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
@@ -84,11 +85,20 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], Result]) ->
         try:
             outcome[0] = function()
         except Exception as error:
-            outcome[1] = error
+            outcome[1] = _portable(error)
     broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def _portable(error: Exception) -> Exception:
+    """`error`, or what it says where it cannot be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:

@@ -93,6 +93,7 @@ def _normal_exponent(batch: int, deviation: float, device: torch.device, channel
     return torch.exp2(torch.randn(batch, channels, 1, 1, device=device) * deviation)
 
 
+# kornia's augmentations read on the host which images they hit, a wait for the GPU at each of the seven changes.
 def augment(image: torch.Tensor) -> torch.Tensor:
     """What changes between two photos of a person, for images [B, 3, S, S] in [-1, 1], at random for each image.
 
@@ -171,6 +172,7 @@ class IdentityTrainer(AveragedTrainer):
     """The state of a run and its pairs of pictures."""
 
     name = "identity"
+    packages = ("sklearn",)
     EVALUATED = 400
 
     def __init__(self, config: IdentityConfig, accelerator: Accelerator):
@@ -252,4 +254,4 @@ def train(config: IdentityConfig, run_folder: str | os.PathLike, resume: bool = 
     Raises:
         FileExistsError, FileNotFoundError, ValueError, FloatingPointError, RuntimeError: see `loop.train`.
     """
-    return loop.train(IdentityTrainer, config, run_folder, resume, packages=("sklearn",)).checkpoints[-1]
+    return loop.train(IdentityTrainer, config, run_folder, resume).checkpoints[-1]

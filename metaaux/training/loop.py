@@ -7,7 +7,6 @@ import copy
 import functools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -122,23 +121,16 @@ def set_learning_rates(
     return factor
 
 
-def train(
-    make_trainer: Callable[[Any, Accelerator], Trainer],
-    config: Any,
-    folder: str | os.PathLike,
-    resume: bool,
-    packages: tuple[str, ...] = (),
-) -> TrainingRun:
+def train(part: type[Trainer], config: Any, folder: str | os.PathLike, resume: bool) -> TrainingRun:
     """Runs (or goes on with) a training in `folder`; returns the run, which is over.
 
     figures.jsonl has a line of training means at each interval and at the end, besides those of `Trainer.report`.
 
     Args:
-        make_trainer: the part's `Trainer`.
+        part: what is trained.
         config: its settings.
         folder: of the run.
         resume: go on from the folder's newest checkpoint, or start where there is none.
-        packages: modules that the part imports late.
 
     Raises:
         FileExistsError: the folder holds a run and `resume` is off.
@@ -146,12 +138,12 @@ def train(
         FloatingPointError, RuntimeError: see `TrainingRun.advance`.
     """
     # 1. Processes, and precision of the GPU.
-    check_packages(packages, config.run.trackers)
+    check_packages(part.packages, config.run.trackers)
     accelerator = _start(config.run, folder)
 
     # 2. Networks: the same in every process.
     set_seed(config.run.seed)
-    trainer = make_trainer(config, accelerator)
+    trainer = part(config, accelerator)
 
     # 3. The run's folder and, to go on with, its checkpoint.
     run = _open_run(trainer, folder)
