@@ -360,16 +360,15 @@ class Engine:
             if turntable:
                 report(inverter.turntable(inversion, progress=lambda share: report(None)))
 
-        last: Step | None = None
-        table: Turntable | None = None
+        last, table = None, None
         for event in self._stream(run):
-            if not isinstance(event, tuple):
+            if isinstance(event, tuple):
+                last = Step(*event)
+                # The last step waits for the file, so that every step is exactly one result.
+                if last.step < steps:
+                    yield last
+            else:
                 table = event
-                continue
-            last = Step(*event)
-            # The last step waits for the file, so that every step is exactly one result.
-            if last.step < steps:
-                yield last
         if last is not None:
             yield Step(last.step, last.image, last.losses, path, table)
 
