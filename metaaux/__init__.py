@@ -10,20 +10,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .head import Head
     from .inversion import Inversion, InversionFileError
-    from .pipeline import MetaAuxInverter
+    from .pipeline import MetaAuxInverter, MetaAuxInverterOutput
 
 if sys.platform == "darwin":
     # PyTorch reads this when it is imported: see `devices.MPS_FALLBACK_OPERATORS`.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 __version__ = "0.1.0"
-__all__ = ["Head", "Inversion", "InversionFileError", "MetaAuxInverter"]
+__all__ = ["Head", "Inversion", "InversionFileError", "MetaAuxInverter", "MetaAuxInverterOutput"]
 
 _MODULE_OF = {
     "Head": ".head",
     "Inversion": ".inversion",
     "InversionFileError": ".inversion",
     "MetaAuxInverter": ".pipeline",
+    "MetaAuxInverterOutput": ".pipeline",
 }
 
 

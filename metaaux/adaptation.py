@@ -103,8 +103,9 @@ class InnerLoop:
     @classmethod
     def of(cls, auxiliary: AuxiliaryNetwork, steps: int, **changes) -> InnerLoop:
         """As the network is adapted to a photo: its own rates, as constants, clipping and momentum; with `changes`."""
-        changes.setdefault("max_gradient_norm", auxiliary.config.inner_max_gradient_norm)
         changes.setdefault("momentum", auxiliary.config.inner_momentum)
+        if changes.get("max_gradient_norm") is None:
+            changes["max_gradient_norm"] = auxiliary.config.inner_max_gradient_norm
         if "rates" not in changes:
             changes["rates"] = {name: rate.detach() for name, rate in auxiliary.inner_rates().items()}
         return cls(steps, **changes)
@@ -161,16 +162,7 @@ def gradient_step(
 def predict_tasks(
     auxiliary: AuxiliaryNetwork, parameters: Mapping[str, torch.Tensor], tasks: Tasks
 ) -> AuxiliaryOutput:
-    """Offsets of each task from its own parameters, the mean of what its photos give.
-
-    Args:
-        auxiliary: in eval mode.
-        parameters: θ^Aux by name, with a leading dimension of tasks.
-        tasks: the photos.
-
-    Returns:
-        `weight_offsets` [T, C_out, C_in, …] and `offset_planes` [T, 3, 3, r, r].
-    """
+    """Offsets of each task, [T, …], from its own parameters [T, …] by name: the mean of what its photos give."""
     photos = tasks.photos
 
     def predict_one(own, image, camera, planes):
@@ -206,15 +198,12 @@ def synthesize_tasks(
     camera: torch.Tensor | None = None,
     planes: torch.Tensor | None = None,
 ) -> GeneratorOutput | ImageOutput:
-    """Each photo reconstructed with its task's offsets, [T·P, 3, S, S].
+    """Each photo reconstructed with the offsets of its task, [T·P, 3, S, S].
 
     Args:
-        generator: the generator.
-        tasks: the photos.
-        offsets: of each task, as `predict_tasks` gives them.
-        resolution: rays a side; `None`: the generator's.
+        generator, tasks, offsets: as `predict_tasks` gives the last.
+        resolution, dtype: see `InnerLoop`.
         lookup: see `renderer.sample_planes`.
-        dtype: the generator's precision; `None`: its own.
         camera: in place of the photos' own, [T·P, 25].
         planes: of each task's adapted backbone [T, 3, C, R, R], where they are known already.
     """
@@ -287,8 +276,7 @@ class InnerProblem:
 
         Args:
             step: gradient steps that led to the offsets; -1: none and no prediction.
-            offsets: of each task.
-            planes: see `synthesize_tasks`.
+            offsets, planes: see `synthesize_tasks`.
 
         Returns:
             Reconstructions [T·P, …]; "mse", "perceptual", "identity", "adversarial", "total" and, where Eq. 12 takes
@@ -375,7 +363,7 @@ class AdaptationResult:
         offset_planes: [1, 3, 3, r, r] world units, or `None` without the 3D module.
         steps: one dictionary a step from -1 to N: "step", the loss terms of Eq. 8 ("flip" too where it takes part)
             and "seconds", the time that this step alone took.
-        image: the last reconstruction [P, 3, S, S], one for each photo.
+        image: the last reconstruction of each photo [P, 3, S, S].
     """
 
     parameters: dict[str, torch.Tensor]
@@ -401,43 +389,36 @@ def adapt(
 ) -> AdaptationResult:
     """Adapt the auxiliary network to the photos of one person by N gradient steps (Eq. 5, `gradient_step`).
 
-    The steps have the momentum that is stored in the auxiliary network. Works inside `no_grad` and `inference_mode`
-    too. The auxiliary network predicts from each photo and the predictions are averaged; the loss is the mean over the
-    photos, so that the rates suit any number of them.
+    A batch of one task, with the network's own momentum; works inside `no_grad` and `inference_mode` too. Predictions
+    from several photos are averaged and the loss is the mean over them, so that the rates suit any number.
 
     Args:
-        generator: in eval mode; not changed. Freeze it (`requires_grad_(False)`) to save memory.
+        generator, loss: see `InnerProblem`.
         auxiliary: not changed, always run with its stored batch statistics.
-        loss: Eq. 8.
-        target: photos of one person [P, 3, S, S] in [-1, 1].
+        target, camera: photos of one person [P, 3, S, S] in [-1, 1], and their cameras [P, 25].
         w: latent code of the person [1, w_dim] or [1, num_ws, w_dim]; stays fixed.
-        camera: [P, 25].
         steps: N ≥ 0.
         learning_rate: one α for all tensors. Default: the rates stored in the auxiliary network.
         learning_rates: α per tensor name, in place of `learning_rate`.
         max_gradient_norm: gradients of a larger norm are scaled down to it. Default: the auxiliary network's.
-        flip_share: part of the steps, from the first on and at least one, whose loss holds Eq. 12; the others are the
-            photo's alone. In the paper it is all of them.
+        flip_share: see `InnerLoop`; in the paper it is 1.
         on_step: called as (step, image [P, 3, S, S], losses) for step -1 (the encoder alone, Δθ = 0), 0 (the
             prediction before any gradient step) and 1 … N (after each); losses as in `AdaptationResult.steps`.
 
     Raises:
-        ValueError: shapes do not fit together, `steps` is negative, `flip_share` is not above 0 and at most 1, or
-            names are missing in `learning_rates`.
+        ValueError: shapes do not fit together, a setting is out of range, or `learning_rates` lacks names.
         FloatingPointError: the loss became infinite or not a number.
     """
     _check_inputs(generator, target, w, camera, steps, flip_share)
+    reports = _Reports(target.device, on_step)
     with torch.inference_mode(False), torch.enable_grad():
-        reports = _Reports(target.device, on_step)
         # A tensor made in inference mode cannot be saved for backward; a clone made here can.
         target, w, camera = (tensor.detach().clone() for tensor in (target, w, camera))
         network = private_view(auxiliary).eval()
         parameters = {name: p.detach().requires_grad_() for name, p in network.adaptable_parameters().items()}
         rates = _inner_rates(network, parameters, learning_rate, learning_rates)
-        inner = InnerLoop.of(network, steps, rates=rates, flip_share=flip_share)
-        if max_gradient_norm is not None:
-            inner.max_gradient_norm = max_gradient_norm
-
+        changes = {"rates": rates, "max_gradient_norm": max_gradient_norm, "flip_share": flip_share}
+        inner = InnerLoop.of(network, steps, **changes)
         reports.start()
         with torch.no_grad():
             tasks = Tasks(target, camera, w, generator.planes(w))
@@ -449,13 +430,9 @@ def adapt(
             offsets = predict_tasks(network, adapted, tasks)
             output, losses = problem.evaluate(steps, offsets)
         reports.add(steps, output.image, losses)
-    return AdaptationResult(
-        parameters={name: parameter.detach().squeeze(0) for name, parameter in adapted.items()},
-        weight_offsets={name: offset.squeeze(0) for name, offset in offsets.weight_offsets.items()},
-        offset_planes=offsets.offset_planes,
-        steps=reports.steps,
-        image=output.image,
-    )
+    parameters = {name: parameter.detach().squeeze(0) for name, parameter in adapted.items()}
+    weight_offsets = {name: offset.squeeze(0) for name, offset in offsets.weight_offsets.items()}
+    return AdaptationResult(parameters, weight_offsets, offsets.offset_planes, reports.steps, output.image)
 
 
 class _Reports:

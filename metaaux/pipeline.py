@@ -1,4 +1,8 @@
-"""`MetaAuxInverter`: photo in, a head that can be rendered from any side out (Sec. 3.2)."""
+"""`MetaAuxInverter`: photo in, a head that can be rendered from any side out (Sec. 3.2).
+
+The way of a photo: `faces` finds and crops it, the encoder gives its code, the auxiliary network its offsets, and
+`adaptation` five gradient steps on that network. What renders the result is in `rendering`.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +10,67 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
 from PIL import Image
 
-from .adaptation import adapt
-from .cameras import camera_from_pose, frontal_shares, pose_of_camera, view_path
-from .editing import apply_edits
+from .adaptation import AdaptationResult, adapt
+from .cameras import camera_from_pose, frontal_shares, pose_of_camera
+from .editing import check_edits
 from .export.images import image_to_tensor, tensor_to_image
-from .export.mesh import DEFAULT_RESOLUTION, HeadMesh, check_glb_path, extract_mesh, write_glb
-from .export.turntable import PITCHES, YAWS, Turntable, render_turntable
 from .faces.alignment import FaceAligner
 from .faces.photos import Photo, load_photo
-from .head import Head
 from .hub import HubMixin
 from .inversion import STEP_KEYS, Inversion, max_file_bytes
 from .losses import InversionLoss, LossWeights
 from .models.auxiliary import AuxiliaryNetwork
-from .models.directions import Direction, LatentDirections
+from .models.directions import LatentDirections
 from .models.discriminator import DualDiscriminator
 from .models.eg3d import EG3DGenerator
 from .models.encoder import LatentEncoder
 from .models.identity import IdentityNetwork
 from .models.perceptual import LPIPS
 from .models.stylegan2 import StyleGAN2Generator
-from .models.weights import check_computable, unwrapped
+from .models.weights import check_computable
+from .rendering import RenderingMixin
 
 StepCallback = Callable[[int, Image.Image, dict[str, float]], None]
-ProgressCallback = Callable[[float], None]
 
 
-class MetaAuxInverter(HubMixin, DiffusionPipeline):
+@dataclass
+class MetaAuxInverterOutput(BaseOutput):
+    """What [`MetaAuxInverter`] makes of a photo.
+
+    Attributes:
+        images: the head as it was asked for, one picture of the generator's size.
+        inversion: for further views and edits.
+    """
+
+    images: list[Image.Image]
+    inversion: Inversion
+
+
+class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
     """Inverts photos of faces into EG3D's latent space and renders them from other sides.
 
-    No call changes the pipeline or its components, so threads may share one.
+    No call changes the pipeline or its components, so threads may share one. All networks have to be on one device: an
+    inversion's gradients pass through all of them, so that diffusers' offloading is refused.
+
+    Examples:
+        >>> from metaaux import Inversion, MetaAuxInverter
+        >>> inverter = MetaAuxInverter.from_pretrained()  # the embedded checkpoint; or a Hub id or a folder
+        >>> inversion = inverter.invert("examples/grace_hopper.jpg", steps=1)
+        >>> inverter.render(inversion, yaw=20, pitch=-5, edits={"age": 1.5, "smile": -1}).save("older.png")
+        >>> len(inverter.orbit(inversion, frames=2))
+        2
+        >>> inversion.save("me.safetensors")
+        >>> inverter.render(Inversion.load("me.safetensors")) == inverter.render(inversion)
+        True
 
     Args:
         generator: the generator G; with a 2D one (the paper's section 4.5) there is one view, the photo's.
@@ -111,6 +140,15 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
             flip_yaw=flip_yaw,
             crop_scale=crop_scale,
         )
+        self._aligner: FaceAligner | None = None
+        self.loss_weights = LossWeights(
+            perceptual=weight_perceptual, identity=weight_identity, adversarial=weight_adversarial
+        )
+        self.flip_loss_weights = dataclasses.replace(
+            self.loss_weights,
+            flip_perceptual=weight_perceptual if weight_flip_perceptual is None else weight_flip_perceptual,
+            flip_adversarial=weight_adversarial if weight_flip_adversarial is None else weight_flip_adversarial,
+        )
         trained = auxiliary.config.inner_loss
         if trained is not None and trained != (used := self.inversion_loss().describe()):
             warnings.warn(
@@ -122,33 +160,48 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
     @property
     def aligner(self) -> FaceAligner:
         """Finds and crops faces as this checkpoint's generator expects; made at the first use, shared by threads."""
-        aligner = getattr(self, "_aligner", None)
-        if aligner is None:
-            aligner = FaceAligner(image_size=self.generator.config.image_size, crop_scale=self.config.crop_scale)
-            self._aligner = aligner
-        return aligner
+        if self._aligner is None:
+            self._aligner = FaceAligner(self.generator.config.image_size, crop_scale=self.config.crop_scale)
+        return self._aligner
 
-    @property
-    def has_viewpoints(self) -> bool:
-        """Whether heads can be seen from other sides: not with a 2D generator."""
-        return not isinstance(unwrapped(self.generator), StyleGAN2Generator)
+    def __call__(
+        self,
+        photo: Photo | Sequence[Photo],
+        steps: int | None = None,
+        yaw: float | None = None,
+        pitch: float | None = None,
+        edits: Mapping[str, float] | None = None,
+        on_step: StepCallback | None = None,
+        camera: torch.Tensor | None = None,
+        flip: bool | None = None,
+        return_dict: bool = True,
+    ) -> MetaAuxInverterOutput | tuple[list[Image.Image], Inversion]:
+        """Inverts the face of a photo and renders it: `invert`, then `render`.
 
-    @property
-    def directions(self) -> dict[str, Direction]:
-        """What `edits` may name, with the scale and the usable range of each; empty if the checkpoint has none.
+        Args:
+            photo: see `invert`, as `steps`, `on_step`, `camera` and `flip`.
+            yaw: degrees of the head in the picture, see `render`, as `pitch` and `edits`. Default: the photo's.
+            return_dict: whether the result is a [`MetaAuxInverterOutput`], else it is a tuple.
 
         Raises:
-            ValueError: the checkpoint's directions were found in another generator.
+            ValueError, RuntimeError, FloatingPointError: as `invert` and `render`. Angles and edits are checked before
+                the photo is inverted.
+
+        Examples:
+            >>> output = inverter("examples/grace_hopper.jpg", steps=1, yaw=20, edits={"smile": 1})
+            >>> output.images[0].size == output.inversion.aligned.shape[1:]
+            True
+            >>> inverter.render(output.inversion, yaw=-20).save("turned.png")
         """
-        if self.latent_directions is None:
-            return {}
-        origin = self.latent_directions.config.generator
-        if origin and origin != self.fingerprint:
-            raise ValueError(
-                f"this model's latent directions were found in another generator (fingerprint {origin[:12]}…, not "
-                f"{self.fingerprint[:12]}…); find its own with `metaaux train directions`"
-            )
-        return self.latent_directions.as_dict()
+        check_edits(self.directions, edits)
+        if yaw is not None or pitch is not None:
+            self._check_viewpoints("yaw and pitch")
+            camera_from_pose(yaw or 0.0, pitch or 0.0)
+        inversion = self.invert(photo, steps, on_step, camera, flip)
+        images = [self.render(inversion, yaw, pitch, edits)]
+        if not return_dict:
+            return images, inversion
+        return MetaAuxInverterOutput(images=images, inversion=inversion)
 
     def invert(
         self,
@@ -161,10 +214,9 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
         """Inverts the face of a photo: encoder, then `steps` gradient steps on the auxiliary network (Eq. 5).
 
         Args:
-            photo: PIL image, path, array or whatever else [`~metaaux.faces.load_photo`] reads, or a list of photos of
-                one person. Several photos give one head that suits all of them: the loss is their mean, each seen by
-                its own camera, and the latent code a mean in which frontal photos weigh more. `Inversion.camera` and
-                `Inversion.aligned` are the first photo's.
+            photo: what [`~metaaux.faces.load_photo`] reads, or a list of photos of one person. These give one head
+                that suits all: the loss is their mean, each seen by its own camera, and the latent code a mean in
+                which frontal photos weigh more. `Inversion.camera` and `Inversion.aligned` are the first photo's.
             steps: number of gradient steps. Default: the checkpoint's `inner_steps`, 5 in the paper.
             on_step: called as (step, image, losses) for step -1 (the encoder alone), 0 (the auxiliary network's
                 prediction) and 1 … `steps`, with the reconstruction of the first photo and the entry of
@@ -172,33 +224,34 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
             camera: [25] or, for several photos, [P, 25]. If given, the photos must be aligned crops of the
                 generator's size seen by these cameras; no face is looked for.
             flip: whether the far side of the head, seen by the mirrored camera, shall resemble the mirrored photo
-                (Eq. 12). Default: where the face is turned beyond the checkpoint's `flip_yaw`; of several photos,
-                where all of them are turned so to the same side.
+                (Eq. 12). Default: where all photos are turned beyond the checkpoint's `flip_yaw` to the same side.
 
         Raises:
-            ValueError: a photo that cannot be read or shows no usable face (`UnreadableImageError`, `NoFaceError` and
-                `FaceTooSmallError` of `metaaux.faces`), a crop of the wrong size, or negative `steps`.
+            ValueError: a photo that cannot be read or shows no usable face (`metaaux.faces` has an error for each
+                case), a crop of the wrong size, or negative `steps`.
+            RuntimeError: a component is in training mode.
             FloatingPointError: the loss became infinite or not a number.
+
+        Examples:
+            >>> inversion = inverter.invert("examples/grace_hopper.jpg", steps=1)
+            >>> [step["step"] for step in inversion.steps]
+            [-1, 0, 1]
         """
-        self._check_inference_mode()
-        check_computable(self.components)
+        # 1. Check the settings
+        self._check_ready()
         steps = self.config.inner_steps if steps is None else steps
         if steps < 0:
             raise ValueError(f"steps must be 0 or more, got {steps}")
-        photos = list(photo) if isinstance(photo, (list, tuple)) else [photo]
-        if not photos:
-            raise ValueError("invert needs at least one photo, got an empty list")
-        crops, cameras = self._align(photos) if camera is None else self._take_aligned(photos, camera)
-
         if flip:
             self._check_viewpoints("the flip loss")
-        flip = self._shows_one_side(cameras) if flip is None else flip
-        with torch.inference_mode(False), torch.no_grad():
-            target = torch.stack([image_to_tensor(crop) for crop in crops]).to(self.device)
-            cameras = cameras.to(self.device)
-            codes = self.encoder(target.to(self.encoder.dtype))
-            shares = frontal_shares(cameras).view(-1, *[1] * (codes.ndim - 1))
-            w = (shares * codes).sum(dim=0, keepdim=True)
+        # 2. Find the faces and where they are seen from.
+        crops, cameras = self._crops(photo, camera)
+        loss = self.inversion_loss(self._shows_one_side(cameras) if flip is None else flip)
+
+        # 3. Encode.
+        target, cameras, w = self._encode(crops, cameras)
+
+        # 4. Adapt.
         with self.progress_bar(total=steps + 2) as progress:
 
             def report(step: int, images: torch.Tensor, losses: dict[str, float]) -> None:
@@ -206,28 +259,24 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
                 if on_step is not None:
                     on_step(step, tensor_to_image(images[0]), _step_entry(losses))
 
-            result = adapt(
-                self.generator,
-                self.auxiliary,
-                self.inversion_loss(flip),
-                target,
-                w,
-                cameras,
-                steps=steps,
-                learning_rate=self.config.inner_learning_rate,
-                flip_share=self.config.flip_share,
-                on_step=report,
-            )
-        return Inversion(
-            w=_stored(w[0]),
-            camera=_stored(cameras[0]),
-            weight_offsets={layer: _stored(offset) for layer, offset in result.weight_offsets.items()},
-            offset_planes=None if result.offset_planes is None else _stored(result.offset_planes[0]),
-            steps=[_step_entry(step) for step in result.steps],
-            model=str(self.name_or_path or type(self.generator).__name__),
-            fingerprint=self.fingerprint,
-            aligned=torch.from_numpy(np.array(crops[0])).permute(2, 0, 1).contiguous(),
+            options = {"learning_rate": self.config.inner_learning_rate, "flip_share": self.config.flip_share}
+            networks = (self.generator, self.auxiliary, loss)
+            result = adapt(*networks, target, w, cameras, steps, **options, on_step=report)
+        return self._inversion(result, w[0], cameras[0], crops[0])
+
+    def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Refused, as every kind of offloading.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "networks cannot be kept off the GPU one by one: each gradient step of an inversion goes forth and back "
+            "through all of them. Nor would it save much: at full size the weights are 0.9 of the 6 GB that it takes. "
+            "Move the whole pipeline with .to(device), and back with .to('cpu') while it is not used"
         )
+
+    enable_sequential_cpu_offload = enable_group_offload = enable_model_cpu_offload
 
     def load_inversion(self, path: str | os.PathLike) -> Inversion:
         """[`Inversion.load`], and the checks that it fits this pipeline's generator.
@@ -241,191 +290,9 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
         inversion.check_fits(self.generator, self.fingerprint)
         return inversion
 
-    @torch.no_grad()
-    def prepare(self, inversion: Inversion, edits: Mapping[str, float] | None = None) -> Head:
-        """Computes once what all views of an inversion share; pass the result to `render` and `orbit`.
-
-        Args:
-            inversion: made with this pipeline's generator.
-            edits: amounts by name of a direction of `directions`, several at once; 1 is a clearly visible change.
-
-        Raises:
-            ValueError: the inversion belongs to another generator, or an edit that this checkpoint lacks or that is no
-                number within ±20.
-        """
-        inversion.check_fits(self.generator, self.fingerprint)
-        check_computable({"generator": self.generator})
-        device = self.device
-        ws = apply_edits(inversion.w[None], self.directions, edits, bool(inversion.weight_offsets)).to(device)
-        weight_offsets = {layer: offset.to(device) for layer, offset in inversion.weight_offsets.items()}
-        return Head(
-            ws=ws,
-            planes=self.generator.planes(ws, weight_offsets=weight_offsets),
-            weight_offsets=weight_offsets,
-            offset_planes=None if inversion.offset_planes is None else inversion.offset_planes[None].to(device),
-            camera=inversion.camera,
-        )
-
-    @torch.no_grad()
-    def render(
-        self,
-        inversion: Inversion | Head,
-        yaw: float | None = None,
-        pitch: float | None = None,
-        edits: Mapping[str, float] | None = None,
-    ) -> Image.Image:
-        """One view of an inverted head.
-
-        Args:
-            inversion: or what `prepare` made of it, which spares the backbone when many views are wanted.
-            yaw: degrees of the head as the aligner reports them; positive turns the nose to the picture's right.
-                Default: the photo's.
-            pitch: degrees, positive nods down. Default: the photo's.
-            edits: see `prepare`; not with a `Head`, which has its edits already.
-
-        Raises:
-            ValueError: an angle beyond ±90 degrees, or as `prepare`.
-        """
-        if yaw is not None or pitch is not None:
-            self._check_viewpoints("yaw and pitch")
-        head = self._head(inversion, edits)
-        camera = head.camera
-        if yaw is not None or pitch is not None:
-            photo_yaw, photo_pitch = (float(angle) for angle in pose_of_camera(camera))
-            camera = camera_from_pose(
-                photo_yaw if yaw is None else float(yaw),
-                photo_pitch if pitch is None else float(pitch),
-                radius=float(camera[[3, 7, 11]].norm()),
-                focal=float(camera[16]),
-            )
-        output = self.generator.synthesize(
-            head.ws,
-            camera[None].to(head.ws.device),
-            weight_offsets=head.weight_offsets,
-            offset_planes=head.offset_planes,
-            planes=head.planes,
-        )
-        return tensor_to_image(output.image[0])
-
-    def orbit(
-        self,
-        inversion: Inversion | Head,
-        frames: int = 60,
-        yaw_range: float = 25.0,
-        pitch_range: float = 10.0,
-        edits: Mapping[str, float] | None = None,
-        path: str | Sequence[tuple[float, float]] = "ellipse",
-        progress: ProgressCallback | None = None,
-    ) -> list[Image.Image]:
-        """Views of a closed loop around the head's front, for a video that repeats without a jump.
-
-        Tri-planes are computed once for all views.
-
-        Args:
-            inversion: or what `prepare` made of it.
-            frames: number of views, at least 1.
-            yaw_range: degrees to either side.
-            pitch_range: degrees up and down.
-            edits: see `render`.
-            path: "ellipse", around the front; "swing", from side to side and back at a pitch of 0; "nod", up and down
-                at a yaw of 0; or pairs of yaw and pitch, one a view, which leave `frames` and the ranges unused.
-            progress: called with the share that is done, 0 to 1.
-
-        Raises:
-            ValueError: `frames` below 1, an unknown or empty path, or as `render`.
-        """
-        self._check_viewpoints("orbits")
-        poses = view_path(path, frames, yaw_range, pitch_range)
-        head = self._head(inversion, edits)
-        images = []
-        for yaw, pitch in self.progress_bar(poses):
-            images.append(self.render(head, yaw=yaw, pitch=pitch))
-            if progress is not None:
-                progress(len(images) / len(poses))
-        return images
-
-    def turntable(
-        self,
-        inversion: Inversion | Head,
-        yaws: Sequence[float] = YAWS,
-        pitches: Sequence[float] = PITCHES,
-        size: int | None = None,
-        edits: Mapping[str, float] | None = None,
-        progress: ProgressCallback | None = None,
-    ) -> Turntable:
-        """Views from many sides in one picture, with their angles: what a page turns by itself.
-
-        Tri-planes are computed once for all views.
-
-        Args:
-            inversion: or what `prepare` made of it.
-            yaws: degrees of the grid's columns.
-            pitches: degrees of its rows.
-            size: side of one view in pixels, up to the generator's. Default: the generator's, but not above 256.
-            edits: see `render`.
-            progress: called with the share that is done, 0 to 1.
-
-        Raises:
-            ValueError: no yaw or no pitch, a size out of range, or as `render`.
-        """
-        self._check_viewpoints("turntables")
-        head = self._head(inversion, edits)
-
-        def render(yaw: float, pitch: float) -> Image.Image:
-            return self.render(head, yaw=yaw, pitch=pitch)
-
-        return render_turntable(render, self.generator.config.image_size, yaws, pitches, size, progress)
-
-    @torch.no_grad()
-    def export_mesh(
-        self,
-        inversion: Inversion | Head,
-        path: str | os.PathLike,
-        resolution: int = DEFAULT_RESOLUTION,
-        edits: Mapping[str, float] | None = None,
-        progress: ProgressCallback | None = None,
-    ) -> HeadMesh:
-        """Writes the head's surface, closed and coloured, as binary glTF, whole or not at all.
-
-        The head stands upright (+y up) and looks along +z, as viewers expect.
-
-        Args:
-            inversion: or what `prepare` made of it.
-            path: the file, ending in `.glb`.
-            resolution: cells along each side of the generator's cube; see [`~metaaux.export.mesh.extract_mesh`].
-            edits: see `render`.
-            progress: called with the share that is done, 0 to 1.
-
-        Returns:
-            What was written.
-
-        Raises:
-            ValueError: a path that does not end in `.glb`, a resolution out of range, a head without any surface, or
-                as `render`.
-            FileNotFoundError: the folder of `path` does not exist.
-        """
-        self._check_viewpoints("meshes")
-        check_glb_path(path)
-        head = self._head(inversion, edits)
-        mesh = extract_mesh(self.generator, head, resolution, progress)
-        write_glb(mesh, path)
-        return mesh
-
-    def _head(self, inversion: Inversion | Head, edits: Mapping[str, float] | None) -> Head:
-        if isinstance(inversion, Head):
-            if edits:
-                raise ValueError("edits belong into prepare(inversion, edits): this head was made without them")
-            return inversion
-        return self.prepare(inversion, edits)
-
-    def _check_viewpoints(self, what: str) -> None:
-        if not self.has_viewpoints:
-            raise ValueError(f"{what} need a 3D generator; a 2D generator, as this model's, has one view: the photo's")
-
     def _shows_one_side(self, cameras: torch.Tensor) -> bool:
         """Whether all photos are turned beyond `flip_yaw` to the same side, and the model has a flip loss."""
-        weights = (self.config.weight_flip_perceptual, self.config.weight_flip_adversarial)
-        if self.config.flip_yaw is None or weights == (0, 0) or not self.has_viewpoints:
+        if self.config.flip_yaw is None or not self.flip_loss_weights.uses_flip or not self.has_viewpoints:
             return False
         yaws = pose_of_camera(cameras)[0]
         return bool((yaws > self.config.flip_yaw).all() or (yaws < -self.config.flip_yaw).all())
@@ -436,32 +303,66 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
         Raises:
             ValueError: `flip` is wanted and the checkpoint has no weight for it.
         """
-        config = self.config
-        weights = LossWeights(
-            perceptual=config.weight_perceptual,
-            identity=config.weight_identity,
-            adversarial=config.weight_adversarial,
-        )
-        if flip:
-            weights = dataclasses.replace(
-                weights,
-                flip_perceptual=_either(config.weight_flip_perceptual, config.weight_perceptual),
-                flip_adversarial=_either(config.weight_flip_adversarial, config.weight_adversarial),
+        if flip and not self.flip_loss_weights.uses_flip:
+            raise ValueError(
+                "this model has no flip loss: its weight_flip_perceptual and weight_flip_adversarial are both 0"
             )
-            if not weights.uses_flip:
-                raise ValueError(
-                    "this model has no flip loss: its weight_flip_perceptual and weight_flip_adversarial are both 0"
-                )
+        weights = self.flip_loss_weights if flip else self.loss_weights
         return InversionLoss.from_components(weights, self.discriminator, self.identity, self.perceptual)
 
-    def _align(self, photos: list[Photo]) -> tuple[list[Image.Image], torch.Tensor]:
-        faces = [self.aligner.align(photo) for photo in photos]
-        return [face.image for face in faces], torch.stack([face.camera for face in faces])
+    def _inversion(
+        self, result: AdaptationResult, w: torch.Tensor, camera: torch.Tensor, aligned: Image.Image
+    ) -> Inversion:
+        return Inversion(
+            w=_stored(w),
+            camera=_stored(camera),
+            weight_offsets={layer: _stored(offset) for layer, offset in result.weight_offsets.items()},
+            offset_planes=None if result.offset_planes is None else _stored(result.offset_planes[0]),
+            steps=[_step_entry(step) for step in result.steps],
+            model=str(self.name_or_path or type(self.generator).__name__),
+            fingerprint=self.fingerprint,
+            aligned=torch.from_numpy(np.array(aligned)).permute(2, 0, 1).contiguous(),
+        )
 
-    def _take_aligned(self, photos: list[Photo], camera: torch.Tensor) -> tuple[list[Image.Image], torch.Tensor]:
-        camera = torch.as_tensor(camera, dtype=torch.float32, device="cpu").reshape(-1, 25)
-        if len(camera) != len(photos):
-            raise ValueError(f"each photo needs its camera, got {len(photos)} photos and {len(camera)} cameras")
+    def _check_ready(self) -> None:
+        """Raises RuntimeError where a component is in training mode, ValueError for precisions that do not compute."""
+        training = [name for name, part in self.components.items() if part is not None and part.training]
+        if training:
+            raise RuntimeError(
+                f"the components {training} are in training mode, in which a call could change them; put them into "
+                "eval mode with .eval() first (from_pretrained does)"
+            )
+        check_computable(self.components)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _encode(
+        self, crops: Sequence[Image.Image], cameras: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Crops of one person → [P, 3, S, S] in [-1, 1], cameras [P, 25] and the code [1, …] on the device.
+
+        Of several photos, the code is a mean in which frontal ones weigh more.
+        """
+        device = self._execution_device
+        target = torch.stack([image_to_tensor(crop) for crop in crops]).to(device)
+        cameras = cameras.to(device)
+        codes = self.encoder(target.to(self.encoder.dtype))
+        shares = frontal_shares(cameras).view(-1, *[1] * (codes.ndim - 1))
+        return target, cameras, (shares * codes).sum(dim=0, keepdim=True)
+
+    def _crops(
+        self, photo: Photo | Sequence[Photo], camera: torch.Tensor | None
+    ) -> tuple[list[Image.Image], torch.Tensor]:
+        """The aligned crops of one or several photos and their cameras [P, 25]; see `invert`."""
+        photos = list(photo) if isinstance(photo, (list, tuple)) else [photo]
+        if not photos:
+            raise ValueError("invert needs at least one photo, got an empty list")
+        if camera is None:
+            faces = [self.aligner.align(photo) for photo in photos]
+            return [face.image for face in faces], torch.stack([face.camera for face in faces])
+        cameras = torch.as_tensor(camera, dtype=torch.float32, device="cpu").reshape(-1, 25)
+        if len(cameras) != len(photos):
+            raise ValueError(f"each photo needs its camera, got {len(photos)} photos and {len(cameras)} cameras")
         size = self.generator.config.image_size
         crops = [load_photo(photo) for photo in photos]
         for crop in crops:
@@ -470,19 +371,7 @@ class MetaAuxInverter(HubMixin, DiffusionPipeline):
                     f"with a camera, the photo must be an aligned crop of {size}x{size} pixels, got "
                     f"{crop.width}x{crop.height}; leave the camera out to have the face found and aligned"
                 )
-        return crops, camera
-
-    def _check_inference_mode(self) -> None:
-        training = [name for name, part in self.components.items() if part is not None and part.training]
-        if training:
-            raise RuntimeError(
-                f"the components {training} are in training mode, in which a call could change them; put them into "
-                "eval mode with .eval() first (from_pretrained does)"
-            )
-
-
-def _either(value: float | None, default: float) -> float:
-    return default if value is None else value
+        return crops, cameras
 
 
 def _step_entry(losses: Mapping[str, float]) -> dict[str, float]:

@@ -21,6 +21,7 @@ class LoopbackHub:
         served: paths of files whose bytes were sent.
         requests: all requests, as "METHOD path".
         token: if set, what requests must carry.
+        gated: answer every request for a file with the error of a repository whose terms nobody has accepted.
         break_off: {path: bytes}: the connection is closed after so many of them.
         damage: paths that are sent with a flipped byte.
         refuse_commits: answer commits with an error.
@@ -51,6 +52,7 @@ class LoopbackHub:
     def reset(self):
         self.repositories.clear()
         self.served, self.requests = [], []
+        self.gated = False
         self.token, self.break_off, self.damage, self.refuse_commits = None, {}, set(), False
 
     def close(self):
@@ -90,6 +92,8 @@ class LoopbackHub:
             return self.post(request, path, body)
         if path.startswith("/api/models/"):
             return self.information(request, path.removeprefix("/api/models/"))
+        if self.gated:
+            return self.error(request, 403, "GatedRepo", "Access to this repository is restricted")
         repo_id, _, rest = path.strip("/").partition("/resolve/")
         revision, _, name = rest.partition("/")
         commit, files = self.find(repo_id, revision)
@@ -151,10 +155,13 @@ class LoopbackHub:
         repo_id, _, rest = path.removeprefix("/api/models/").partition("/preupload/")
         if rest:
             modes = [
-                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LFS_SUFFIXES) else "regular",
-                 "shouldIgnore": False}
+                {
+                    "path": f["path"],
+                    "uploadMode": "lfs" if f["path"].endswith(LFS_SUFFIXES) else "regular",
+                    "shouldIgnore": False,
+                }
                 for f in json.loads(body)["files"]
-            ]  # fmt: skip
+            ]
             return self.json(request, {"files": modes})
         repo_id, _, rest = path.removeprefix("/api/models/").partition("/branch/")
         if rest:

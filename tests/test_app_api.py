@@ -153,7 +153,8 @@ class TestEndpoints:
             # Weights are random: a head may have no surface, which is an answer too.
             assert "no surface" in str(error)
         else:
-            assert len(mesh.faces) > 0 and mesh.visual.vertex_colors.shape == (len(mesh.vertices), 4)
+            assert len(mesh.faces) > 0 and mesh.visual.uv.shape == (len(mesh.vertices), 2)
+            assert min(mesh.visual.material.baseColorTexture.size) >= 512
 
     def test_directions(self, client):
         (smile,) = client.predict(api_name="/directions")

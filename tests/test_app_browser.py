@@ -5,27 +5,17 @@ Pictures of the page go to the folder that `METAAUX_SCREENSHOTS` names, for CI t
 
 from __future__ import annotations
 
-import base64
-import os
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 from app_server import ROOT, running_app
-from playwright.sync_api import expect, sync_playwright
+from browser import CHROMIUM, SLOW, changed, running_browser, screenshot, settled, upload, view, visitors
+from playwright.sync_api import expect
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --use-angle=swiftshader --enable-unsafe-swiftshader"
-).split()
 PHOTO = ROOT / "examples" / "eileen_collins.jpg"
-# Gradio's 3D viewer says so on computers without WebGPU, and goes on with WebGL.
-HARMLESS = re.compile("WebGPU")
-SLOW = 120_000
 expect.set_options(timeout=SLOW)
 
 
@@ -37,43 +27,14 @@ def app(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with running_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def open_page(app, browser):
-    """Opens the page as a new visitor; at the end there must have been no error in its console."""
-    contexts, errors = [], []
-
-    def open_page(**options):
-        context = browser.new_context(**{"viewport": {"width": 1440, "height": 900}, **options})
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.goto(app.url)
-        page.wait_for_selector("#model-line .chip.ready", timeout=SLOW)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert [error for error in errors if not HARMLESS.search(error)] == []
-
-
-def screenshot(page, name):
-    folder = os.environ.get("METAAUX_SCREENSHOTS")
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
-
-
-def upload(page, path):
-    page.locator("#photo input[type=file]").set_input_files(path)
-    page.wait_for_selector("#crop .crop-card", timeout=SLOW)
+    with visitors(app, browser) as open_page:
+        yield open_page
 
 
 def open_settings(page):
@@ -96,36 +57,6 @@ def invert(page, steps):
     expect(number).to_have_value(str(steps))
     page.get_by_text("Settings", exact=True).click()
     page.locator("#invert:not([disabled])").click(timeout=SLOW)
-
-
-def view(page):
-    """Bytes of the picture that is shown."""
-    code = """async () => {
-        const data = await (await fetch(document.querySelector('#view img').src)).arrayBuffer();
-        return btoa(String.fromCharCode(...new Uint8Array(data)));
-    }"""
-    return base64.b64decode(page.evaluate(code))
-
-
-def changed(page, before):
-    """The view once it differs from `before`, and has settled."""
-    for _ in range(200):
-        page.wait_for_timeout(100)
-        now = view(page)
-        if now != before:
-            return settled(page)
-    raise AssertionError("the view did not change")
-
-
-def settled(page):
-    """The view once it has stayed the same for two seconds."""
-    before, stable = None, 0
-    while stable < 4:
-        now = view(page)
-        stable = stable + 1 if now == before else 0
-        before = now
-        page.wait_for_timeout(500)
-    return before
 
 
 def wait_for_view(page, picture):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import gc
+import os
 import threading
 import time
 import weakref
@@ -16,6 +17,7 @@ from PIL import Image
 
 from metaaux import MetaAuxInverter
 from metaaux.demo import Settings, build_demo
+from metaaux.demo import engine as engine_module
 from metaaux.demo.engine import Engine
 from metaaux.demo.handlers import FURTHER_SLIDERS, NAMED_SLIDERS, VIEWPOINT_PARTS, Handlers
 from metaaux.demo.heads import HeadCache, head_bytes
@@ -327,10 +329,10 @@ class TestVisitors:
         with concurrent.futures.ThreadPoolExecutor() as pool:
             waiting = pool.submit(slow.turn, late, 5.0, 0.0)
             assert slow.begun.wait(30)
-            picture, _, _ = pool.submit(slow.turn, self.visitor(slow.session_of("quick")), 5.0, 0.0).result(30)
+            _, picture, _ = pool.submit(slow.turn, self.visitor(slow.session_of("quick")), 5.0, 0.0).result(30)
             assert picture.endswith("view.png") and not waiting.done()
             slow.gate.set()
-            assert waiting.result(30)[0].endswith("view.png")
+            assert waiting.result(30)[1].endswith("view.png")
 
     def test_a_late_view_does_not_bring_back_the_head_before(self, slow):
         visitor = self.visitor(slow.session_of("slow"))
@@ -355,7 +357,7 @@ class TestVisitors:
             while visitor._newest < 4:
                 time.sleep(0.01)
             slow.gate.set()
-            pictures = [job.result(30)[0] for job in (first, second, third)]
+            pictures = [job.result(30)[1] for job in (first, second, third)]
         assert pictures[:2] == [gr.skip(), gr.skip()]
         expected = slow.engine.view(visitor.session.model, visitor.session.path, 15.0, 0.0, {})
         assert Image.open(pictures[2]).tobytes() == expected.tobytes()
@@ -375,11 +377,11 @@ class TestVisitors:
 
     def test_the_page_keeps_places_for_many_views(self, tiny_folder):
         demo, _ = build_demo(Settings(models=(str(tiny_folder),)))
-        turns = [fn for fn in demo.fns.values() if fn.name in ("turn", "render")]
-        assert len(turns) == 2
-        assert all(fn.concurrency_id == "view" and fn.concurrency_limit >= 8 for fn in turns)
+        views = [fn for fn in demo.fns.values() if fn.concurrency_id == "view"]
+        assert {fn.name for fn in views} == {"turn", "render", "open_head", "kept_example"}
+        assert all(fn.concurrency_limit >= 8 for fn in views)
         heavy = {fn.name for fn in demo.fns.values() if fn.concurrency_id == "heavy"}
-        assert heavy == {"invert", "turntable", "orbit", "mesh"}
+        assert heavy == {"invert", "example", "turntable", "orbit", "mesh"}
 
     def test_expiry_reaches_the_engine(self, tiny_folder):
         demo, engine = build_demo(Settings(models=(str(tiny_folder),), session_minutes=7))
@@ -408,7 +410,7 @@ class TestTwoDimensionalModel:
         monkeypatch.setattr("metaaux.demo.handlers.save_picture", lambda image, name="view.png": image)
         visitor = Visitor()
         visitor.replace(Session(model, last.path, 5.0, 0.0))
-        image, _, same = flat_handlers.turn(visitor, 10.0, 0.0)
+        _, image, same = flat_handlers.turn(visitor, 10.0, 0.0)
         assert image.tobytes() == last.image.tobytes() and same.session.model == model
 
     def test_steps_that_are_right_are_left_alone(self, flat_handlers):
@@ -450,7 +452,7 @@ class TestEditSliders:
         amounts[NAMED_SLIDERS] = 2.0
         visitor = Visitor()
         visitor.replace(Session(model, str(path), 0.0, 0.0))
-        image, _, _ = handlers.turn(visitor, 5.0, 0.0, *amounts)
+        _, image, _ = handlers.turn(visitor, 5.0, 0.0, *amounts)
         inverter = handlers.engine.inverter(model)
         expected = inverter.render(tiny_inversion, yaw=5.0, pitch=0.0, edits={"pc1": 2.0})
         assert image.tobytes() == expected.tobytes()
@@ -481,3 +483,120 @@ class TestPage:
         steps = [{"mse": 0.4, "perceptual": 1.0, "identity": 0.0}, {"mse": 0.1, "perceptual": 0.5, "identity": 0.0}]
         chart = loss_charts(steps, 7)
         assert "−75 %" in chart and "−50 %" in chart and chart.count("<svg") == 3
+
+
+class TestExamples:
+    """The first click inverts; what it made is the next visitor's at once."""
+
+    @pytest.fixture
+    def handlers(self, engine):
+        return Handlers(engine, engine.settings)
+
+    def first(self, handlers):
+        model = handlers.settings.models[0]
+        visitor = handlers.kept_example(None, (0, []), model)[7]
+        steps = list(handlers.example(visitor, (0, []), model))
+        return visitor, steps, list(handlers.sheets(visitor))
+
+    def test_the_first_click_inverts_and_the_second_finds_it(self, handlers, monkeypatch):
+        visitor, steps, messages = self.first(handlers)
+        assert len(steps) == handlers.engine.inverter().config.inner_steps + 3
+        assert [len(message["sheets"]) for message in messages[1:]] == list(range(1, 9))
+        # Nothing may be computed any more.
+        for name in ("invert", "view", "sheets", "align"):
+            monkeypatch.setattr(handlers.engine, name, None)
+        values = handlers.kept_example(None, (0, []), handlers.settings.models[0])
+        other, message = values[7], values[11]
+        assert other is not visitor and len(message["sheets"]) == 8 and other.shown.complete
+        assert list(handlers.sheets(other)) == [gr.skip()]
+        first, second = (open(shown.picture, "rb").read() for shown in (visitor.shown, other.shown))
+        assert first == second and visitor.shown.picture != other.shown.picture
+        heads = [handlers.engine.inverter().load_inversion(one.session.path).w for one in (visitor, other)]
+        assert heads[0].equal(heads[1])
+        assert list(handlers.example(other, (0, []), handlers.settings.models[0])) == [(gr.skip(),) * 16]
+
+    def test_results_outlive_the_visitors_files(self, handlers):
+        visitor, _, _ = self.first(handlers)
+        for path in (visitor.session.path, visitor.shown.picture, *[sheet.picture for sheet in visitor.shown.sheets]):
+            os.remove(path)
+        values = handlers.kept_example(None, (0, []), handlers.settings.models[0])
+        assert all(os.path.isfile(sheet.picture) for sheet in values[7].shown.sheets)
+
+    def test_who_has_turned_to_something_else_gets_no_example(self, handlers):
+        model = handlers.settings.models[0]
+        visitor = handlers.kept_example(None, (0, []), model)[7]
+        visitor.replace(None)
+        assert list(handlers.example(visitor, (0, []), model)) == [(gr.skip(),) * 16]
+
+
+class TestSheets:
+    @pytest.fixture
+    def visitor(self, engine, tiny_inversion, tmp_path):
+        tiny_inversion.save(tmp_path / "head.safetensors")
+        visitor = Visitor()
+        visitor.replace(Session(engine.settings.models[0], str(tmp_path / "head.safetensors"), 0.0, 0.0))
+        Handlers(engine, engine.settings).turn(visitor, 0.0, 0.0)
+        return visitor
+
+    def test_they_come_coarse_first_and_agree_with_views(self, engine, visitor, tiny_inversion):
+        messages = list(Handlers(engine, engine.settings).sheets(visitor))[1:]
+        sheets = messages[-1]["sheets"]
+        assert len(messages) == len(sheets) == 8 and len(sheets[0]["yaws"]) < len(sheets[1]["yaws"]) == 31
+        assert [sheet["pitches"] for sheet in sheets[:2]] == [(0.0,), (0.0,)]
+        assert {pitch for sheet in sheets for pitch in sheet["pitches"]} == {-30, -20, -10, 0, 10, 20, 30}
+        assert [message["version"] for message in messages] == sorted({message["version"] for message in messages})
+
+    def test_they_give_way_to_inversions(self, engine, visitor):
+        """No view of a sheet is rendered while an inversion runs."""
+        handlers = Handlers(engine, engine.settings)
+        started, go_on = threading.Event(), threading.Event()
+
+        def run(report):
+            started.set()
+            assert go_on.wait(30)
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            running = pool.submit(lambda: list(engine._stream(run)))
+            assert started.wait(30)
+            sheets = pool.submit(lambda: list(handlers.sheets(visitor)))
+            time.sleep(0.5)
+            assert visitor.shown.sheets == () and not sheets.done()
+            go_on.set()
+            running.result(30)
+            assert len(sheets.result(60)) == 9
+
+    def test_those_of_the_head_before_end(self, engine, visitor):
+        handlers = Handlers(engine, engine.settings)
+        sheets = handlers.sheets(visitor)
+        next(sheets), next(sheets)
+        visitor.replace(None)
+        assert list(sheets) == [] and visitor.making_sheets is None
+
+    def test_each_is_made_once(self, engine, visitor):
+        handlers = Handlers(engine, engine.settings)
+        running = handlers.sheets(visitor)
+        next(running), next(running)
+        assert list(handlers.sheets(visitor)) == [gr.skip()]
+        assert len(list(running)) == 7
+        assert list(handlers.sheets(visitor)) == [gr.skip()]
+
+
+class TestQuota:
+    """Seconds of ZeroGPU that a visit asks for; a visitor without an account has a few minutes a day."""
+
+    def test_a_usual_visit(self):
+        """One inversion, any number of turns, two edits: measured at full size on one H100."""
+        assert (engine_module.INVERSION_SECONDS, engine_module.VIEW_SECONDS) == (1.025, 0.0074)
+        inversion = engine_module._seconds_of_inversion("m", [None], [None], 5, None, "path", True)
+        turns, edit = 0, engine_module._seconds_of_edit("m", "path", 0.0, 0.0, {"smile": 1.0})
+        assert inversion + 50 * turns + 2 * edit <= 25
+        # What is asked for covers what was measured.
+        assert inversion > 1.025 + 217 * 0.0074 and edit > 0.021 + 217 * 0.0074
+
+    def test_more_work_asks_for_more(self):
+        seconds = engine_module._seconds_of_inversion
+        assert seconds("m", [0], [0], 20, None, "p", True) > seconds("m", [0], [0], 5, None, "p", True)
+        assert seconds("m", [0] * 3, [0] * 3, 5, None, "p", True) > seconds("m", [0], [0], 5, None, "p", True)
+        assert seconds("m", [0], [0], 5, False, "p", False) < seconds("m", [0], [0], 5, None, "p", False)
+        assert engine_module._seconds_of_orbit("m", "p", 240, (25, 10), {}, "v") > 5
+        assert seconds("m", [0] * 5, [0] * 5, 20, None, "p", True) <= 120

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
@@ -19,6 +20,7 @@ from conftest import IMAGE_SIZE
 from PIL import Image
 from typer.main import get_command
 
+import metaaux
 from metaaux import Inversion, MetaAuxInverter
 from metaaux.cli import app, main
 from metaaux.cli.options import ComparisonOptions, echo_json
@@ -196,9 +198,15 @@ class TestMesh:
         assert code == 0, err
         assert (tmp_path / "a.glb").read_bytes()[:4] == b"glTF"
         assert "vertices" in stdout and "100%" in err
+        arguments = ("--resolution", 32, "--texture", 0)
+        code, stdout, err = run("mesh", tmp_path / "a.safetensors", "--out", tmp_path / "a.ply", *arguments)
+        assert code == 0, err
+        assert (tmp_path / "a.ply").read_bytes()[:4] == b"ply\n"
 
     def test_errors(self, run, tiny_folder, inversion_file, tmp_path):
-        code, _, err = run("mesh", inversion_file, "--out", tmp_path / "a.obj")
+        code, _, err = run("mesh", inversion_file, "--out", tmp_path / "a.glb", "--texture", 5000)
+        assert code == 2 and "--texture" in err
+        code, _, err = run("mesh", inversion_file, "--out", tmp_path / "a.stl")
         assert code == 2 and "must end in .glb" in err
         code, _, err = run("mesh", inversion_file, "--out", tmp_path / "a.glb", "--resolution", 2000)
         assert code == 2 and "--resolution" in err
@@ -237,8 +245,41 @@ class TestTrain:
         config.write_text("surprise: 1\n")
         assert_fails_in_one_line(run("train", part, "--config", config), "unknown setting surprise")
         config.write_text("a: [")
-        assert_fails_in_one_line(run("train", part, "--config", config), "not a valid configuration")
+        assert_fails_in_one_line(run("train", part, "--config", config), "not valid YAML")
         assert os.listdir(tmp_path) == ["config.yaml"]
+
+    def test_values_and_folder(self, run, tmp_path, monkeypatch):
+        """What the trainer is given: the file's values with those of --set in place, and the run's folder."""
+        from metaaux.training import identity
+
+        given = []
+        monkeypatch.setattr(identity, "train", lambda *arguments: given.append(arguments))
+        monkeypatch.chdir(tmp_path)
+        config = Path(metaaux.__file__).parent / "configs" / "mini" / "identity.yaml"
+        values = ["--set", "run.seed=7", "--set", "data.path=photos=1.zip"]
+        for options in (values, ["--run", "mine", "--resume"]):
+            code, _, err = run("train", "identity", "--config", config, *options)
+            assert code == 0, err
+        (first, folder, resume), (plain, mine, again) = given
+        assert (first.run.seed, first.data.path) == (7, "photos=1.zip") and plain.run.seed != 7
+        assert first.run.model_dump(exclude={"seed"}) == plain.run.model_dump(exclude={"seed"})
+        assert (folder, resume, mine, again) == (Path("runs/mini-identity"), False, Path("mine"), True)
+
+    def test_values_that_cannot_be_set(self, run, tmp_path):
+        config = tmp_path / "config.yaml"
+        config.write_text("run: {seed: 0}\n")
+        for setting, match in (
+            ("run.seed=soon", "run.seed: expected a valid integer"),
+            ("run.sed=1", "unknown setting sed"),
+            ("seed", "not of the form KEY=VALUE"),
+        ):
+            assert_fails_in_one_line(run("train", "identity", "--config", config, "--set", setting), match)
+
+    def test_a_run_in_the_place_of_a_file(self, run, tmp_path):
+        (tmp_path / "run").touch()
+        config = Path(metaaux.__file__).parent / "configs" / "mini" / "identity.yaml"
+        code, _, err = run("train", "identity", "--config", config, "--run", tmp_path / "run")
+        assert code == 2 and "run is a file" in err
 
     def test_a_part_that_there_is_not(self, run):
         code, _, err = run("train", "everything", "--config", "config.yaml")
@@ -411,3 +452,14 @@ def test_help_names_every_command(run):
     assert code == 0
     for command in ("invert", "render", "orbit", "mesh", "compare-flip", "model-info", "train", "prepare"):
         assert f"\n  {command} " in out
+
+
+def test_help_waits_for_no_heavy_module():
+    """Every command is there before PyTorch, NumPy or Pillow is imported."""
+    code = (
+        "import sys; from metaaux.cli import app; from typer.main import get_command; command = get_command(app); "
+        "command.commands['evaluate'].commands['editing'].get_help(__import__('typer').Context(command)); "
+        "print(sorted({'torch', 'numpy', 'PIL', 'yaml', 'diffusers', 'tqdm'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -150,8 +150,14 @@ class TestStyleGAN2:
             name = name.replace("mapping_network.layers.", "mapping.fc").replace("mapping_network.", "mapping.")
             tensors[name.replace("backbone.", "synthesis.")] = tensor
         judge = DualDiscriminator(image_size=32, camera_dim=0, channel_base=256, channel_max=16, dual=False)
-        arguments = {"z_dim": 16, "c_dim": 0, "w_dim": 24, "img_resolution": 32, "img_channels": 3,
-                     "synthesis_kwargs": {"conv_clamp": 256}}  # fmt: skip
+        arguments = {
+            "z_dim": 16,
+            "c_dim": 0,
+            "w_dim": 24,
+            "img_resolution": 32,
+            "img_channels": 3,
+            "synthesis_kwargs": {"conv_clamp": 256},
+        }
         contents = {
             "G_ema": module("Generator", tensors, {"": {"_init_kwargs": arguments}}),
             "D": module(
@@ -267,8 +273,15 @@ class TestLPIPS:
 class TestArcFace:
     def original(self, network):
         """The network's weights in InsightFace's layout."""
-        residual = {"norm1": "0", "conv1": "1", "activation": "2", "conv2": "3", "norm2": "4", "gates.reduce": "5.fc1",
-                    "gates.expand": "5.fc2"}  # fmt: skip
+        residual = {
+            "norm1": "0",
+            "conv1": "1",
+            "activation": "2",
+            "conv2": "3",
+            "norm2": "4",
+            "gates.reduce": "5.fc1",
+            "gates.expand": "5.fc2",
+        }
         outer = {
             "stem": "input_layer.0",
             "stem_norm": "input_layer.1",

@@ -71,13 +71,15 @@ class TestHostilePickles:
         assert_refused(write(tmp_path / "model.pkl", contents | {"D": Runs(command)}), tmp_path, r"\.system")
 
     def test_directly(self, tmp_path, command):
-        (tmp_path / "model.pkl").write_bytes(b"\x80\x02cos\nsystem\nX" + struct.pack("<I", len(command))
-                                             + command.encode() + b"\x85R.")  # fmt: skip
+        (tmp_path / "model.pkl").write_bytes(
+            b"\x80\x02cos\nsystem\nX" + struct.pack("<I", len(command)) + command.encode() + b"\x85R."
+        )
         assert_refused(tmp_path / "model.pkl", tmp_path, r"names os\.system")
 
     def test_older_operations(self, tmp_path, command):
-        (tmp_path / "model.pkl").write_bytes(b"\x80\x02(X" + struct.pack("<I", len(command)) + command.encode()
-                                             + b"ios\nsystem\n.")  # fmt: skip
+        (tmp_path / "model.pkl").write_bytes(
+            b"\x80\x02(X" + struct.pack("<I", len(command)) + command.encode() + b"ios\nsystem\n."
+        )
         assert_refused(tmp_path / "model.pkl", tmp_path, "operation INST")
 
     @pytest.mark.parametrize(

@@ -66,6 +66,11 @@ class TestPhotos:
         torch.testing.assert_close(photos[1].image, image_to_tensor(expected.image))
         torch.testing.assert_close(photos[1].camera, expected.camera)
 
+    def test_pictures_of_a_folder_are_those_that_are_read(self, tiny_inverter, tmp_path):
+        for name in ("a.heic", "b.JPG", "c.eps", "d.pdf", "e.avif", "f.txt", ".g.png"):
+            Image.new("RGB", (8, 8)).save(tmp_path / name, format="PNG")
+        assert open_photos(tmp_path, IMAGE_SIZE, lambda: tiny_inverter.aligner).names == ["a.heic", "b.JPG", "e.avif"]
+
     def test_paths_that_hold_none(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no photos at"):
             open_photos(tmp_path / "absent", IMAGE_SIZE)

@@ -84,9 +84,13 @@ class TestOptimization:
         settings = TuningSettings(steps=3, learning_rate=1e30)
         with pytest.raises(FloatingPointError, match="lower the learning rate"):
             tune_generator(
-                tiny_inverter.generator, reconstruction_loss(tiny_inverter), image, camera,
-                tiny_inverter.encoder(image), settings,
-            )  # fmt: skip
+                tiny_inverter.generator,
+                reconstruction_loss(tiny_inverter),
+                image,
+                camera,
+                tiny_inverter.encoder(image),
+                settings,
+            )
 
     def test_perceptual_weight_is_in_units_of_lpips(self, tiny_inverter):
         # The tiny pipeline has the paper's weight of 0.8, so its distance counts as LPIPS itself.
@@ -159,9 +163,14 @@ class TestMethods:
     def test_psp_from_a_folder(self, tiny_inverter, batch, tmp_path):
         generator = tiny_inverter.generator
         encoder = PSPEncoder(
-            image_size=IMAGE_SIZE, input_size=32, w_dim=generator.config.w_dim, num_ws=generator.num_ws,
-            widths=(16, 16, 16, 16), depths=(1, 1, 1, 1), width=16,
-        )  # fmt: skip
+            image_size=IMAGE_SIZE,
+            input_size=32,
+            w_dim=generator.config.w_dim,
+            num_ws=generator.num_ws,
+            widths=(16, 16, 16, 16),
+            depths=(1, 1, 1, 1),
+            width=16,
+        )
         encoder.set_latent_statistics(generator.w_avg, torch.ones_like(generator.w_avg))
         encoder.save_pretrained(tmp_path)
         psp = make_methods(["psp"], tiny_inverter, MethodOptions(psp=tmp_path))[0]
@@ -170,12 +179,19 @@ class TestMethods:
         torch.testing.assert_close(image, average[0].clamp(-1, 1))
 
     def test_ablations_must_lack_their_module(self, tiny_inverter, tiny_components, batch, tmp_path):
-        config = AuxiliaryNetwork.config_for(tiny_components["generator"], **{
-            key: tiny_components["auxiliary"].config[key] for key in (
-                "backbone_layer_type", "backbone_depths", "backbone_embedding_size", "backbone_hidden_sizes",
-                "neck_channels", "hyper_channels", "offset_resolution", "offset_channels", "camera_channels",
-            )
-        })  # fmt: skip
+        kept = (
+            "backbone_layer_type",
+            "backbone_depths",
+            "backbone_embedding_size",
+            "backbone_hidden_sizes",
+            "neck_channels",
+            "hyper_channels",
+            "offset_resolution",
+            "offset_channels",
+            "camera_channels",
+        )
+        settings = {key: tiny_components["auxiliary"].config[key] for key in kept}
+        config = AuxiliaryNetwork.config_for(tiny_components["generator"], **settings)
         flat, rigid = tmp_path / "without_2d", tmp_path / "without_3d"
         AuxiliaryNetwork(**config | {"use_weight_offsets": False}).save_pretrained(flat)
         AuxiliaryNetwork(**config | {"use_offset_planes": False}).save_pretrained(rigid)

@@ -67,3 +67,11 @@ def test_refuses_unusable_input(tmp_path):
     with pytest.raises(ValueError, match="none of the 1 photos"):
         prepare(tmp_path, tmp_path / "out.zip", workers=1)
     assert not (tmp_path / "out.zip").exists()
+
+
+def test_a_name_as_long_as_the_file_system_allows(tmp_path):
+    folder, out = tmp_path / "photos", tmp_path / ("é" * 125 + ".zip")
+    folder.mkdir()
+    shutil.copy(EXAMPLES / "eileen_collins.jpg", folder)
+    prepare(folder, out, size=64, workers=1)
+    assert sorted(tmp_path.iterdir()) == [folder, out]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from PIL import Image
 
 from metaaux import Inversion
 from metaaux.export.images import save_image
-from metaaux.export.mesh import HeadMesh, write_glb
+from metaaux.export.mesh import HeadMesh
+from metaaux.export.mesh_files import write_glb
 from metaaux.export.video import write_video
 from metaaux.files import atomic_path, check_output_file, check_output_folder, write_json, write_text
 
@@ -141,3 +144,19 @@ class TestWriters:
         with pytest.raises(OSError, match=r"ffmpeg could not write .*a\.mp4: "):
             write_video(FRAMES, tmp_path / "a.mp4", fps=0)
         assert not list(tmp_path.iterdir())
+
+
+def test_text_files_are_opened_with_an_encoding():
+    """Else Windows reads and writes them in the encoding of its language."""
+    root = Path(__file__).resolve().parent.parent
+    unnamed = []
+    for path in [*(root / "metaaux").rglob("*.py"), root / "app.py"]:
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call) or any(keyword.arg == "encoding" for keyword in call.keywords):
+                continue
+            text = ast.unparse(call)
+            opens = re.search(r"^open\(|\.open\(", text) and not re.search(r"^(Image|os)\.open|'[rwax]\+?b\+?'", text)
+            reads = isinstance(call.func, ast.Attribute) and call.func.attr in ("read_text", "write_text")
+            if opens and ast.unparse(call.func).endswith("open") or reads:
+                unnamed.append(f"{path.relative_to(root)}:{call.lineno}: {text}")
+    assert unnamed == []

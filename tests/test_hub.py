@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hub_server import WORKER, LoopbackHub
 
@@ -31,8 +32,14 @@ class Client:
     """An interpreter whose Hub is the loopback one: huggingface_hub reads HF_ENDPOINT when it is imported."""
 
     def __init__(self, address, home, **environment):
-        environment = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
-                       "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT), **environment}  # fmt: skip
+        environment = {
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "PYTHONPATH": str(ROOT),
+            **environment,
+        }
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         self.process = subprocess.Popen(
             [sys.executable, "-c", WORKER],
@@ -166,6 +173,72 @@ class TestDownload:
         client(load(tmp_path))
         assert hub.served == []
 
+    @pytest.mark.parametrize("subfolder", ["..", "small/../../other", "C:\\\\other"])
+    def test_subfolders_lie_inside(self, hub, client, tiny_folder, tmp_path, subfolder):
+        with pytest.raises(HubError, match="subfolder must lie inside"):
+            client(load(tmp_path, f", subfolder={subfolder!r}"))
+        with pytest.raises(ValueError, match="subfolder must lie inside"):
+            MetaAuxInverter.from_pretrained(tiny_folder, subfolder=subfolder)
+
+    def test_subfolder_with_the_other_separator(self, hub, client, variants_folder, tiny_inverter, tmp_path):
+        hub.publish(variants_folder, REPO, prefix="v1/small/")
+        assert client(load(tmp_path, ', subfolder="v1\\\\small"')) == tiny_inverter.fingerprint
+
+    def test_gated(self, hub, client, variants_folder, tmp_path):
+        hub.publish(variants_folder, REPO)
+        hub.gated = True
+        with pytest.raises(HubError, match=f"{REPO} is gated: accept its terms on the Hub") as caught:
+            client(load(tmp_path))
+        assert "OSError" in caught.value.kinds
+
+    def test_missing_variant(self, hub, client, tiny_folder, tmp_path):
+        hub.publish(tiny_folder, REPO)
+        with pytest.raises(HubError, match="has no weights of the variant 'fp16'") as caught:
+            client(load(tmp_path, ', variant="fp16"'))
+        assert "FileNotFoundError" in caught.value.kinds
+
+    @pytest.mark.parametrize(
+        "name", ["/no/such/model", "./model", "../a/b", "model", "C:\\\\models\\\\mini", "~/models/x"]
+    )
+    def test_missing_folders_are_not_asked_of_the_hub(self, hub, client, tmp_path, name):
+        with pytest.raises(HubError, match="neither a valid local path nor a valid repo id") as caught:
+            client(f"MetaAuxInverter.from_pretrained({name!r})")
+        assert "FileNotFoundError" in caught.value.kinds and hub.requests == []
+
+    def test_path_objects_are_folders(self, hub, client, variants_folder):
+        hub.publish(variants_folder, REPO)
+        with pytest.raises(HubError, match="neither a valid local path") as caught:
+            client(f"MetaAuxInverter.from_pretrained(Path({REPO!r}))")
+        assert "FileNotFoundError" in caught.value.kinds and hub.requests == []
+
+    def test_folders_with_other_names(self, hub, client, variants_folder, tiny_inverter, tmp_path, monkeypatch):
+        hub.publish(variants_folder, REPO)
+        place = tmp_path / "modèles и more"
+        assert client(load(place, ", revision=None")) == tiny_inverter.fingerprint
+        (tmp_path / "link").symlink_to(variants_folder, target_is_directory=True)
+        assert MetaAuxInverter.from_pretrained(tmp_path / "link").fingerprint == tiny_inverter.fingerprint
+        monkeypatch.setenv("HOME", str(tmp_path))
+        tiny_inverter.save_pretrained("~/my model")
+        assert MetaAuxInverter.from_pretrained("~/my model").fingerprint == tiny_inverter.fingerprint
+
+    def test_component(self, hub, client, tiny_folder, tmp_path):
+        """A network that is a repository of its own, read where a Hub id is allowed and nowhere else."""
+        hub.publish(tiny_folder / "encoder", "someone/encoder")
+        hub.repositories["someone/encoder"]["main"]["x.bin"] = b"pickle"
+        code = """
+from metaaux.hub.loading import load_component
+from metaaux.models.encoder import LatentEncoder
+result = load_component(LatentEncoder, "someone/encoder", cache_dir={cache!r}, {option}).config.w_dim
+"""
+        with pytest.raises(HubError, match="there is no folder someone/encoder") as caught:
+            client(code.format(cache=str(tmp_path), option=""))
+        assert "FileNotFoundError" in caught.value.kinds and hub.requests == []
+        assert client(code.format(cache=str(tmp_path), option="allow_hub=True")) == 16
+        assert set(hub.served) == {"config.json", "diffusion_pytorch_model.safetensors"}
+        hub.requests.clear()
+        assert client(code.format(cache=str(tmp_path), option="allow_hub=True, local_files_only=True")) == 16
+        assert hub.requests == []
+
     def test_unknown_repository(self, hub, client, tmp_path):
         with pytest.raises(HubError, match=f"no repository {REPO} on the Hub") as caught:
             client(load(tmp_path))
@@ -178,8 +251,10 @@ class TestDownload:
         offline = Client(hub.address, tmp_path / "home", HF_HUB_OFFLINE="1")
         try:
             assert offline(load(tmp_path)) == tiny_inverter.fingerprint
-            with pytest.raises(HubError) as caught:
+            with pytest.raises(HubError, match="someone/absent is not in the cache") as caught:
                 offline(load(tmp_path, repo="someone/absent"))
+            with pytest.raises(HubError, match="could not be published"):
+                offline(f"MetaAuxInverter.from_pretrained({str(variants_folder)!r}).push_to_hub({REPO!r}, token='t')")
         finally:
             offline.close()
         assert "OSError" in caught.value.kinds
@@ -329,6 +404,26 @@ class TestFolders:
         (tmp_path / "generator" / "diffusion_pytorch_model.safetensors.index.json").write_text("[]")
         with pytest.raises(ValueError, match="generator/.*index.json is damaged"):
             check_components(tmp_path, ["generator"])
+
+    def test_card_states_the_fingerprint_of_today(self, tiny_folder, tmp_path):
+        pipeline = MetaAuxInverter.from_pretrained(tiny_folder)
+        before = pipeline.fingerprint
+        assert before in pipeline.card
+        with torch.no_grad():
+            pipeline.generator.decoder.out.bias += 1
+        pipeline.save_pretrained(tmp_path)
+        card = MetaAuxInverter.from_pretrained(tmp_path).card
+        assert card == pipeline.card.replace(before, pipeline.fingerprint) != pipeline.card
+
+    @pytest.mark.parametrize("variant", ["../fp16", "*", "a b", ""])
+    def test_variants_are_words(self, tiny_inverter, tiny_folder, tmp_path, variant):
+        with pytest.raises(ValueError, match="a variant is a word"):
+            tiny_inverter.save_pretrained(tmp_path, variant=variant)
+        with pytest.raises(ValueError, match="a variant is a word"):
+            MetaAuxInverter.from_pretrained(tiny_folder, variant=variant)
+        with pytest.raises(ValueError, match="a variant is a word"):
+            MetaAuxInverter.download(REPO, variant=variant)
+        assert not list(tmp_path.iterdir())
 
     def test_pickles_are_not_written(self, tiny_inverter, tmp_path):
         with pytest.raises(ValueError, match="safe_serialization must stay True"):

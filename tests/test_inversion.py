@@ -74,8 +74,12 @@ class TestRoundTrip:
     def test_metadata_values_are_json(self, saved):
         metadata = read(saved)[1]
         assert {key: type(json.loads(value)) for key, value in metadata.items()} == {
-            "format": str, "version": int, "model": str, "fingerprint": str, "steps": list,
-        }  # fmt: skip
+            "format": str,
+            "version": int,
+            "model": str,
+            "fingerprint": str,
+            "steps": list,
+        }
 
 
 @pytest.fixture(scope="module")

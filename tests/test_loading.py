@@ -130,6 +130,39 @@ class TestLoading:
         with pytest.raises(ValueError, match=match):
             MetaAuxInverter.from_pretrained(folder)
 
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            ["metaaux.models.eg3d", "torch"],
+            ["metaaux.models.eg3d", "TriPlaneDecoder"],
+            ["metaaux.models.eg3d", "ModelMixin"],
+            ["metaaux.models.eg3d", 3],
+        ],
+    )
+    def test_what_is_no_network_is_refused(self, tiny_folder, tmp_path, entry):
+        folder = shutil.copytree(tiny_folder, tmp_path / "model")
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {"generator": entry}))
+        with pytest.raises(ValueError, match="as generator, which is no network"):
+            MetaAuxInverter.from_pretrained(folder)
+
+    @pytest.mark.parametrize(
+        ("text", "match"),
+        [("[" * 100_000, "not valid JSON"), ("3", "holds a int"), ("x" * (2**23 + 1), "larger than 8 MiB")],
+        ids=["deep", "number", "large"],
+    )
+    def test_damaged_index(self, tiny_folder, tmp_path, text, match):
+        folder = shutil.copytree(tiny_folder, tmp_path / "model")
+        (folder / "model_index.json").write_text(text)
+        with pytest.raises(ValueError, match=match):
+            MetaAuxInverter.from_pretrained(folder)
+
+    def test_settings_in_place_of_the_checkpoints(self, tiny_folder, tiny_components):
+        loaded = MetaAuxInverter.from_pretrained(
+            tiny_folder, inner_steps=2, low_cpu_mem_usage=False, encoder=tiny_components["encoder"]
+        )
+        assert loaded.config.inner_steps == 2 and loaded.encoder is tiny_components["encoder"]
+
     def test_empty_folder(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no model_index.json"):
             MetaAuxInverter.from_pretrained(tmp_path)
@@ -236,10 +269,14 @@ class TestComponent:
 
     @pytest.mark.parametrize(
         ("text", "match"),
-        [("[" * 100_000, "not valid JSON"), ("[]", "holds a list"), (b"\xff{}", "not valid JSON"),
-         ('{"a": "' + "x" * 2**23 + '"}', "larger than 8 MiB")],
+        [
+            ("[" * 100_000, "not valid JSON"),
+            ("[]", "holds a list"),
+            (b"\xff{}", "not valid JSON"),
+            ('{"a": "' + "x" * 2**23 + '"}', "larger than 8 MiB"),
+        ],
         ids=["deep", "list", "bytes", "large"],
-    )  # fmt: skip
+    )
     def test_damaged_configuration(self, folder, text, match):
         (folder / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(ValueError, match=match):

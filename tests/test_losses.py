@@ -15,8 +15,8 @@ from metaaux.evaluation.metrics import ReconstructionMetrics
 from metaaux.losses import InversionLoss, LossWeights, perceptual_distance
 from metaaux.models.auxiliary import AuxiliaryNetwork
 from metaaux.models.perceptual import LPIPS, DiscriminatorPerceptualDistance
-from metaaux.training.phases import AuxiliaryConfig, load_networks
 from metaaux.training.encoder import EncoderConfig, reconstruction_loss
+from metaaux.training.phases import AuxiliaryConfig, load_networks
 
 WEIGHTS = {"mse": 1.0, "perceptual": 0.3, "identity": 0.2, "adversarial": 0.01}
 

@@ -8,6 +8,7 @@ import json
 import pickle
 import shutil
 
+import accelerate
 import pytest
 import torch
 
@@ -146,6 +147,23 @@ class TestFingerprint:
         inverter.save_pretrained(tmp_path)
         loaded = MetaAuxInverter.from_pretrained(tmp_path)
         assert pixels(loaded, tiny_inversion) == expected and loaded.fingerprint == tiny_inverter.fingerprint
+
+    @pytest.mark.parametrize("variant", [None, "fp16"])
+    def test_saving_with_compiled_parts(self, inverter, tiny_inverter, tmp_path, variant):
+        inverter.generator.backbone = torch.compile(inverter.generator.backbone)
+        inverter.encoder = torch.compile(inverter.encoder)
+        inverter.save_pretrained(tmp_path, variant=variant)
+        assert "_orig_mod" in next(iter(inverter.encoder.state_dict()))
+        loaded = MetaAuxInverter.from_pretrained(tmp_path, variant=variant)
+        assert loaded.fingerprint == tiny_inverter.fingerprint
+
+    def test_weights_that_are_kept_elsewhere(self, inverter, tiny_inverter, tmp_path):
+        accelerate.cpu_offload(inverter.generator, torch.device("cpu"))
+        assert next(inverter.generator.parameters()).is_meta
+        assert inverter.fingerprint == tiny_inverter.fingerprint
+        with pytest.raises(ValueError, match="the generator's weights are offloaded.*remove_all_hooks"):
+            inverter.save_pretrained(tmp_path)
+        assert not list(tmp_path.iterdir())
 
     def test_compiled_2d_generator_has_one_view(self, tiny_2d_inverter):
         inverter = copy.deepcopy(tiny_2d_inverter)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ..hub.loading import load_component
+from ..training.loading import load_network
 from .base import InversionMethod
 from .optimization import LatentSettings
 
@@ -65,7 +65,7 @@ class MethodRequest:
         inverter: the pipeline.
         options: what methods need beside it.
         steps: gradient steps of an adapted method.
-        folder: of the method's network, `None` for methods that have none of their own.
+        folder: of the method's network, a run's `latest` followed; `None` for methods that have none of their own.
     """
 
     name: str
@@ -86,7 +86,7 @@ class MethodRequest:
             ValueError: a network of another class, or one that does not fit.
             OSError: a folder without a network.
         """
-        network = load_component(cls, self.folder)
+        network = load_network(cls, self.folder)
         for key, value in expected.items():
             if network.config[key] != value:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""`python -m metaaux evaluate`, `evaluate generator` and `evaluate editing`."""
+"""`python -m metaaux evaluate`, `evaluate generator`, `evaluate editing` and `evaluate mesh`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import typer
 from .options import (
     ComparisonOptions,
     DeviceOption,
+    FolderOption,
+    InversionArgument,
     ModelOption,
     check_folder,
     echo,
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from ..evaluation.reconstruction import ReconstructionEvaluation
 
 app = typer.Typer(
-    help="Measure: inversion methods on photos; `generator`: the generator; `editing`: edits after inversion.",
+    help="Measure: inversion methods on photos; `generator`: the generator; `editing`: edits after inversion; `mesh`: "
+    "a textured mesh.",
     invoke_without_command=True,
     rich_markup_mode=None,
 )
@@ -73,7 +76,7 @@ def evaluate(
     from ..evaluation.metrics import ReconstructionMetrics
     from ..evaluation.reconstruction import ReconstructionEvaluation
 
-    inverter, methods, photos = options.open()
+    inverter, methods, photos = options.load()
     evaluation = ReconstructionEvaluation(
         inverter,
         methods,
@@ -128,6 +131,35 @@ def generator(
 
 
 @app.command()
+def mesh(
+    inversion: InversionArgument,
+    out: FolderOption,
+    resolution: Annotated[int, typer.Option(min=16, max=512, help="Cells along each side of the cube.")] = 192,
+    texture: Annotated[int, typer.Option(min=64, max=4096, help="Side of the texture in texels.")] = 1024,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Measure how much less a textured mesh differs from the photo's own view than one with vertex colours.
+
+    Writes results.json and mesh.jpg, both meshes from three sides, into DIR.
+    """
+    check_folder(out)
+    from tqdm.auto import tqdm
+
+    from ..evaluation.mesh import evaluate_mesh
+
+    inverter = load_inverter(model, device)
+    loaded = inverter.load_inversion(inversion)
+    out.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed}") as bar:
+        results = evaluate_mesh(
+            inverter, loaded, out, resolution, texture, lambda share: bar.update(round(100 * share) - bar.n)
+        )
+    for name, value in results.items():
+        echo(f"{name:<15} {format(value, '.4f') if isinstance(value, float) else value}")
+
+
+@app.command()
 @with_options(ComparisonOptions, methods="metaaux,encoder")
 def editing(
     options: ComparisonOptions,
@@ -149,7 +181,7 @@ def editing(
     from ..models.age_gender import AgeGenderNetwork
 
     network = AgeGenderNetwork.from_file(attributes)
-    inverter, methods, photos = options.open()
+    inverter, methods, photos = options.load()
     evaluation = EditingEvaluation(
         inverter,
         methods,

@@ -115,7 +115,7 @@ class ComparisonOptions:
             raise typer.BadParameter(f"{self.shard!r} is not of the form I/N with 1 <= I <= N", param_hint="--shard")
         return int(number), int(count)
 
-    def open(self) -> tuple[MetaAuxInverter, list[InversionMethod], PhotoSet]:
+    def load(self) -> tuple[MetaAuxInverter, list[InversionMethod], PhotoSet]:
         """Pipeline, methods and photos."""
         from ..baselines import MethodOptions, make_methods
         from ..baselines.optimization import LatentSettings
@@ -237,12 +237,12 @@ def check_folder(folder: Path) -> None:
         check_output_folder(folder)
 
 
-def check_file(path: Path, suffix: str, option: str = "--out") -> None:
-    """Ends the command, before any work, where no file with this suffix can be written at `path`."""
+def check_file(path: Path, *suffixes: str, option: str = "--out") -> None:
+    """Ends the command, before any work, where no file with one of these suffixes can be written at `path`."""
     from ..files import check_output_file
 
-    if path.suffix.lower() != suffix:
-        raise typer.BadParameter(f"{path} must end in {suffix}", param_hint=option)
+    if path.suffix.lower() not in suffixes:
+        raise typer.BadParameter(f"{path} must end in {' or '.join(suffixes)}", param_hint=option)
     with usage_error(option):
         check_output_file(path)
 

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .options import check_folder
+from ..files import check_output_folder
+from .options import usage_error
 
 
 class Part(str, enum.Enum):
@@ -26,12 +27,21 @@ def train(
     config: Annotated[Path, typer.Option("--config", metavar="FILE", help="YAML, see metaaux/configs.")],
     run: Annotated[
         Path | None,
-        typer.Option("--run", metavar="FOLDER", help="Checkpoints and logs. Default: runs/<name of FILE>."),
+        typer.Option(
+            "--run",
+            metavar="FOLDER",
+            help="Checkpoints and logs. Default: runs/ and the name of FILE; of metaaux/configs/mini/encoder.yaml "
+            "runs/mini-encoder.",
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
-    overrides: Annotated[
+    settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="In place of FILE's, such as run.total_images=1000."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Value in place of the FILE's, for example run.seed=1 (YAML after the =); may be repeated.",
+        ),
     ] = None,
 ) -> None:
     """Train one part. Under `accelerate launch -m metaaux train ...` it uses several GPUs."""
@@ -40,7 +50,8 @@ def train(
     from ..training.settings import default_run_folder, load_settings
 
     module = importlib.import_module(f"metaaux.training.{part.value}")
-    settings = load_settings(getattr(module, f"{part.value.capitalize()}Config"), config, overrides or ())
+    loaded = load_settings(getattr(module, f"{part.value.capitalize()}Config"), config, settings or ())
     folder = default_run_folder(config) if run is None else run
-    check_folder(folder)
-    module.train(settings, folder, resume)
+    with usage_error("--run"):
+        check_output_folder(folder)
+    module.train(loaded, folder, resume)

@@ -14,9 +14,14 @@ from .pickles import ConversionError
 _INPUT = {"0": "stem", "1": "stem_norm", "2": "stem_activation"}
 _OUTPUT = {"0": "head_norm", "3": "head", "4": "embedding_norm"}
 _RESIDUAL = {
-    "0": "norm1", "1": "conv1", "2": "activation", "3": "conv2", "4": "norm2", "5.fc1": "gates.reduce",
+    "0": "norm1",
+    "1": "conv1",
+    "2": "activation",
+    "3": "conv2",
+    "4": "norm2",
+    "5.fc1": "gates.reduce",
     "5.fc2": "gates.expand",
-}  # fmt: skip
+}
 _SHORTCUT = {"0": "shortcut", "1": "shortcut_norm"}
 
 

@@ -85,8 +85,12 @@ def generator_config(source: Record, notes: list[str]) -> dict[str, Any]:
         ConversionError: a setting that `EG3DGenerator` does not have.
     """
     rendering = setting(source, "rendering_kwargs", dict)
-    expected = {"clamp_mode": "softplus", "disparity_space_sampling": False, "white_back": False,
-                "superresolution_noise_mode": "none"}  # fmt: skip
+    expected = {
+        "clamp_mode": "softplus",
+        "disparity_space_sampling": False,
+        "white_back": False,
+        "superresolution_noise_mode": "none",
+    }
     for name, value in expected.items():
         if rendering.get(name, value) != value:
             raise ConversionError(
@@ -97,8 +101,10 @@ def generator_config(source: Record, notes: list[str]) -> dict[str, Any]:
     enlarger = child(source, "superresolution")
     kind = _SUPER_RESOLUTION.get(enlarger.class_name if enlarger else "")
     if kind is None:
-        raise ConversionError(f"its super-resolution is {enlarger and enlarger.class_name}, expected one of "
-                              f"{', '.join(_SUPER_RESOLUTION)}")  # fmt: skip
+        raise ConversionError(
+            f"its super-resolution is {enlarger and enlarger.class_name}, expected one of "
+            f"{', '.join(_SUPER_RESOLUTION)}"
+        )
     tensors = module_tensors(source, "G_ema")
     widths = block_widths(tensors, "backbone.synthesis.")
     if max(widths) != 256 or tensors[f"backbone.synthesis.b{max(widths)}.torgb.bias"].shape != (96,):

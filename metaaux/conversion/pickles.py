@@ -40,19 +40,15 @@ _STORAGE_DTYPES = {
     "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
 }
-_NUMPY_FORMATS = {
-    "f2": "e", "f4": "f", "f8": "d", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I",
-    "u8": "Q", "b1": "?",
-}  # fmt: skip
+_NUMPY_FORMATS = dict(zip("f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1".split(), "efdbhiqBHIQ?"))
 # First two numbers of torch.save's older file format, the one that storages are pickled in.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 # Packages that the official sources import. None of them is imported here.
-_SOURCE_IMPORTS = {
-    "abc", "click", "collections", "copy", "dataclasses", "dnnlib", "einops", "enum", "functools", "itertools", "json",
-    "kornia", "math", "numpy", "PIL", "random", "re", "scipy", "time", "torch", "torch_utils", "torchvision", "tqdm",
-    "training", "typing", "warnings",
-}  # fmt: skip
+_SOURCE_IMPORTS = set(
+    "abc click collections copy dataclasses dnnlib einops enum functools itertools json kornia math numpy PIL random "
+    "re scipy time torch torch_utils torchvision tqdm training typing warnings".split()
+)
 _SOURCE_CALLS = {"__import__", "breakpoint", "compile", "eval", "exec", "globals", "input", "open"}
 _MAX_DEPTH = 64
 
@@ -155,8 +151,14 @@ class _Reader:
         except ConversionError:
             raise
         except (
-            ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, struct.error,
-        ) as error:  # fmt: skip
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+            struct.error,
+        ) as error:
             raise ConversionError(f"a damaged pickle {where} ({type(error).__name__}: {str(error)[:120]})") from None
         raise ConversionError(f"a pickle without end {where}")
 
@@ -311,10 +313,10 @@ class _Reader:
             raise ConversionError("the file refers to data outside of itself (a persistent id)")
 
 
-_LITERALS = {
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "BINBYTES",
-    "SHORT_BINBYTES", "BINBYTES8", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
-}  # fmt: skip
+_LITERALS = set(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE "
+    "SHORT_BINUNICODE BINUNICODE8".split()
+)
 _IGNORED = {"PROTO", "FRAME"}
 _CLASSES = {"dnnlib.util.EasyDict", "dnnlib.EasyDict"}
 

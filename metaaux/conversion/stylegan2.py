@@ -145,9 +145,13 @@ def _rosinality_name(name: str, tensor: torch.Tensor) -> tuple[str, tuple[int, .
     Layer n of `convs`, `to_rgbs` and `noises` belongs to resolution 8·2^(n // 2), 8·2^n and 4·2^((n + 1) // 2).
     """
     parts = {
-        "conv.weight": "weight", "conv.modulation.weight": "affine.weight", "conv.modulation.bias": "affine.bias",
-        "noise.weight": "noise_strength", "activate.bias": "bias", "bias": "bias",
-    }  # fmt: skip
+        "conv.weight": "weight",
+        "conv.modulation.weight": "affine.weight",
+        "conv.modulation.bias": "affine.bias",
+        "noise.weight": "noise_strength",
+        "activate.bias": "bias",
+        "bias": "bias",
+    }
     shapes = {"weight": tensor.shape[1:], "noise_strength": (), "bias": (tensor.numel(),)}
     if name == "input.input":
         return "backbone.b4.const", tensor.shape[1:]

@@ -89,7 +89,7 @@ def prepare(
     _check(folder, image_format, workers, settings)
 
     # 1. What there is to do: finished photos lie in a folder beside the zip.
-    partial = out.with_name(out.name + ".partial")
+    partial = _partial_folder(out)
     names = _photo_names(folder, exclude={out.resolve(), partial.resolve()})
     if not names:
         raise ValueError(f"'{folder}' holds no photos")
@@ -107,6 +107,14 @@ def prepare(
     _write_zip(out, entries, results, image_format, report)
     shutil.rmtree(partial)
     return report
+
+
+def _partial_folder(out: Path) -> Path:
+    """`OUT.zip.partial`; where the zip's name leaves no room for the ending, its digest stands for the name."""
+    name = out.name
+    if len(os.fsencode(name)) > 240:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    return out.with_name(f"{name}.partial")
 
 
 def _check(folder: Path, image_format: str, workers: int | None, settings: dict) -> None:

@@ -192,7 +192,7 @@ class Api:
         return path, table.angles
 
     def mesh(self, inversion: str, resolution: int = 160, edits: dict | None = None, model: str | None = None) -> str:
-        """Extracts the head's surface as a mesh with vertex colours.
+        """Extracts the head's surface as a mesh with a texture.
 
         Args:
             inversion: file that /invert returned.

@@ -22,6 +22,7 @@ import spaces
 from PIL import Image
 from spaces.config import Config as spaces_config
 
+from ..export.turntable import PITCHES, YAWS
 from .heads import HeadCache
 from .settings import Settings
 from .validation import explained
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from ..export.turntable import Turntable
     from ..faces import AlignedFace
+    from ..head import Head
     from ..pipeline import MetaAuxInverter
 
 logger = logging.getLogger(__name__)
@@ -41,9 +43,33 @@ LOADING_TIMEOUT = 300.0
 #: Views have places for many visitors, each of whom takes one at a time: nobody's slow view holds up the others'.
 VIEWS = {"concurrency_id": "view", "concurrency_limit": 16}
 
+#: Where views take their time: first a few yaws, then row after row, those at the height of the eyes first.
+_PARTS = [(YAWS[1:-1:3], (0.0,)), *[(YAWS, (pitch,)) for pitch in sorted(PITCHES, key=abs)]]
+
 
 class _Cancelled(BaseException):
     """Ends a computation whose visitor has gone or has cancelled; not an error."""
+
+
+class _Count:
+    """How many computations are running that others give way to."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._number += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._changed:
+            self._number -= 1
+            self._changed.notify_all()
+
+    def wait_for_none(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._number == 0)
 
 
 @dataclass(frozen=True)
@@ -55,12 +81,14 @@ class Step:
         image: reconstruction of the first photo.
         losses: the entry of `Inversion.steps`.
         path: the inversion's file, with the last step only.
+        turntable: views of the finished head, where they were asked for.
     """
 
     step: int
     image: Image.Image
     losses: dict[str, float]
     path: str | None = None
+    turntable: Turntable | None = None
 
 
 class Engine:
@@ -77,11 +105,14 @@ class Engine:
         self._loaded = threading.Event()
         self._failure: Exception | None = None
         self._workers = threading.BoundedSemaphore(settings.workers)
+        self._heavy = _Count()
+        self._background = threading.Lock()
         self._heads = HeadCache(settings.max_heads_mb * 1_000_000)
         self._invert_on_gpu = _on_gpu(self._invert, _seconds_of_inversion)
         self._render_on_gpu = _on_gpu(self._render, _seconds_of_view)
         self._orbit_on_gpu = _on_gpu(self._orbit, _seconds_of_orbit)
         self._mesh_on_gpu = _on_gpu(self._mesh, _seconds_of_mesh)
+        self._edit_on_gpu = _on_gpu(self._edit, _seconds_of_edit)
         self._turntable_on_gpu = _on_gpu(self._turntable, _seconds_of_turntable)
 
     def start(self) -> None:
@@ -115,6 +146,11 @@ class Engine:
             raise ValueError("the model could not be loaded; whoever runs this demo finds the reason in its log")
         return self._inverters[model]
 
+    @property
+    def makes_turntables_at_once(self) -> bool:
+        """Whether many views take a second or two, so that an inversion may bring them along: on GPUs."""
+        return self.zero_gpu or self.inverter().device.type == "cuda"
+
     def describe_device(self) -> str:
         """Where the models run, in a word or two for the page."""
         if self.zero_gpu:
@@ -146,6 +182,7 @@ class Engine:
         steps: int,
         flip: bool | None,
         path: str,
+        turntable: bool = False,
     ) -> Iterator[Step]:
         """Yields every step; with the last one the inversion's file is complete.
 
@@ -156,6 +193,7 @@ class Engine:
             steps: gradient steps.
             flip: as `MetaAuxInverter.invert`.
             path: where the inversion's file goes.
+            turntable: whether the last step shall bring views of the finished head.
 
         Raises:
             ValueError: the model has no flip loss, and it was asked for.
@@ -163,7 +201,7 @@ class Engine:
         if flip:
             self._check_viewpoints(model, "the flip loss")
             self.inverter(model).inversion_loss(flip=True)
-        yield from self._invert_on_gpu(model, crops, cameras, steps, flip, path)
+        yield from self._invert_on_gpu(model, crops, cameras, steps, flip, path, turntable)
 
     def render(
         self, model: str, path: str, yaw: float | None, pitch: float | None, edits: dict[str, float]
@@ -189,9 +227,47 @@ class Engine:
         if self.zero_gpu:
             # The process that would keep it does not outlive the call.
             return self.render(model, path, yaw, pitch, edits)
+        with self._heavy:
+            return self.inverter(model).render(self._head(model, path, edits), yaw=yaw, pitch=pitch)
+
+    def edit(
+        self, model: str, path: str, yaw: float | None, pitch: float | None, edits: dict[str, float]
+    ) -> tuple[Image.Image, Turntable | None]:
+        """As `render`, and views from all sides, if this model's heads have any: one request for both."""
+        self._check_file(model, path)
+        return self._edit_on_gpu(model, path, yaw, pitch, edits)
+
+    def sheets(
+        self, model: str, path: str, edits: dict[str, float], wanted: Callable[[], bool]
+    ) -> Iterator[tuple[Turntable, bool]]:
+        """Views from all sides, part by part, while nothing else is computed here.
+
+        Args:
+            wanted: asked before each view; once it says no, there are no more parts.
+
+        Yields:
+            a part, the coarsest first, and whether it is the last one.
+        """
+
+        def wait(share: float) -> None:
+            if not wanted():
+                raise _Cancelled
+            self._heavy.wait_for_none()
+
         inverter = self.inverter(model)
-        head = self._heads.get(model, path, edits, lambda: inverter.prepare(inverter.load_inversion(path), edits))
-        return inverter.render(head, yaw=yaw, pitch=pitch)
+        parts = [(YAWS, PITCHES)] if self.makes_turntables_at_once else _PARTS
+        for number, (yaws, pitches) in enumerate(parts, start=1):
+            try:
+                with self._background:
+                    wait(0.0)
+                    table = inverter.turntable(self._head(model, path, edits), yaws, pitches, progress=wait)
+            except _Cancelled:
+                return
+            yield table, number == len(parts)
+
+    def _head(self, model: str, path: str, edits: dict[str, float]) -> Head:
+        inverter = self.inverter(model)
+        return self._heads.get(model, path, edits, lambda: inverter.prepare(inverter.load_inversion(path), edits))
 
     def forget(self, path: str) -> None:
         """Drops what is kept of an inversion file for `view`."""
@@ -256,6 +332,7 @@ class Engine:
         steps: int,
         flip: bool | None,
         path: str,
+        turntable: bool = False,
     ) -> Iterator[Step]:
         import torch
 
@@ -267,21 +344,36 @@ class Engine:
 
             inversion = inverter.invert(crops, steps=steps, on_step=on_step, camera=torch.stack(cameras), flip=flip)
             inversion.save(path)
+            if turntable:
+                table = inverter.turntable(inversion, progress=lambda share: report(None))
+                report(table)
 
         last: Step | None = None
-        for step, image, losses in self._stream(run):
-            last = Step(step, image, losses)
-            # The last step waits for the file, so that every step is exactly one result.
-            if step < steps:
-                yield last
+        table: Turntable | None = None
+        for event in self._stream(run):
+            if isinstance(event, tuple):
+                last = Step(*event)
+                # The last step waits for the file, so that every step is exactly one result.
+                if last.step < steps:
+                    yield last
+            elif event is not None:
+                table = event
         if last is not None:
-            yield Step(last.step, last.image, last.losses, path)
+            yield Step(last.step, last.image, last.losses, path, table)
 
     def _render(
         self, model: str, path: str, yaw: float | None, pitch: float | None, edits: dict[str, float]
     ) -> Image.Image:
         inverter = self.inverter(model)
         return inverter.render(inverter.load_inversion(path), yaw=yaw, pitch=pitch, edits=edits)
+
+    def _edit(
+        self, model: str, path: str, yaw: float | None, pitch: float | None, edits: dict[str, float]
+    ) -> tuple[Image.Image, Turntable | None]:
+        inverter = self.inverter(model)
+        head = inverter.prepare(inverter.load_inversion(path), edits)
+        table = inverter.turntable(head) if inverter.has_viewpoints else None
+        return inverter.render(head, yaw=yaw, pitch=pitch), table
 
     def _orbit(
         self, model: str, source: str, frames: int, ranges: tuple[float, float], edits: dict[str, float], path: str
@@ -335,7 +427,7 @@ class Engine:
 
         def work() -> None:
             try:
-                with self._workers:
+                with self._workers, self._heavy:
                     if not closed.is_set():
                         run(report)
                 events.put(("end", None))
@@ -429,14 +521,19 @@ def _asked(measured: float) -> int:
     return min(120, math.ceil(START_SECONDS + ALLOWANCE * measured))
 
 
-def _seconds_of_inversion(model, crops, cameras, steps, flip, path) -> int:
+def _seconds_of_inversion(model, crops, cameras, steps, flip, path, turntable) -> int:
     # The flip loss renders each photo's mirrored view as well; whether it is used by itself is found out later.
     passes = len(crops) * (1 if flip is False else 2)
-    return _asked(INVERSION_SECONDS * (steps + 2) / 7 * passes)
+    views = len(YAWS) * len(PITCHES) if turntable else 0
+    return _asked(INVERSION_SECONDS * (steps + 2) / 7 * passes + VIEW_SECONDS * views)
 
 
 def _seconds_of_view(model, path, yaw, pitch, edits) -> int:
     return _asked(SYNTHESIS_SECONDS)
+
+
+def _seconds_of_edit(model, path, yaw, pitch, edits) -> int:
+    return _asked(SYNTHESIS_SECONDS + VIEW_SECONDS * len(YAWS) * len(PITCHES))
 
 
 def _seconds_of_turntable(model, path, yaws, pitches, size, edits) -> int:

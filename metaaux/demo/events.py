@@ -81,20 +81,27 @@ def _connect_photo(page: Page, handlers: Handlers) -> None:
 
 
 def _connect_run(page: Page, handlers: Handlers, heavy: dict) -> None:
-    """*Invert*, *Cancel*, and a head's file that is dropped in."""
-    photo, fit = page.photo, page.fit
-    run = photo.invert.click(
-        handlers.invert,
-        [page.visitor, page.aligned, photo.steps, photo.flip, photo.model],
-        page.run_outputs,
-        show_progress="hidden",
-        **heavy,
-    )
+    """*Invert*, an example, *Cancel*, and a head's file that is dropped in."""
+    photo, fit, keep = page.photo, page.fit, page.keep
     buttons = [photo.invert, photo.cancel]
-    run.then(lambda: (gr.update(visible=True), gr.update(visible=False)), outputs=buttons, **_AT_ONCE)
-    run.failure(lambda: "", outputs=fit.status, **_AT_ONCE)
-    photo.cancel.click(handlers.cancelled, None, [*buttons, fit.status], cancels=run, **_AT_ONCE)
-    photo.head_upload.upload(
+    running = {"outputs": page.run_outputs, "show_progress": "hidden", **heavy}
+    inputs = [page.visitor, page.aligned, photo.steps, photo.flip, photo.model]
+    runs = [photo.invert.click(handlers.invert, inputs, **running)]
+    starts = [photo.invert.click, photo.head_upload.upload]
+    if photo.examples is not None:
+        inputs = [page.visitor, photo.examples, photo.model]
+        shown = {"outputs": page.run_outputs, "show_progress": "hidden", **VIEWS, **_PRIVATE}
+        # It takes the place of what is still running.
+        kept = photo.examples.click(handlers.kept_example, inputs, cancels=runs, **shown)
+        runs.append(kept.then(handlers.example, inputs, **running))
+        _then_sheets(kept, page, handlers)
+        starts.append(photo.examples.click)
+    for run in runs:
+        _then_sheets(run, page, handlers)
+        run.then(lambda: (gr.update(visible=True), gr.update(visible=False)), outputs=buttons, **_AT_ONCE)
+        run.failure(lambda: "", outputs=fit.status, **_AT_ONCE)
+    photo.cancel.click(handlers.cancelled, None, [*buttons, fit.status], cancels=runs, **_AT_ONCE)
+    opened = photo.head_upload.upload(
         handlers.open_head,
         [page.visitor, photo.head_upload, photo.model],
         page.run_outputs,
@@ -102,9 +109,9 @@ def _connect_run(page: Page, handlers: Handlers, heavy: dict) -> None:
         **VIEWS,
         **_PRIVATE,
     )
+    _then_sheets(opened, page, handlers)
     # What belongs to the head before is put away once another one is made or opened.
-    keep = page.keep
-    for event in (photo.invert.click, photo.head_upload.upload):
+    for event in starts:
         event(
             lambda: [gr.update(value=None, visible=False)] * 4 + [0] * EDIT_SLIDERS,
             outputs=[keep.video, keep.video_file, keep.mesh, keep.mesh_file, *page.turn.edits],
@@ -116,17 +123,31 @@ def _connect_view(page: Page, handlers: Handlers) -> None:
     """Turning and editing."""
     turn = page.turn
     sliders = [turn.yaw, turn.pitch, *turn.edits]
-    gr.on(
-        [slider.change for slider in sliders],
-        handlers.turn,
-        [page.visitor, *sliders],
-        [turn.view, page.keep.picture_file, page.visitor],
-        show_progress="hidden",
-        trigger_mode="always_last",
+    turned = {
+        "fn": handlers.turn,
+        "inputs": [page.visitor, *sliders],
+        "outputs": [turn.view, page.keep.picture_file, page.visitor],
+        "show_progress": "hidden",
         **VIEWS,
         **_PRIVATE,
+    }
+    # The view's script says when the head has come to rest, or the edits; see turn.js.
+    _then_sheets(turn.view.release(**turned, trigger_mode="always_last"), page, handlers)
+    reset = turn.reset.click(handlers.reset, page.visitor, sliders, **_AT_ONCE)
+    _then_sheets(reset.then(**turned), page, handlers)
+
+
+def _then_sheets(event: gr.events.Dependency, page: Page, handlers: Handlers) -> None:
+    """Lets what the page turns by itself follow a new view, without holding up anything that is asked for."""
+    event.then(
+        handlers.sheets,
+        page.visitor,
+        page.turn.view,
+        show_progress="hidden",
+        concurrency_id="sheets",
+        concurrency_limit=8,
+        **_PRIVATE,
     )
-    turn.reset.click(handlers.reset, page.visitor, sliders, **_AT_ONCE)
 
 
 def _connect_exports(page: Page, handlers: Handlers, heavy: dict) -> None:

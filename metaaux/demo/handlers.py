@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from PIL import Image
 
-from .engine import Engine
+from ..export.turntable import Turntable
+from .engine import Engine, Step
+from .examples import ExampleStore, Kept, Key
 from .pictures import crop_card, loss_charts, note_card, progress_bar
-from .session import AlignedPhotos, Session, SessionExpiredError, Visitor, show
+from .session import AlignedPhotos, Session, SessionExpiredError, Sheet, Shown, Visitor, show
 from .settings import Settings
 from .texts import model_name
 from .uploads import new_file, save_picture
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 
     from ..models.directions import Direction
 
+#: Photos to try, in the order in which the page shows them.
+EXAMPLES = sorted((Path(__file__).resolve().parent.parent.parent / "examples").glob("*.jpg"))
 #: Parts of the page that a 2D model has no use for: turning, video and mesh.
 VIEWPOINT_PARTS = 3
 #: Sliders laid out for editing: for directions with a meaning, and for further ones such as principal components.
@@ -91,6 +96,7 @@ class Handlers:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine = engine
         self.settings = settings
+        self.examples = ExampleStore()
 
     def opened(self, model: str, steps: Any) -> tuple:
         """The page was opened, or another model chosen: waits for the model, shows its directions.
@@ -156,6 +162,49 @@ class Handlers:
             flip = check_flip(flip)
             if aligned is None or aligned.model != model:
                 raise ValueError("there is no aligned photo yet; add a photo and wait until its face is shown")
+        yield from self._run(visitor, aligned, steps, flip)
+
+    def kept_example(self, visitor: Visitor | None, chosen: tuple[int, list], model: str) -> tuple:
+        """An example was clicked: shows what was made of it before, which waits for nobody's inversion.
+
+        Args:
+            visitor: whose page it is.
+            chosen: number of the example, and the values it stands for.
+            model: as `Engine.inverter`.
+        """
+        key = (model, str(EXAMPLES[chosen[0]]))
+        self.forget(visitor)
+        visitor = visitor or Visitor()
+        kept = self.examples.get(key)
+        if kept is None:
+            visitor.waiting_for = key
+            return RunView(True, progress_bar("Starting", 0.02), visitor).values
+        session = Session(model, kept.head, kept.yaw, kept.pitch, key)
+        visitor.replace(session)
+        pose = _offered_pose(kept.yaw, kept.pitch)
+        message = visitor.show(Shown(session, {}, kept.picture, *pose, kept.sheets, bool(kept.sheets)))
+        status = progress_bar(f"Done: {len(kept.steps) - 2} steps, kept from an earlier visit", 1.0, busy=False)
+        charts, strip = loss_charts(kept.losses, len(kept.losses)), list(kept.steps)
+        compare = (kept.photo, kept.steps[-1][0])
+        view = RunView(False, status, visitor, compare, strip, charts, message, pose, kept.head, kept.picture)
+        return view.values
+
+    def example(self, visitor: Visitor | None, chosen: tuple[int, list], model: str) -> Iterator[tuple]:
+        """Inverts an example that nothing was kept of, unless its visitor has turned to something else meanwhile."""
+        key = (model, str(EXAMPLES[chosen[0]]))
+        if visitor is None or visitor.waiting_for != key:
+            yield (gr.skip(),) * len(RunView(True, "", visitor).values)
+            return
+        with explained():
+            steps = min(self.engine.inverter(model).config.inner_steps, self.settings.max_steps)
+            faces = self.engine.align(model, read_photos([key[1]], self.settings))
+        yield from self._run(visitor, AlignedPhotos(model, tuple(faces)), steps, None, key)
+
+    def _run(
+        self, visitor: Visitor | None, aligned: AlignedPhotos, steps: int, flip: bool | None, key: Key | None = None
+    ) -> Iterator[tuple]:
+        """An inversion step by step; kept as the example `key` if it is one."""
+        model = aligned.model
         self.forget(visitor)
         visitor = visitor or Visitor()
         yield RunView(True, progress_bar("Starting", 0.02), visitor).values
@@ -165,10 +214,10 @@ class Handlers:
         cameras = [face.camera for face in aligned.faces]
         images: list[tuple[str, str]] = []
         losses: list[dict[str, float]] = []
-        with (
-            explained(),
-            closing(self.engine.invert(model, crops, cameras, steps, flip, new_file("head.safetensors"))) as results,
-        ):
+        with explained():
+            grid = self.engine.makes_turntables_at_once and self.engine.inverter(model).has_viewpoints
+        run = self.engine.invert(model, crops, cameras, steps, flip, new_file("head.safetensors"), grid)
+        with explained(), closing(run) as results:
             for result in results:
                 picture = save_picture(result.image, "step.png")
                 images.append((picture, _step_name(result.step)))
@@ -182,8 +231,10 @@ class Handlers:
                 else:
                     seconds = sum(entry["seconds"] for entry in losses)
                     status = progress_bar(f"Done: {steps} steps in {seconds:.1f} s", 1.0, busy=False)
-                    session = self._session(model, result.path, cameras[0])
-                    yield self._finished(status, visitor, session, compare, images, charts)
+                    session = self._session(model, result.path, cameras[0], key)
+                    finished = self._finished(status, visitor, session, compare, images, charts, result)
+                    self._keep_example(visitor.shown, crop, images, losses)
+                    yield finished
 
     def cancelled(self) -> tuple:
         """*Cancel* was pressed; the run itself ends at its next step.
@@ -202,7 +253,10 @@ class Handlers:
             # Written anew, so that what is kept and offered for download is what was checked, under our own name.
             kept = new_file("head.safetensors")
             inversion.save(kept)
-            image = self.engine.view(model, kept, None, None, {})
+            if self.engine.zero_gpu:
+                image, table = self.engine.edit(model, kept, None, None, {})
+            else:
+                image, table = self.engine.view(model, kept, None, None, {}), None
         crop = image
         if inversion.aligned is not None:
             crop = Image.fromarray(inversion.aligned.permute(1, 2, 0).numpy())
@@ -210,10 +264,11 @@ class Handlers:
         status = progress_bar("Opened from your file", 1.0, busy=False)
         compare = (save_picture(crop, "photo.png"), save_picture(image, "step.png"))
         session = self._session(model, kept, inversion.camera)
-        return self._finished(status, visitor or Visitor(), session, compare, None, charts)
+        opened = Step(0, image, {}, kept, table)
+        return self._finished(status, visitor or Visitor(), session, compare, None, charts, opened)
 
     def turn(self, visitor: Visitor | None, yaw: float, pitch: float, *amounts: float) -> tuple:
-        """A slider was moved.
+        """The head has come to rest after a turn, or an edit was made.
 
         Returns:
             the view, the picture's download, the visitor; without any change where the visitor has moved on by then.
@@ -226,10 +281,40 @@ class Handlers:
                 if not request.is_current or request.session is None:
                     return gr.skip(), gr.skip(), visitor
                 edits = self._edits(request.session.model, amounts)
-                picture = save_picture(self._show(request.session, yaw, pitch, edits))
-                if not request.is_current:
-                    return gr.skip(), gr.skip(), visitor
-        return picture, picture, visitor
+                shown = self._look(request.session, edits, yaw, pitch, visitor.shown)
+                message = visitor.show(shown, request)
+        if message is None:
+            return gr.skip(), gr.skip(), visitor
+        return message, shown.picture, visitor
+
+    def sheets(self, visitor: Visitor | None) -> Iterator[Any]:
+        """A new view is there: what the page needs to turn the head by itself, unless it has it or will get it."""
+        yield gr.skip()
+        shown = None if visitor is None else visitor.shown
+        if shown is None or shown.complete or shown.is_alike(visitor.making_sheets):
+            return
+        session = shown.session
+        if not self.engine.inverter(session.model).has_viewpoints:
+            return
+        visitor.making_sheets = shown
+        try:
+            with explained():
+                parts = self.engine.sheets(
+                    session.model, session.path, shown.edits, lambda: shown.is_alike(visitor.shown)
+                )
+                for table, last in parts:
+                    message = visitor.add_sheet(shown, _save_sheet(table), last)
+                    if message is None:
+                        return
+                    yield message
+                self._keep_sheets(visitor.shown)
+        finally:
+            if visitor.making_sheets is shown:
+                visitor.making_sheets = None
+
+    def _keep_sheets(self, shown: Shown | None) -> None:
+        if shown is not None and shown.complete and shown.session.example is not None and not shown.edits:
+            self.examples.put_sheets(shown.session.example, shown.sheets)
 
     def reset(self, visitor: Visitor | None) -> list:
         """*Reset* was pressed.
@@ -304,27 +389,69 @@ class Handlers:
                     progress(share, desc=activity)
         return gr.update(value=path, visible=True), gr.update(value=path, visible=True)
 
-    def _session(self, model: str, path: str, camera: torch.Tensor) -> Session:
+    def _keep_example(
+        self, shown: Shown | None, crop: str, images: list[tuple[str, str]], losses: list[dict[str, float]]
+    ) -> None:
+        if shown is not None and shown.session.example is not None:
+            session = shown.session
+            files = session.path, crop, shown.picture
+            kept = Kept(*files, tuple(images), tuple(losses), session.yaw, session.pitch, shown.sheets)
+            self.examples.put(session.example, kept)
+
+    def _session(self, model: str, path: str, camera: torch.Tensor, example: Key | None = None) -> Session:
         from ..faces import pose_of_camera
 
         # Of the camera as the file holds it, so that the same file always opens with the same view.
         yaw, pitch = (float(angle) for angle in pose_of_camera(camera))
-        return Session(model, path, yaw, pitch)
+        return Session(model, path, yaw, pitch, example)
 
     def _finished(
-        self, status: str, visitor: Visitor, session: Session, compare: tuple, images: Any, charts: str | None
+        self,
+        status: str,
+        visitor: Visitor,
+        session: Session,
+        compare: tuple,
+        images: Any,
+        charts: str | None,
+        last: Step,
     ) -> tuple:
         """Gives the visitor a head, and the page what it shows of it."""
         yaw, pitch = _offered_pose(session.yaw, session.pitch)
+        sheets = () if last.turntable is None else (_save_sheet(last.turntable),)
         with explained():
-            picture = save_picture(self._show(session, yaw, pitch, {}))
+            # Another view than the one at hand, which differs by a quarter of a degree, would cost a request there.
+            image = last.image if self.engine.zero_gpu else self._view(session, yaw, pitch, {})
+        picture = save_picture(image)
         before = visitor.replace(session)
         if before is not None:
             self.engine.forget(before.path)
-        view = RunView(False, status, visitor, compare, images, charts, picture, (yaw, pitch), session.path, picture)
+        message = visitor.show(Shown(session, {}, picture, yaw, pitch, sheets, bool(sheets)))
+        view = RunView(False, status, visitor, compare, images, charts, message, (yaw, pitch), session.path, picture)
         return view.values
 
-    def _show(self, session: Session, yaw: float, pitch: float, edits: dict[str, float]) -> Image.Image:
+    def _look(
+        self, session: Session, edits: dict[str, float], yaw: float, pitch: float, before: Shown | None
+    ) -> Shown:
+        """The head from another side or with other edits.
+
+        On ZeroGPU views cost quota: there a turned head is shown as its sheet has it, which is near, and an edit
+        brings a new sheet along.
+        """
+        if not self.engine.zero_gpu:
+            return Shown(session, edits, save_picture(self._view(session, yaw, pitch, edits)), yaw, pitch)
+        if before is not None and before.session is session and before.edits == edits and before.sheets:
+            image = Turntable.load(before.sheets[0].picture).view(yaw, pitch)
+            return Shown(session, edits, save_picture(image), yaw, pitch)
+        turns = self.engine.inverter(session.model).has_viewpoints
+        angles = (yaw, pitch) if turns else (None, None)
+        try:
+            image, table = self.engine.edit(session.model, session.path, *angles, edits)
+        except FileNotFoundError:
+            raise SessionExpiredError from None
+        sheets = () if table is None else (_save_sheet(table),)
+        return Shown(session, edits, save_picture(image), yaw, pitch, sheets, True)
+
+    def _view(self, session: Session, yaw: float, pitch: float, edits: dict[str, float]) -> Image.Image:
         if not self.engine.inverter(session.model).has_viewpoints:
             return show(self.engine, session, None, None, edits)
         return show(self.engine, session, yaw, pitch, edits)
@@ -334,6 +461,12 @@ class Handlers:
         slots = zip(_slots(directions), amounts)
         edits = {direction.name: amount for direction, amount in slots if direction is not None}
         return check_edits(edits, directions)
+
+
+def _save_sheet(table: Turntable) -> Sheet:
+    path = new_file("turntable.webp")
+    table.save(path, quality=90)
+    return Sheet(path, table.yaws, table.pitches, table.size)
 
 
 def _slots(directions: Mapping[str, Direction]) -> list[Direction | None]:

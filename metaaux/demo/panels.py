@@ -9,12 +9,12 @@ from pathlib import Path
 import gradio as gr
 
 from . import texts
-from .handlers import FURTHER_SLIDERS, NAMED_SLIDERS
+from .handlers import EXAMPLES, FURTHER_SLIDERS, NAMED_SLIDERS
 from .settings import Settings
 from .uploads import FileInput, PhotoInput
 from .validation import FLIP_CHOICES, MAX_PITCH, MAX_YAW
 
-EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
+TURN_SCRIPT = (Path(__file__).parent / "turn.js").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class PhotoPanel:
     """Photo in, settings, *Invert*."""
 
     photo: PhotoInput
+    examples: gr.Dataset | None
     more: FileInput
     card: gr.HTML
     invert: gr.Button
@@ -49,7 +50,7 @@ class TurnPanel:
 
     empty: gr.HTML
     column: gr.Column
-    view: gr.Image
+    view: gr.HTML
     viewpoint: gr.Column
     yaw: gr.Slider
     pitch: gr.Slider
@@ -88,9 +89,9 @@ def build_photo_panel(settings: Settings) -> PhotoPanel:
             placeholder="# Drop a photo of a face\nor tap to choose one",
             buttons=["fullscreen"],
         )
-        pictures = sorted(EXAMPLES.glob("*.jpg"))
-        if pictures:
-            gr.Examples([[str(path)] for path in pictures], photo, label="or try one of these")
+        examples = None
+        if EXAMPLES:
+            examples = gr.Examples([[str(path)] for path in EXAMPLES], photo, label="or try one of these").dataset
         card = gr.HTML(visible=False, elem_id="crop")
         invert = gr.Button("Invert", variant="primary", size="lg", interactive=False, elem_id="invert")
         cancel = gr.Button("Cancel", variant="stop", size="lg", visible=False, elem_id="cancel")
@@ -112,7 +113,7 @@ def build_photo_panel(settings: Settings) -> PhotoPanel:
                 elem_id="head-upload",
             )
         steps, flip, model = _build_settings(settings)
-    return PhotoPanel(photo, more, card, invert, cancel, head_upload, steps, flip, model)
+    return PhotoPanel(photo, examples, more, card, invert, cancel, head_upload, steps, flip, model)
 
 
 def _build_settings(settings: Settings) -> tuple[gr.Slider, gr.Radio, gr.Dropdown]:
@@ -167,13 +168,11 @@ def build_turn_panel() -> TurnPanel:
         gr.HTML(texts.heading(3, "Turn and edit"))
         empty = gr.HTML(texts.EMPTY_VIEW)
         with gr.Column(visible=False, elem_id="turn") as column:
-            view = gr.Image(
-                show_label=False,
-                format="png",
-                type="filepath",
-                interactive=False,
+            view = gr.HTML(
+                html_template=texts.STAGE.format(yaw=MAX_YAW),
+                js_on_load=TURN_SCRIPT,
+                apply_default_css=False,
                 elem_id="view",
-                buttons=["fullscreen"],
             )
             with gr.Column(elem_classes="viewpoint") as viewpoint:
                 gr.HTML(texts.DRAG_HINT)

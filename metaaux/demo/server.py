@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from .engine import Engine
-from .theme import SCRIPT, STYLE, MetaAuxTheme
+from .theme import STYLE, MetaAuxTheme
 
 
 def launch(demo: gr.Blocks, engine: Engine, block: bool = True, **options: Any) -> tuple[Any, str, str]:
@@ -30,7 +30,6 @@ def launch(demo: gr.Blocks, engine: Engine, block: bool = True, **options: Any) 
     started = demo.launch(
         theme=MetaAuxTheme(),
         css=STYLE,
-        js=SCRIPT,
         max_file_size=f"{settings.max_file_mb}mb",
         state_session_capacity=settings.max_sessions,
         mcp_server=settings.mcp,

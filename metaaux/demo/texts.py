@@ -46,7 +46,19 @@ EMPTY_VIEW = """
 </div>
 """
 
-DRAG_HINT = '<p class="hint">Drag the picture to turn the head</p>'
+STAGE = """
+<div class="stage" role="slider" tabindex="0" aria-label="Head, to be turned with the arrow keys"
+  aria-valuemin="-{yaw}" aria-valuemax="{yaw}" aria-valuenow="0">
+  <img alt="The head from the chosen side" draggable="false" hidden>
+  <canvas aria-hidden="true"></canvas>
+  <div class="tools">
+    <button type="button" class="tilt" aria-pressed="false" title="Turn the head by tilting" hidden>Tilt</button>
+    <button type="button" class="full" title="Full screen" aria-label="Full screen" hidden>⛶</button>
+  </div>
+</div>
+"""
+
+DRAG_HINT = '<p class="hint">Drag the picture, or use the arrow keys, to turn the head</p>'
 
 HEAD_FILE_HINT = '<p class="hint">The head file opens here again, and in Python.</p>'
 

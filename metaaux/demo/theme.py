@@ -9,7 +9,6 @@ from gradio.themes.utils import colors, sizes
 
 _FOLDER = Path(__file__).parent
 STYLE = (_FOLDER / "style.css").read_text(encoding="utf-8")
-SCRIPT = (_FOLDER / "drag.js").read_text(encoding="utf-8")
 
 _CORAL = colors.Color(
     name="coral",

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from ..data.dataset import FaceDataset
+from ..faces.photos import FORMATS
 
 if TYPE_CHECKING:
     from ..faces.alignment import FaceAligner
@@ -68,7 +69,8 @@ def open_photos(
     """The photos of an EG3D data set (zip or folder with `dataset.json`), or of any folder.
 
     Args:
-        path: the zip or folder. Of a folder without `dataset.json`, all pictures in it and below are taken.
+        path: the zip or folder. Of a folder without `dataset.json`, all pictures in it and below are taken that
+            [`~metaaux.faces.photos.load_photo`] reads.
         image_size: side of the crops.
         make_aligner: called at the first photo that needs alignment; the data sets' crops need none.
         limit: take only the first so many.
@@ -97,7 +99,7 @@ def open_photos(
 
 
 def _open_folder(folder, image_size, make_aligner, limit) -> PhotoSet:
-    suffixes = set(Image.registered_extensions())
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     paths = [
         path
         for path in sorted(folder.rglob("*"))

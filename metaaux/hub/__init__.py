@@ -21,4 +21,4 @@ class HubMixin(LoadingMixin, PublishingMixin):
 
     def __getstate__(self) -> dict[str, object]:
         """Of copies and pickles: what is made at the first use and belongs to this object alone is left out."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_fingerprints", "_aligner")}
+        return {name: value for name, value in self.__dict__.items() if name != "_fingerprints"} | {"_aligner": None}

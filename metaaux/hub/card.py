@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..models.weights import unwrapped
 CARD = "README.md"
 TAGS = ("3d-gan-inversion", "eg3d", "faces", "meta-learning", "metaaux")
 _FIGURES = "## Figures"
+_FINGERPRINT = "Fingerprint of the generator's weights"
 
 _TEXT = """
 # {name}
@@ -24,7 +26,7 @@ turns the photo of a face into {result}.
 {components}
 
 Images of {image_size} x {image_size} pixels; crops as the checkpoint's aligner makes them (`crop_scale` {crop_scale}).
-Fingerprint of the generator's weights: `{fingerprint}`.
+{fingerprint_name}: `{fingerprint}`.
 
 ## Use
 
@@ -56,6 +58,12 @@ used, and what the data lacks. A photo of a face is personal data: ask the peopl
 """
 
 
+def card_of(pipeline: Any, repo_id: str | None = None) -> str:
+    """The card that a pipeline was loaded with, else a generated one; it states the fingerprint that it has now."""
+    text = pipeline.card or generated_card(pipeline, repo_id)
+    return re.sub(rf"({re.escape(_FINGERPRINT)}: `)[0-9a-f]{{64}}`", rf"\g<1>{pipeline.fingerprint}`", text)
+
+
 def generated_card(pipeline: Any, repo_id: str | None = None) -> str:
     """Card of a pipeline that has none: what can be read off the pipeline itself. Its licence is "unknown"."""
     networks = {name: network for name, network in sorted(pipeline.components.items()) if network is not None}
@@ -73,6 +81,7 @@ def generated_card(pipeline: Any, repo_id: str | None = None) -> str:
         components=components,
         image_size=pipeline.generator.config.image_size,
         crop_scale=pipeline.config.crop_scale,
+        fingerprint_name=_FINGERPRINT,
         fingerprint=pipeline.fingerprint,
         repo_id=name,
         steps=pipeline.config.inner_steps,

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from .card import CARD
-from .layout import CONFIG, INDEX, WEIGHTS, check_components, check_model_index, has_variant
+from .layout import CONFIG, INDEX, WEIGHTS, check_components, check_model_index, has_variant, variant_files
 
 #: What callers may say about a download, as [`huggingface_hub.snapshot_download`] takes it.
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
@@ -55,7 +55,7 @@ def download_pipeline(repo_id: str, variant: str | None = None, subfolder: str |
         OSError: the repository or revision does not exist, cannot be reached, or a file is missing or damaged.
         ValueError: the repository holds another kind of pipeline, or `subfolder` leads out of it.
     """
-    options = _options(kwargs)
+    options, files = _options(kwargs), _weights(variant)
     prefix = "".join(f"{part}/" for part in check_subfolder(subfolder).parts)
     # The index first: a repository of another kind costs nothing more, and the rest comes from the same commit.
     top = Path(_fetch(repo_id, [prefix + INDEX, prefix + CARD], options))
@@ -64,7 +64,7 @@ def download_pipeline(repo_id: str, variant: str | None = None, subfolder: str |
     options["revision"] = top.name
     names = [f"{prefix}{name}/" for name in modules]
     configurations = [f"{name}*.json" for name in names]
-    _fetch(repo_id, configurations + [name + file for name in names for file in _weights(variant)], options)
+    _fetch(repo_id, configurations + [name + file for name in names for file in files], options)
     without = [name for name in modules if not has_variant(folder / name, variant)]
     if variant is not None and without:
         _fetch(repo_id, [f"{prefix}{name}/{file}" for name in without for file in _weights(None)], options)
@@ -103,8 +103,8 @@ def _options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _weights(variant: str | None) -> list[str]:
     """Patterns of a network's files: a variant's name stands between dots, `model.fp16-00001-of-00002.safetensors`."""
-    marks = f".{variant}" if variant else ""
-    return [f"{WEIGHTS}{marks}{part}.safetensors" for part in ("", "-*")]
+    name = variant_files(variant)[0]
+    return [name, name.replace(".safetensors", "-*.safetensors")]
 
 
 def _fetch(repo_id: str, patterns: list[str], options: Mapping[str, Any]) -> str:

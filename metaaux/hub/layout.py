@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,13 @@ def check_components(folder: str | os.PathLike, components: Sequence[str], name:
 
 
 def variant_files(variant: str | None) -> tuple[str, str]:
-    """Names of a network's weights: the file, and the index where they are split into several."""
+    """Names of a network's weights: the file, and the index where they are split into several.
+
+    Raises:
+        ValueError: the variant is more than a word, and so could name files elsewhere.
+    """
+    if variant is not None and re.fullmatch(r"\w+", variant, re.ASCII) is None:
+        raise ValueError(f"a variant is a word such as fp16, got {variant!r:.80}")
     marks = f".{variant}" if variant else ""
     return f"{WEIGHTS}{marks}.safetensors", f"{WEIGHTS}.safetensors.index{marks}.json"
 

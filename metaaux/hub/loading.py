@@ -93,6 +93,7 @@ def _read(cls: type[Network], folder: Path, variant: str | None) -> Network:
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            disable_mmap=os.name == "nt",  # where a mapped file could not be replaced by saving
         )
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: weights and {CONFIG} do not fit together: {str(error)[:300]}") from None
@@ -275,6 +276,6 @@ def _one_device(device_map: Any) -> torch.device | None:
         return torch.device(device_map)
     except (RuntimeError, TypeError):
         raise ValueError(
-            f"device_map takes the name of one device, such as 'cuda', got {device_map!r}: the networks are small; "
-            "for less GPU memory call enable_model_cpu_offload()"
+            f"device_map takes the name of one device, such as 'cuda', got {device_map!r}: the networks are small, "
+            "and each gradient step of an inversion needs all of them"
         ) from None

@@ -17,9 +17,9 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..files import forget_origin, write_json, write_text
-from ..models.weights import ORIGIN, cast, check_finite, origin_of, unwrapped
-from .card import CARD, generated_card, updated_card
-from .layout import CONFIG, INDEX, NETWORKS, PIPELINE, WEIGHTS, read_json
+from ..models.weights import ORIGIN, cast, check_finite, origin_of, unwrapped, without_wrappers
+from .card import CARD, card_of, updated_card
+from .layout import CONFIG, INDEX, NETWORKS, PIPELINE, WEIGHTS, read_json, variant_files
 
 _VARIANT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -54,11 +54,14 @@ class PublishingMixin:
         """
         if not safe_serialization:
             raise ValueError("safe_serialization must stay True: other weight files are pickles, which can run code")
+        variant_files(variant)  # must be a word
         if kwargs.pop("push_to_hub", False):
             raise ValueError("call push_to_hub(repo_id) to publish a pipeline")
         for name, network in self.components.items():
             if network is not None:
                 _check_class(name, type(unwrapped(network)))
+                if any(tensor.is_meta for tensor in network.parameters()):
+                    raise ValueError(f"the {name}'s weights are offloaded: call remove_all_hooks() before saving")
                 check_finite(network, name)
         origin = origin_of(self.generator)
         pipeline = self._to_be_saved(_VARIANT_DTYPES.get(variant))
@@ -73,7 +76,7 @@ class PublishingMixin:
             _amend(temporary / "generator" / CONFIG, {ORIGIN: origin})
             # A subclass is saved as what anyone can load; its own from_pretrained takes it too.
             _amend(temporary / INDEX, {"_class_name": PIPELINE})
-            write_text(self.card or generated_card(self), temporary / CARD)
+            write_text(card_of(self), temporary / CARD)
             _move_into(temporary, folder, variant)
 
     def push_to_hub(
@@ -121,16 +124,16 @@ class PublishingMixin:
         with tempfile.TemporaryDirectory() as folder:
             for variant in variants:
                 self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
-            card = updated_card(
-                ModelCard(self.card or generated_card(self, repo_id)), repo_id, license, base_models, tags, figures
-            )
+            card = updated_card(ModelCard(card_of(self, repo_id)), repo_id, license, base_models, tags, figures)
             write_text(card, Path(folder, CARD))
             message = commit_message or f"Upload {type(self).__name__}"
             return _commit(HfApi(token=token), folder, repo_id, revision, subfolder, message, private, create_pr)
 
     def _to_be_saved(self, dtype: torch.dtype | None):
         """A pipeline like this one, its networks without wrappers and, where a precision is given, copies in it."""
-        networks = {name: None if network is None else unwrapped(network) for name, network in self.components.items()}
+        networks = {
+            name: None if network is None else without_wrappers(network) for name, network in self.components.items()
+        }
         if dtype is not None:
             networks = {
                 name: None if network is None else cast(copy.deepcopy(network), name, dtype)

@@ -151,18 +151,6 @@ class LPIPS(ModelMixin, ConfigMixin):
         return f"{'lpips' if self.config.calibrated else 'features'}-{self.config.backbone}"
 
     @classmethod
-    def from_path(cls, path: str | Path) -> LPIPS:
-        """The frozen float32 network of a folder that `save_pretrained` wrote, or of a `from_features_file` file.
-
-        Raises:
-            FileNotFoundError, OSError: there is no such folder or file.
-            ValueError: the file's weights are of something else.
-        """
-        if Path(path).is_dir():
-            return cls.from_pretrained(path, torch_dtype=torch.float32).eval().requires_grad_(False)
-        return cls.from_features_file(path)
-
-    @classmethod
     def from_features_file(cls, path: str | Path, backbone: str = "squeeze", normalization: str = "folded") -> LPIPS:
         """Builds the uncalibrated distance from a safetensors file of backbone weights under torchvision's
         `features.*` keys.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import re
@@ -28,6 +29,19 @@ def unwrapped(network: torch.nn.Module) -> torch.nn.Module:
     return network
 
 
+def without_wrappers(network: torch.nn.Module) -> torch.nn.Module:
+    """The network itself; if parts of it are wrapped, a copy without wrappers that shares its tensors."""
+    network = unwrapped(network)
+    if not any(part in _WRAPPERS for name, _ in network.named_modules() for part in name.split(".")):
+        return network
+    tensors = itertools.chain(network.parameters(), network.buffers())
+    network = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            module._modules[name] = unwrapped(child)
+    return network
+
+
 def named_weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and saved buffers by name, sorted, as if nothing were wrapped around the network or a part of it.
 
@@ -35,7 +49,7 @@ def named_weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     """
     state = network.state_dict()
     if any(tensor.is_meta for tensor in state.values()) and any(hasattr(m, "_hf_hook") for m in network.modules()):
-        from accelerate.utils import get_state_dict_offloaded_model
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
 
         state = get_state_dict_offloaded_model(network)
     named = {".".join(part for part in name.split(".") if part not in _WRAPPERS): t for name, t in state.items()}

@@ -46,7 +46,8 @@ def load_network(cls: type[Network], path: str | os.PathLike) -> Network:
 def load_perceptual(path: str | os.PathLike) -> LPIPS:
     """A perceptual distance: an `LPIPS` folder, or a safetensors file of SqueezeNet 1.1 features with folded
     normalisation."""
-    return LPIPS.from_path(find_folder(path))
+    path = find_folder(path)
+    return load_component(LPIPS, path) if path.is_dir() else LPIPS.from_features_file(path)
 
 
 def make_sampler(data: DataSettings, dataset: FaceDataset, batch: int, device: torch.device, seed: int) -> FaceSampler:
