@@ -21,22 +21,20 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from PIL import Image
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
-from safetensors.torch import load_file, save_file
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from tqdm.auto import tqdm
 
-from ..cameras import camera_from_pose
 from ..export.sheets import grid
 from ..faces.measures import MEASURES
-from ..files import atomic_path, write_json, write_text
+from ..files import atomic_path, write_text
 from ..inversion import generator_fingerprint
 from ..models.directions import Direction, LatentDirections
 from ..models.eg3d import EG3DGenerator
 from ..models.identity import IdentityNetwork
 from .attributes import NETWORK_ATTRIBUTES, Attributes
 from .distributed import check_shared_folder, on_main_process, start_processes
+from .head_samples import Samples, SamplingSettings, frontal_views
 from .loading import check_packages, load_network
 from .settings import Settings, Share
 
@@ -57,30 +55,6 @@ _AMOUNTS = (-3.0, -2.0, -1.0, 1.0, 2.0, 3.0)
 _LARGEST_SCALE, _LARGEST_SHARE = 1.25, 1 / 12
 # Regularisation of the support vector machine, for w divided by its overall deviation; chosen by cross-validation.
 _SVM_C = (1e-5, 1e-4, 1e-3, 1e-2)
-
-
-class SamplingSettings(Settings):
-    """The random heads."""
-
-    heads: PositiveInt = 20_000
-    """How many."""
-    truncation: Share = 0.9
-    """Of their codes."""
-    max_yaw: NonNegativeFloat = 20.0
-    """Degrees to either side from which the yaw that the mapping is conditioned on is drawn, so that the pose's own
-    direction is known. All heads are rendered from the front."""
-    max_pitch: NonNegativeFloat = 12.0
-    """Likewise, the pitch."""
-    resolution: PositiveInt | None = None
-    """Rays a side; null: the generator's."""
-    batch: PositiveInt = 64
-    """Heads rendered together."""
-    shard: PositiveInt = 512
-    """Heads saved together."""
-    workers: PositiveInt | None = None
-    """Processes that look for landmarks; null: one a core, 1 looks in this process."""
-    seed: NonNegativeInt = 0
-    """Of the codes."""
 
 
 class BoundarySettings(Settings):
@@ -156,8 +130,9 @@ def train(config: DirectionsConfig, run_folder: str | os.PathLike, resume: bool 
     generator = load_network(EG3DGenerator, config.generator).to(accelerator.device)
     attributes = Attributes(config.attributes, config.sampling.workers, accelerator.device)
     samples = Samples(folder / "samples", generator, attributes, config.sampling)
+    sources = {"generator": config.generator, "attributes": config.attributes}
     try:
-        on_main_process(accelerator, functools.partial(samples.open, config, resume))
+        on_main_process(accelerator, functools.partial(samples.open, sources, resume))
         samples.render(accelerator)
         accelerator.wait_for_everyone()
         # No process waits for this in a collective, however long it takes.
@@ -165,92 +140,6 @@ def train(config: DirectionsConfig, run_folder: str | os.PathLike, resume: bool 
             _finish(samples, config, folder)
     finally:
         attributes.close()
-
-
-def _frontal(generator: EG3DGenerator, ws: torch.Tensor, resolution: int | None) -> torch.Tensor:
-    """Heads [B, w_dim] seen from the front, [B, 3, S, S]."""
-    camera = camera_from_pose(0.0, 0.0).to(ws.device).expand(len(ws), -1)
-    return generator.synthesize(ws, camera, resolution=resolution).image
-
-
-class Samples:
-    """Random heads with their attributes, kept in a folder.
-
-    Args:
-        folder: of the files.
-        generator: makes the heads.
-        attributes: measures them.
-        settings: see there.
-    """
-
-    def __init__(self, folder: Path, generator: EG3DGenerator, attributes: Attributes, settings: SamplingSettings):
-        self.folder, self.generator, self.attributes, self.settings = folder, generator, attributes, settings
-
-    def _path(self, index: int) -> Path:
-        return self.folder / f"{index:05d}.safetensors"
-
-    @property
-    def shards(self) -> int:
-        """Number of files."""
-        return -(-self.settings.heads // self.settings.shard)
-
-    def open(self, config: DirectionsConfig, resume: bool) -> None:
-        """Begin, or go on with samples of the same settings.
-
-        Raises:
-            FileExistsError: there are samples and `resume` is off.
-            ValueError: they were made with other settings.
-        """
-        names = ("truncation", "max_yaw", "max_pitch", "resolution", "shard", "seed")
-        settings = {name: getattr(self.settings, name) for name in names}
-        settings |= {"generator": config.generator, "attributes": config.attributes}
-        settings["measured"] = list(self.attributes.names)
-        path = self.folder / "settings.json"
-        if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(settings, path)
-            return
-        if not resume:
-            raise FileExistsError(
-                f"{self.folder} holds samples of an earlier run: resume it, or choose another folder"
-            )
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(name for name in settings if earlier.get(name) != settings[name])
-        if changed:
-            raise ValueError(f"{self.folder} was made with another {', '.join(changed)}; choose another folder")
-
-    @torch.no_grad()
-    def render(self, accelerator: Accelerator) -> None:
-        """Render and measure this process's part of what is missing, each file from a seed of its own."""
-        own = range(accelerator.process_index, self.shards, accelerator.num_processes)
-        missing = [index for index in own if not self._path(index).exists()]
-        total = len(missing) * self.settings.shard
-        with tqdm(total=total, unit="head", disable=not accelerator.is_main_process) as bar:
-            for index in missing:
-                tensors = self._render_shard(index, bar)
-                with atomic_path(self._path(index)) as temporary:
-                    save_file(tensors, temporary)
-
-    def _render_shard(self, index: int, bar: tqdm) -> dict[str, torch.Tensor]:
-        settings, generator = self.settings, self.generator
-        random = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
-        z = torch.randn(settings.shard, generator.config.z_dim, generator=random)
-        limits = torch.tensor([settings.max_yaw, settings.max_pitch])
-        pose = (torch.rand(settings.shard, 2, generator=random) * 2 - 1) * limits
-        conditions = camera_from_pose(*pose.T).to(generator.device)
-        ws = generator.mapping(z.to(generator.device), conditions, settings.truncation)[:, 0]
-        pending = []
-        for part in ws.split(settings.batch):
-            pending.append(self.attributes.start(_frontal(generator, part, settings.resolution)))
-            bar.update(len(part))
-        values = torch.cat([wait() for wait in pending])
-        return {"w": ws.float().cpu().contiguous(), "pose": pose, "values": values}
-
-    def load(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Codes [N, w_dim], poses [N, 2] and attributes [N, attributes], float64."""
-        shards = [load_file(self._path(index)) for index in range(self.shards)]
-        joined = (torch.cat([shard[key] for shard in shards]) for key in ("w", "pose", "values"))
-        return tuple(tensor[: self.settings.heads].double().numpy() for tensor in joined)
 
 
 @dataclass(frozen=True)
@@ -381,7 +270,7 @@ class _Movable:
     @torch.no_grad()
     def _look(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, resolution = self.config.sampling.batch, self.config.sampling.resolution
-        images = torch.cat([_frontal(self.generator, part, resolution) for part in w.split(batch)])
+        images = torch.cat([frontal_views(self.generator, part, resolution) for part in w.split(batch)])
         vectors = None
         if self.identity is not None:
             vectors = torch.cat([self.identity(part) for part in images.clamp(-1, 1).split(batch)])
@@ -563,5 +452,5 @@ def _sheet(
         moved = [
             head + value * direction.scale * direction.normal.to(head) for head in heads for value in (-2, -1, 0, 1, 2)
         ]
-        rows.append(_frontal(generator, torch.stack(moved), resolution).clamp(-1, 1).cpu())
+        rows.append(frontal_views(generator, torch.stack(moved), resolution).clamp(-1, 1).cpu())
     return grid(rows)
