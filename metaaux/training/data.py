@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import random
 import zipfile
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,45 +23,70 @@ class FaceDataset(torch.utils.data.Dataset):
     """A zip or folder of square RGB pictures beside `dataset.json` = {"labels": [[name, 25 floats], …]}.
 
     Args:
-        path: the zip or folder.
+        path: the zip or folder, or several that are read as one.
         image_size: side in pixels to which pictures of another size are resampled (Lanczos).
         limit: read only the first so many.
+        least_sharp: {source: smallest `sharp`}, by the attributes of each picture; softer ones are left out.
 
-    `cameras` is float32 [N, 25], `names` the file names. Item i is (uint8 [3, S, S], camera [25]).
+    `cameras` is float32 [N, 25], `names` the file names (of several paths they may repeat), `attributes` what
+    `attributes.json` says of each picture, {} where there is none. Item i is (uint8 [3, S, S], camera [25]).
 
     Raises:
         FileNotFoundError: no such path, or no dataset.json in it.
         ValueError: labels that are not 25 numbers, or (when read) a file that is no picture.
     """
 
-    def __init__(self, path: str | os.PathLike, image_size: int, limit: int | None = None):
-        self.path, self.image_size = Path(path), image_size
-        if not self.path.exists():
-            raise FileNotFoundError(f"no data set at {self.path}; `metaaux prepare` makes one from a folder of photos")
-        self._zip = None
+    def __init__(
+        self,
+        path: str | os.PathLike | Sequence[str | os.PathLike],
+        image_size: int,
+        limit: int | None = None,
+        least_sharp: Mapping[str, float] | None = None,
+    ):
+        parts = [path] if isinstance(path, str | os.PathLike) else list(path)
+        self.parts, self.image_size = [Path(part) for part in parts], image_size
+        self._zips: dict[Path, tuple[int, zipfile.ZipFile]] = {}
+        entries = []
+        for part in self.parts:
+            labels, attributes = self._labels(part)
+            entries += [(part, name, camera, attributes.get(name, {})) for name, camera in labels]
+        if least_sharp:
+            entries = [e for e in entries if e[3].get("sharp", 0.0) >= least_sharp.get(e[3].get("source"), -math.inf)]
+        self.files = [(name, part) for part, name, _, _ in entries[:limit]]
+        self.names = [name for name, _ in self.files]
+        self.attributes = [attributes for *_, attributes in entries[:limit]]
+        self.cameras = torch.tensor([camera for _, _, camera, _ in entries[:limit]], dtype=torch.float32)
+
+    def _labels(self, part: Path) -> tuple[list, dict]:
+        """The labels and attributes of one zip or folder."""
+        if not part.exists():
+            raise FileNotFoundError(f"no data set at {part}; `metaaux prepare` makes one from a folder of photos")
         try:
-            labels = json.loads(self.read("dataset.json"))["labels"][:limit]
+            labels = json.loads(self.read("dataset.json", part))["labels"]
         except (KeyError, FileNotFoundError) as error:
-            raise FileNotFoundError(f"{self.path} has no dataset.json with labels: no EG3D data set") from error
+            raise FileNotFoundError(f"{part} has no dataset.json with labels: no EG3D data set") from error
         if not labels or any(len(camera) != 25 for _, camera in labels):
-            raise ValueError(f"{self.path}/dataset.json must hold one label at least, each of 25 numbers")
-        self.names = [name for name, _ in labels]
-        self.cameras = torch.tensor([camera for _, camera in labels], dtype=torch.float32)
+            raise ValueError(f"{part}/dataset.json must hold one label at least, each of 25 numbers")
+        try:
+            return labels, json.loads(self.read("attributes.json", part))
+        except (KeyError, FileNotFoundError):
+            return labels, {}
 
-    def read(self, name: str) -> bytes:
-        """The bytes of one file of the data set."""
-        if self.path.is_dir():
-            return (self.path / name).read_bytes()
+    def read(self, name: str, part: Path | None = None) -> bytes:
+        """The bytes of one file of a zip or folder, the first one unless given."""
+        part = part or self.parts[0]
+        if part.is_dir():
+            return (part / name).read_bytes()
         # A ZipFile shares one file position between its readers; each process opens its own and reads in one thread.
-        if self._zip is None or self._zip[0] != os.getpid():
-            self._zip = (os.getpid(), zipfile.ZipFile(self.path))
-        return self._zip[1].read(name)
+        if part not in self._zips or self._zips[part][0] != os.getpid():
+            self._zips[part] = (os.getpid(), zipfile.ZipFile(part))
+        return self._zips[part][1].read(name)
 
-    def _decode(self, name: str, data: bytes) -> np.ndarray:
+    def _decode(self, file: tuple[str, Path], data: bytes) -> np.ndarray:
         try:
             image = Image.open(io.BytesIO(data)).convert("RGB")
         except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{name} in {self.path} is not a readable picture: {error}") from error
+            raise ValueError(f"{file[0]} in {file[1]} is not a readable picture: {error}") from error
         if image.size != (self.image_size, self.image_size):
             image = image.resize((self.image_size, self.image_size), Image.Resampling.LANCZOS)
         return np.asarray(image)
@@ -68,15 +95,15 @@ class FaceDataset(torch.utils.data.Dataset):
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        array = self._decode(self.names[index], self.read(self.names[index]))
+        array = self._decode(self.files[index], self.read(*self.files[index]))
         return torch.from_numpy(array.copy()).permute(2, 0, 1), self.cameras[index]
 
     def load(self) -> torch.Tensor:
         """Every picture, decoded on all cores: uint8 [N, 3, S, S]."""
-        data = [self.read(name) for name in self.names]
+        data = [self.read(*file) for file in self.files]
         images = torch.empty(len(self), self.image_size, self.image_size, 3, dtype=torch.uint8)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for i, array in enumerate(pool.map(self._decode, self.names, data)):
+            for i, array in enumerate(pool.map(self._decode, self.files, data)):
                 images[i] = torch.from_numpy(array.copy())
         return images.permute(0, 3, 1, 2).contiguous()
 
@@ -110,6 +137,7 @@ class FaceSampler:
         balance_turned: show those turned beyond 12° twice and beyond 20° four times as often.
         in_memory: keep all decoded pictures on `device` (11,847 of 128² take 0.6 GB); otherwise worker processes
             decode them as they are asked for.
+        repeats: {source: times} by which pictures of a source, as their attributes name it, are shown more often.
     """
 
     def __init__(
@@ -122,15 +150,18 @@ class FaceSampler:
         balance_turned: bool = True,
         in_memory: bool = True,
         workers: int = 8,
+        repeats: Mapping[str, int] | None = None,
     ):
         self.batch, self.device, self.mirror = batch, torch.device(device), mirror
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        repeats = torch.ones(len(dataset), dtype=torch.long)
+        times = torch.ones(len(dataset), dtype=torch.long)
         if balance_turned:
             yaw = pose_of_camera(dataset.cameras)[0].abs()
-            repeats[yaw > 12] = 2
-            repeats[yaw > 20] = 4
-        self.order = torch.repeat_interleave(torch.arange(len(dataset)), repeats).to(self.device)
+            times[yaw > 12] = 2
+            times[yaw > 20] = 4
+        if repeats:
+            times *= torch.tensor([repeats.get(a.get("source"), 1) for a in dataset.attributes])
+        self.order = torch.repeat_interleave(torch.arange(len(dataset)), times).to(self.device)
         self.cameras = dataset.cameras.to(self.device)
         if in_memory:
             self.images, self.loader = dataset.load().to(self.device), None
