@@ -130,7 +130,7 @@ class TrainingRun:
         self._callbacks: list[Callable[[TrainingRun], None]] = []
         self._started = self._interval_started = time.monotonic()
         self._interval_images_start = 0
-        self._stop = False
+        self._stop, self._time_share = False, 0.0
         self._signals = _Signals()
         self._writer = None
         self._bar = None
@@ -141,10 +141,7 @@ class TrainingRun:
     def schedule_images(self) -> int:
         """Where schedules of learning rates and phases stand, in images: `images`, or further on where `max_seconds`
         will end the run before `total_images`."""
-        if self.max_seconds is None or self._bar is None:
-            return self.images
-        share = min((time.monotonic() - self._started) / max(self.max_seconds, 1e-9), 1.0)
-        return max(self.images, int(share * self.total_images))
+        return max(self.images, int(self._time_share * self.total_images))
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -196,7 +193,7 @@ class TrainingRun:
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
         if self._steps % self.CHECK_EVERY == 0:
-            self._stop = self._any_process_stops()
+            self._agree()
         if self.images >= self._next_interval:
             self._next_interval += self.interval_images
             self._write_figures()
@@ -204,14 +201,17 @@ class TrainingRun:
                 callback(self)
             self.save()
 
-    def _any_process_stops(self) -> bool:
-        late = self.max_seconds is not None and time.monotonic() - self._started > self.max_seconds
-        stop = self._signals.stop or late
+    def _agree(self) -> None:
+        """Settle between the processes, whose clocks differ, whether to stop and how much of the time has passed: with
+        learning rates of their own their networks would drift apart."""
+        elapsed = time.monotonic() - self._started
+        share = 0.0 if self.max_seconds is None else elapsed / max(self.max_seconds, 1e-9)
+        stop = float(self._signals.stop or share > 1)
         if self.accelerator.num_processes > 1:
-            flag = torch.tensor(float(stop), device=self.accelerator.device)
-            torch.distributed.all_reduce(flag)
-            stop = flag.item() > 0
-        return stop
+            votes = torch.tensor([stop, share], device=self.accelerator.device)
+            torch.distributed.all_reduce(votes)
+            stop, share = votes[0].item(), votes[1].item() / self.accelerator.num_processes
+        self._stop, self._time_share = stop > 0, min(share, 1.0)
 
     def _write_figures(self) -> None:
         now = time.monotonic()
