@@ -138,6 +138,35 @@ class TestRun:
             gradients.append(trainer.generator_pass(torch.randn(4, 8), cameras, cameras)[0])
         assert gradients[0].norm() > 0 and not torch.allclose(*gradients)
 
+    def test_second_discriminator_goes_on_where_it_was_saved(self, tmp_path):
+        features = tmp_path / "features.safetensors"
+        save_file({f"features.{k}": v for k, v in squeezenet_features().state_dict().items()}, features)
+        checkpoint = train(tiny_config(tmp_path, features=str(features)), tmp_path / "run")
+        trainer = GeneratorTrainer(tiny_config(tmp_path, features=str(features), init=str(checkpoint)), Accelerator())
+        saved = FeatureDiscriminator.from_pretrained(checkpoint / "feature_discriminator").state_dict()
+        goes_on = trainer.judges["feature_discriminator"].state_dict()
+        assert all(torch.equal(saved[k], v) for k, v in goes_on.items() if k.endswith("original"))
+
+    def test_second_discriminator_sees_a_part_or_all_of_it(self, tmp_path):
+        trainer = GeneratorTrainer(tiny_config(tmp_path, feature_side=8), Accelerator())
+        image = torch.randn(16, 3, 32, 32)
+        seen = trainer._part(image)
+        assert seen.shape == (16, 3, 8, 8)
+        parts = image.unfold(2, 8, 1).unfold(3, 8, 1)
+        copied = [(parts[i] - seen[i][:, None, None]).abs().amax((0, 3, 4)).min() < 1e-5 for i in range(16)]
+        assert 0 < sum(copied) < 16
+        trainer.config.feature_side = 32
+        assert trainer._part(image) is image
+
+    def test_rates_fall_and_augmentation_starts_as_asked(self, tmp_path):
+        trainer = GeneratorTrainer(tiny_config(tmp_path, final_rate=0.5, augment_start=0.25), Accelerator())
+        assert trainer.augment.p == 0.25
+        rates = []
+        for progress in (0.0, 0.5, 1.0):
+            trainer._prepare(1000, progress)
+            rates.append(trainer.generator_optimizer.param_groups[0]["lr"] / trainer.config.generator_rate)
+        assert rates == pytest.approx([1.0, 0.75, 0.5])
+
     def test_odd_batch(self, tmp_path):
         class TwoProcesses:
             num_processes, device = 2, torch.device("cpu")
@@ -179,6 +208,8 @@ def test_schedules_follow_the_clock_where_it_ends_the_run(tmp_path):
     assert run.schedule_images == 0  # the clock has not started
     assert run.active()
     run._started -= 5.0
+    for _ in range(run.CHECK_EVERY):
+        run.advance(1)
     assert 500 <= run.schedule_images < 520
     run.images = 800
     assert run.schedule_images == 800
@@ -235,9 +266,11 @@ def test_shipped_configurations_make_the_published_networks():
     root = Path(__file__).parents[1]
     folder, published = root / "metaaux/training/configs", root / "hub_configs/metaaux-mini"
     assert sorted(path.name for path in folder.glob("generator-*.yaml")) == [
+        "generator-mini-256.yaml",
         "generator-mini-continue.yaml",
         "generator-mini.yaml",
     ]
+    load_config(GeneratorConfig, folder / "generator-mini-256.yaml")
     fresh = load_config(GeneratorConfig, folder / "generator-mini.yaml")
     with torch.device("meta"):
         networks = {

@@ -38,29 +38,37 @@ class GeneratorConfig:
     """Settings of a generator run; counts are of images shown, over all GPUs.
 
     Attributes:
-        data: EG3D data set, zip or folder.
-        init: published checkpoint to start from (its `generator` and `discriminator` folders); without it, random
-            weights of the sizes that `generator` and `discriminator` (keyword arguments of the models) give.
+        data: EG3D data set, zip or folder, or several that are read as one.
+        least_sharp: {source: smallest `sharp`} of the pictures that are used (see `FaceDataset`).
+        repeats: {source: times} by which pictures of a source are shown more often (see `FaceSampler`).
+        init: published checkpoint to start from (its `generator` and `discriminator` folders, and the
+            `feature_discriminator` where there is one); without it, random weights of the sizes that `generator` and
+            `discriminator` (keyword arguments of the models) give.
         rays: [[images, side], …], the side in rays of a rendering from so many images on.
         generator_rate, discriminator_rate: Adam's learning rates, reached linearly over the run's first
             `warmup_images`: a checkpoint comes without Adam's moments, whose first steps would be too long.
+        final_rate: share of these rates to which they fall, linearly, by the end of the run.
         r1_gamma, r1_interval, r1_share: R1 penalty, every so many steps, on that share of the batch.
         density_weight, density_distance: total variation of the density between points that far apart, in box sides.
         pose_swap_start, pose_swap_end, pose_swap_images: probability with which the mapping sees another camera than
             the renderer, going from start to end over so many images.
         camera_noise: deviation of the noise on the discriminator's camera, in deviations of the data's.
-        augment_target, augment_ramp_images: see `AdaptiveAugmentation`.
+        augment_target, augment_ramp_images: see `AdaptiveAugmentation`. augment_start: its strength at the start.
         geometry_weight: of the mean absolute distance by which the depth is off the mean face by more than
             `geometry_margin`, for `geometry_images`, then fading over `geometry_fade` to `geometry_floor`.
         features: safetensors file of SqueezeNet 1.1 features with folded normalisation: a second discriminator, which
             sees the image through them, is trained from scratch; None for none.
         feature_weight: of that discriminator in the generator's loss. With 0.05 the images' gradient through it is
             about three times the other discriminator's, which R1 keeps flat.
+        feature_side: side in pixels of what it is shown of larger images: half of the time the whole one reduced, half
+            of the time a random part at full size; None shows all of it.
         average_images: half-life of the averaged generator, at most the share `average_rampup` of the images so far.
         compile: fuse passes with `torch.compile` (CUDA). graphs: replay steps as CUDA graphs.
     """
 
-    data: str
+    data: str | list[str]
+    least_sharp: dict = field(default_factory=dict)
+    repeats: dict = field(default_factory=dict)
     init: str | None = None
     generator: dict = field(default_factory=dict)
     discriminator: dict = field(default_factory=dict)
@@ -71,6 +79,7 @@ class GeneratorConfig:
     generator_rate: float = 0.0025
     discriminator_rate: float = 0.002
     warmup_images: int = 0
+    final_rate: float = 1.0
     r1_gamma: float = 0.2
     r1_interval: int = 16
     r1_share: float = 0.5
@@ -82,6 +91,7 @@ class GeneratorConfig:
     camera_noise: float = 0.0
     augment_target: float = 0.6
     augment_ramp_images: int = 200_000
+    augment_start: float = 0.0
     geometry_weight: float = 20.0
     geometry_images: int = 180_000
     geometry_fade: int = 120_000
@@ -89,6 +99,7 @@ class GeneratorConfig:
     geometry_margin: float = 0.02
     features: str | None = None
     feature_weight: float = 0.05
+    feature_side: int | None = None
     average_images: int = 20_000
     average_rampup: float = 0.05
     balance_turned: bool = True
@@ -128,7 +139,7 @@ class GeneratorTrainer:
         if config.features:
             self.features = LPIPS.from_features_file(config.features).to(self.device)
             self.features.features.to(self.dtype)
-            self.judges["feature_discriminator"] = FeatureDiscriminator().to(self.device).train()
+            self.judges["feature_discriminator"] = self._feature_discriminator().to(self.device).train()
         for module in (self.generator, self.judges):
             broadcast_module(accelerator, module)
         self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
@@ -151,6 +162,7 @@ class GeneratorTrainer:
         self.generator_gradients = FlatGradients(self.generator.parameters())
         self.discriminator_gradients = FlatGradients(self.judges.parameters())
         self.augment = AdaptiveAugmentation(config.augment_target, config.augment_ramp_images, device=self.device)
+        self.augment.p = config.augment_start
         vertices = torch.from_numpy(canonical_face())
         self.vertices = vertices[vertices[:, 2] > 0.06].to(self.device)
         self.geometry_weight = torch.zeros((), device=self.device)
@@ -166,13 +178,27 @@ class GeneratorTrainer:
                 module.compile()
             eg3d.shade = torch.compile(eg3d.shade)
 
+    def _feature_discriminator(self) -> FeatureDiscriminator:
+        """The starting checkpoint's, or one with random weights."""
+        folder = Path(self.config.init or "") / "feature_discriminator"
+        if self.config.init and folder.is_dir():
+            return FeatureDiscriminator.from_pretrained(folder, torch_dtype=torch.float32)
+        return FeatureDiscriminator()
+
     def load_data(self, images: int) -> None:
         """Decode the data set and start the random streams of this process at a point of the run."""
         config = self.config
-        dataset = FaceDataset(config.data, self.generator.config.image_size)
+        dataset = FaceDataset(config.data, self.generator.config.image_size, least_sharp=config.least_sharp)
         seed = seed_process(self.accelerator, config.seed, images)
         self.sampler = FaceSampler(
-            dataset, self.batch, self.device, seed, config.mirror, config.balance_turned, config.in_memory
+            dataset,
+            self.batch,
+            self.device,
+            seed,
+            config.mirror,
+            config.balance_turned,
+            config.in_memory,
+            repeats=config.repeats,
         )
         self.camera_deviation = dataset.cameras.std(dim=0).to(self.device)
 
@@ -206,10 +232,26 @@ class GeneratorTrainer:
         """The photo as the neural renderer would show it: reduced to its side, filtered."""
         return F.interpolate(image, size=(self.side, self.side), mode="bilinear", antialias=True)
 
+    def _part(self, image: torch.Tensor) -> torch.Tensor:
+        """What the second discriminator sees of [B, 3, S, S]: whole and reduced, or a random part at full size."""
+        size, side = image.shape[-1], self.config.feature_side or image.shape[-1]
+        if side >= size:
+            return image
+        batch, device = len(image), image.device
+        part = torch.rand(batch, 1, device=device).round()
+        scale = 1 + part * (side / size - 1)
+        # Whole pixels, so that a part is copied, not interpolated. A reduction by two is the mean of four pixels.
+        start = (torch.rand(batch, 2, device=device) * (size - side + 1)).floor()
+        centre = part * ((2 * start + side) / size - 1)
+        matrix = torch.cat((torch.diag_embed(scale.expand(-1, 2)), centre[:, :, None]), dim=2)
+        grid = F.affine_grid(matrix, [batch, 3, side, side], align_corners=False)
+        return F.grid_sample(image, grid.to(image.dtype), padding_mode="border", align_corners=False)
+
     def _feature_logits(self, image: torch.Tensor) -> list[torch.Tensor]:
         """The second discriminator's maps of logits; none without one."""
         if "feature_discriminator" not in self.judges:
             return []
+        image = self._part(image)
         return self.judges["feature_discriminator"](self.features.taps(image.to(self.dtype)))
 
     def generator_pass(self, z, cameras, conditions):
@@ -269,8 +311,9 @@ class GeneratorTrainer:
         loss = penalty * (config.r1_gamma / 2 * config.r1_interval)
         return self.discriminator_gradients.flatten(loss), {"r1_penalty": penalty.detach()}
 
-    def _prepare(self, images: int) -> None:
-        """Follow the schedules; a new side in rays needs new graphs."""
+    def _prepare(self, images: int, progress: float = 0.0) -> None:
+        """Follow the schedules, `progress` being the share of the run that is done; a new side in rays needs new
+        graphs."""
         config = self.config
         side = [side for start, side in config.rays if images >= start][-1]
         if side != self.side:
@@ -280,8 +323,9 @@ class GeneratorTrainer:
                 for function in (self.generator_pass, self.discriminator_pass, self.r1_pass)
             ]
         warm = min(1.0, (images + config.batch) / max(config.warmup_images, 1))
+        fall = 1 + (config.final_rate - 1) * min(progress, 1.0)
         for group, rate in self.rates:
-            group["lr"] = rate * warm
+            group["lr"] = rate * warm * fall
         self.geometry_weight.fill_(
             faded(images, config.geometry_weight, config.geometry_floor, config.geometry_fade, config.geometry_images)
         )
@@ -290,10 +334,10 @@ class GeneratorTrainer:
         gradients.set(flat, self.accelerator.num_processes)
         optimizer.step()
 
-    def step(self, index: int, images: int) -> dict:
+    def step(self, index: int, images: int, progress: float = 0.0) -> dict:
         """All that is due at step `index`: both networks, R1, the average, the augmentation; returns figures."""
         config = self.config
-        self._prepare(images)
+        self._prepare(images, progress)
         generate, discriminate, penalize = self.captured
         z = torch.randn(self.batch, self.generator.config.z_dim, device=self.device)
         cameras = self.sampler.sample_cameras(self.batch)
@@ -349,7 +393,7 @@ def train(config: GeneratorConfig, folder: str | os.PathLike, resume: bool = Fal
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     set_seed(config.seed)
     trainer = GeneratorTrainer(config, accelerator)
-    state = {"augmentation": 0.0, "step": 0}
+    state = {"augmentation": config.augment_start, "step": 0}
     run = TrainingRun(
         folder,
         accelerator,
@@ -376,7 +420,7 @@ def train(config: GeneratorConfig, folder: str | os.PathLike, resume: bool = Fal
 
     run.on_interval(show)
     while run.active():
-        figures = trainer.step(state["step"], run.images)
+        figures = trainer.step(state["step"], run.images, run.schedule_images / config.total_images)
         state["step"] += 1
         if not trainer.signs:  # it has just been adapted
             state["augmentation"] = trainer.augment.p
