@@ -37,6 +37,12 @@ def test_upsample_is_zero_insertion_and_filtering(size):
     torch.testing.assert_close(upsample2d(x), convolve(F.pad(insert_zeros(x), (2, 1, 2, 1)), 4 * KERNEL))
 
 
+def test_upsampling_with_replicated_borders_is_bilinear():
+    x = torch.randn(2, 3, 5, 7)
+    expected = F.interpolate(x, scale_factor=2, mode="bilinear", antialias=True)
+    torch.testing.assert_close(upsample2d(x, replicate=True), expected)
+
+
 @pytest.mark.parametrize("size", [(4, 4), (6, 10)])
 def test_downsample_is_filtering_and_decimation(size):
     x = torch.randn(2, 3, *size)

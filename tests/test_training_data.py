@@ -51,6 +51,25 @@ class TestFaceDataset:
         zipped, folder = FaceDataset(tmp_path / "a.zip", 16), FaceDataset(tmp_path / "folder", 16)
         assert torch.equal(zipped.load(), folder.load()) and torch.equal(zipped.cameras, folder.cameras)
 
+    def test_several_are_read_as_one(self, tmp_path):
+        first, second = write_dataset(tmp_path / "a.zip"), write_dataset(tmp_path / "b.zip", count=2, yaws=[10, 20])
+        dataset = FaceDataset([first, second], 16)
+        assert len(dataset) == 8 and dataset.names[6] == dataset.names[0]
+        assert torch.equal(dataset.load()[6:], FaceDataset(second, 16).load())
+        assert torch.equal(dataset[7][1], camera_from_pose(20.0, 0.0))
+
+    def test_soft_pictures_of_a_source_stay_out(self, tmp_path):
+        path = write_dataset(tmp_path / "a.zip")
+        sources = {f"00/{i:05d}.png": {"source": "ab"[i % 2], "sharp": -float(i)} for i in range(6)}
+        with zipfile.ZipFile(path, "a") as file:
+            file.writestr("attributes.json", json.dumps(sources))
+        dataset = FaceDataset(path, 16, least_sharp={"a": -2.5})
+        assert [int(name[3:8]) for name in dataset.names] == [0, 1, 2, 3, 5]
+        assert [a["source"] for a in dataset.attributes] == ["a", "b", "a", "b", "b"]
+        sampler = FaceSampler(dataset, 2, "cpu", repeats={"b": 3})
+        assert sampler.order.tolist() == [0, 1, 1, 1, 2, 3, 3, 3, 4, 4, 4]
+        assert FaceDataset(write_dataset(tmp_path / "b.zip"), 16).attributes == [{}] * 6
+
     def test_resizes(self, tmp_path):
         assert FaceDataset(write_dataset(tmp_path / "a.zip"), 8).load().shape == (6, 3, 8, 8)
 
@@ -117,10 +136,12 @@ class TestFaceSampler:
 
     def test_sources_are_repeated(self, tmp_path):
         dataset = FaceDataset(write_dataset(tmp_path / "a.zip", count=2), 16)
-        dataset.names[1] = "new/00001.png"
-        sampler = FaceSampler(dataset, 1, "cpu", in_memory=False, repeats={"new/": 3})
+        with pytest.raises(ValueError, match="'old'; those of the data set are none"):
+            FaceSampler(dataset, 1, "cpu", repeats={"old": 3})
+        dataset.attributes[1] = {"source": "new"}
+        sampler = FaceSampler(dataset, 1, "cpu", in_memory=False, repeats={"new": 3})
         assert sampler.order.tolist() == [0, 1, 1, 1]
-        with pytest.raises(ValueError, match="'old'.*no picture of .* starts so"):
+        with pytest.raises(ValueError, match="'old'; those of the data set are new"):
             FaceSampler(dataset, 1, "cpu", repeats={"old": 3})
 
     def test_what_does_not_fit_into_memory_is_streamed(self, tmp_path, monkeypatch):

@@ -149,6 +149,36 @@ class TestRun:
             gradients.append(trainer.generator_pass(torch.randn(4, 8), cameras, cameras)[0])
         assert gradients[0].norm() > 0 and not torch.allclose(*gradients)
 
+    def test_second_discriminator_goes_on_where_it_was_saved(self, tmp_path):
+        features = tmp_path / "features.safetensors"
+        save_file({f"features.{k}": v for k, v in squeezenet_features().state_dict().items()}, features)
+        checkpoint = train(tiny_config(tmp_path, features=str(features)), tmp_path / "run")
+        trainer = GeneratorTrainer(tiny_config(tmp_path, features=str(features), init=str(checkpoint)), Accelerator())
+        saved = FeatureDiscriminator.from_pretrained(checkpoint / "feature_discriminator").state_dict()
+        goes_on = trainer.judges["feature_discriminator"].state_dict()
+        assert all(torch.equal(saved[k], v) for k, v in goes_on.items() if k.endswith("original"))
+
+    def test_second_discriminator_sees_a_part_or_all_of_it(self, tmp_path):
+        trainer = GeneratorTrainer(tiny_config(tmp_path, feature_side=8), Accelerator())
+        image = torch.randn(16, 3, 32, 32)
+        seen = trainer._part(image)
+        assert seen.shape == (16, 3, 8, 8)
+        parts = image.unfold(2, 8, 1).unfold(3, 8, 1)
+        copied = [(parts[i] - seen[i][:, None, None]).abs().amax((0, 3, 4)).min() < 1e-5 for i in range(16)]
+        assert 0 < sum(copied) < 16
+        trainer.config.feature_side = 32
+        assert trainer._part(image) is image
+
+    def test_rates_fall_and_augmentation_starts_as_asked(self, tmp_path):
+        config = tiny_config(tmp_path, optimiser={"final_learning_rate": 0.5}, augmentation={"start": 0.25})
+        trainer = GeneratorTrainer(config, Accelerator())
+        assert trainer.augment.p == trainer.state["augmentation"] == 0.25
+        rates = []
+        for images in (0, 8, 16):
+            trainer._prepare(images)
+            rates.append(trainer.optimizers["generator"].param_groups[0]["lr"] / config.optimiser.generator_rate)
+        assert rates == pytest.approx([1.0, 0.75, 0.5])
+
     def test_odd_batch(self, tmp_path):
         class TwoProcesses:
             num_processes, device = 2, torch.device("cpu")
@@ -236,6 +266,7 @@ def test_shipped_configurations_make_the_published_networks():
     root = Path(__file__).parents[1]
     folder, published = root / "metaaux/configs", root / "hub_configs/metaaux-mini"
     assert sorted(path.name for path in folder.glob("mini/generator*.yaml")) == [
+        "generator-256.yaml",
         "generator-continue.yaml",
         "generator.yaml",
     ]
@@ -251,3 +282,4 @@ def test_shipped_configurations_make_the_published_networks():
     more = load_settings(GeneratorConfig, folder / "mini/generator-continue.yaml")
     assert (root / more.init).samefile(published)
     assert fresh.rays[-1][1] == more.rays[-1][1] == networks["generator"].config.neural_resolution
+    load_settings(GeneratorConfig, folder / "mini/generator-256.yaml")

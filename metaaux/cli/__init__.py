@@ -11,7 +11,7 @@ import sys
 import typer
 
 # Not their functions: a module of this package would be hidden by a function of its name.
-from . import benchmark, compare_flip, convert, evaluate, invert, mesh, model_info, orbit, prepare, render, train
+from . import benchmark, compare_flip, convert, evaluate, grow, invert, mesh, model_info, orbit, prepare, render, train
 from .options import echo, one_line, prepare_streams
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ for command in (
     mesh.mesh,
     model_info.model_info,
     train.train,
+    grow.grow,
     prepare.prepare,
     benchmark.benchmark,
     compare_flip.compare_flip,

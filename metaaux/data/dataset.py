@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import zipfile
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,48 +20,74 @@ class FaceDataset(torch.utils.data.Dataset):
     """A zip or folder of square RGB pictures beside `dataset.json` = {"labels": [[name, 25 floats], …]}.
 
     Args:
-        path: the zip or folder.
+        path: the zip or folder, or several that are read as one.
         image_size: side in pixels to which pictures of another size are resampled (Lanczos).
         limit: read only the first so many.
+        least_sharp: {source: smallest `sharp`}, by the attributes of each picture; softer ones are left out.
 
-    `cameras` is float32 [N, 25], `names` the file names. Item i is (uint8 [3, S, S], camera [25]).
+    `cameras` is float32 [N, 25], `names` the file names (of several paths they may repeat), `attributes` what
+    `attributes.json` says of each picture, {} where there is none. Item i is (uint8 [3, S, S], camera [25]).
 
     Raises:
         FileNotFoundError: no such path, or no dataset.json in it.
         ValueError: labels that are not 25 numbers, or (when read) a file that is no picture.
     """
 
-    def __init__(self, path: str | os.PathLike, image_size: int, limit: int | None = None):
-        self.path, self.image_size = Path(path), image_size
-        if not self.path.exists():
-            raise FileNotFoundError(f"no data set at {self.path}; `metaaux prepare` makes one from a folder of photos")
-        self._zip = None
+    def __init__(
+        self,
+        path: str | os.PathLike | Sequence[str | os.PathLike],
+        image_size: int,
+        limit: int | None = None,
+        least_sharp: Mapping[str, float] | None = None,
+    ):
+        self.parts = [Path(part) for part in ([path] if isinstance(path, str | os.PathLike) else path)]
+        self.image_size = image_size
+        self._zips: dict[Path, tuple[int, zipfile.ZipFile]] = {}
+        entries = []
+        for part in self.parts:
+            labels, attributes = self._labels(part)
+            entries += [(part, name, camera, attributes.get(name, {})) for name, camera in labels]
+        if least_sharp:
+            entries = [e for e in entries if e[3].get("sharp", 0.0) >= least_sharp.get(e[3].get("source"), -math.inf)]
+        entries = entries[:limit]
+        self.files = [(part, name) for part, name, _, _ in entries]
+        self.names = [name for _, name in self.files]
+        self.attributes = [attributes for *_, attributes in entries]
+        self.cameras = torch.tensor([camera for _, _, camera, _ in entries], dtype=torch.float32)
+
+    def _labels(self, part: Path) -> tuple[list[tuple[str, list[float]]], dict[str, dict]]:
+        """The labels and attributes of one zip or folder."""
+        if not part.exists():
+            raise FileNotFoundError(f"no data set at {part}; `metaaux prepare` makes one from a folder of photos")
         try:
-            labels = json.loads(self.read("dataset.json"))["labels"][:limit]
+            labels = json.loads(self._read(part, "dataset.json"))["labels"]
         except (KeyError, FileNotFoundError) as error:
-            raise FileNotFoundError(f"{self.path} has no dataset.json with labels: no EG3D data set") from error
+            raise FileNotFoundError(f"{part} has no dataset.json with labels: no EG3D data set") from error
         if not labels or any(len(camera) != 25 for _, camera in labels):
-            raise ValueError(f"{self.path}/dataset.json must hold one label at least, each of 25 numbers")
-        self.names = [name for name, _ in labels]
-        self.cameras = torch.tensor([camera for _, camera in labels], dtype=torch.float32)
+            raise ValueError(f"{part}/dataset.json must hold one label at least, each of 25 numbers")
+        try:
+            return labels, json.loads(self._read(part, "attributes.json"))
+        except (KeyError, FileNotFoundError):
+            return labels, {}
 
-    def read(self, name: str) -> bytes:
-        """The bytes of one file of the data set."""
-        if self.path.is_dir():
-            return (self.path / name).read_bytes()
+    def _read(self, part: Path, name: str) -> bytes:
+        """The bytes of one file of a zip or folder."""
+        if part.is_dir():
+            return (part / name).read_bytes()
         # A ZipFile shares one file position between its readers; each process opens its own and reads in one thread.
-        if self._zip is None or self._zip[0] != os.getpid():
-            self._zip = (os.getpid(), zipfile.ZipFile(self.path))
-        return self._zip[1].read(name)
+        if part not in self._zips or self._zips[part][0] != os.getpid():
+            self._zips[part] = (os.getpid(), zipfile.ZipFile(part))
+        return self._zips[part][1].read(name)
 
-    def _decode(self, name: str, data: bytes) -> np.ndarray:
+    def _decode(self, file: tuple[Path, str], data: bytes) -> np.ndarray:
+        part, name = file
         try:
             image = Image.open(io.BytesIO(data), formats=("PNG", "WEBP", "JPEG")).convert("RGB")
         except UnidentifiedImageError:
-            raise ValueError(f"{name} in {self.path} is not a readable picture: no PNG, WebP or JPEG file") from None
+            raise ValueError(f"{name} in {part} is not a readable picture: no PNG, WebP or JPEG file") from None
         # Pillow raises what it meets in a damaged file.
         except Exception as error:
-            raise ValueError(f"{name} in {self.path} is not a readable picture: {error}") from error
+            raise ValueError(f"{name} in {part} is not a readable picture: {error}") from error
         if image.size != (self.image_size, self.image_size):
             image = image.resize((self.image_size, self.image_size), Image.Resampling.LANCZOS)
         return np.asarray(image)
@@ -68,12 +96,12 @@ class FaceDataset(torch.utils.data.Dataset):
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        array = self._decode(self.names[index], self.read(self.names[index]))
+        array = self._decode(self.files[index], self._read(*self.files[index]))
         return torch.from_numpy(array.copy()).permute(2, 0, 1), self.cameras[index]
 
     def __getstate__(self) -> dict:
-        """Without the open zip, which cannot be sent to a worker process; that one opens it for itself."""
-        return {**self.__dict__, "_zip": None}
+        """Without the open zips, which cannot be sent to a worker process; that one opens them for itself."""
+        return {**self.__dict__, "_zips": {}}
 
     @property
     def decoded_bytes(self) -> int:
@@ -86,8 +114,8 @@ class FaceDataset(torch.utils.data.Dataset):
         images = torch.empty(len(self), 3, self.image_size, self.image_size, dtype=torch.uint8, device=device)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for start in range(0, len(self), 256):
-                names = self.names[start : start + 256]
-                arrays = list(pool.map(self._decode, names, [self.read(name) for name in names]))
+                files = self.files[start : start + 256]
+                arrays = list(pool.map(self._decode, files, [self._read(*file) for file in files]))
                 images[start : start + 256] = torch.from_numpy(np.stack(arrays)).to(device).permute(0, 3, 1, 2)
         return images
 

@@ -48,10 +48,10 @@ class FaceSampler:
         in_memory: keep all decoded pictures on `device` (11,847 of 128² take 0.6 GB); otherwise worker processes
             decode them as they are asked for. "auto": where they take no more than `MEMORY_SHARE` of what is free.
         workers: of these; 0 decodes in this process.
-        repeats: how many times as often pictures are shown whose name starts so.
+        repeats: {source: times} by which pictures of a source, as their attributes name it, are shown more often.
 
     Raises:
-        ValueError: no name starts with a key of `repeats`.
+        ValueError: `repeats` names a source that no picture has.
     """
 
     def __init__(
@@ -74,13 +74,12 @@ class FaceSampler:
             yaw = pose_of_camera(dataset.cameras)[0].abs()
             counts[yaw > 12] = 2
             counts[yaw > 20] = 4
-        for start, times in (repeats or {}).items():
-            named = torch.tensor([name.startswith(start) for name in dataset.names])
-            if not named.any():
-                raise ValueError(
-                    f"repeats names {start!r}, but no picture of {dataset.path} has a name that starts so"
-                )
-            counts[named] *= times
+        sources = [attributes.get("source") for attributes in dataset.attributes]
+        for source, times in (repeats or {}).items():
+            if source not in sources:
+                known = ", ".join(sorted({name for name in sources if name})) or "none, for want of attributes.json"
+                raise ValueError(f"repeats names the source {source!r}; those of the data set are {known}")
+            counts[torch.tensor([name == source for name in sources])] *= times
         self.order = torch.repeat_interleave(torch.arange(len(dataset)), counts).to(self.device)
         self.cameras = dataset.cameras.to(self.device)
         self.batches_streamed = 0

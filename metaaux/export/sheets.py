@@ -11,7 +11,7 @@ from ..cameras import camera_from_pose
 from ..models.eg3d import EG3DGenerator
 from .images import tensor_to_image
 
-SHEET_YAWS = (-30, -15, 0, 15, 30)
+SHEET_YAWS = (-40, -20, 0, 20, 40)
 
 
 def depth_to_image(depth: torch.Tensor, near: float = 2.35, far: float = 2.95) -> torch.Tensor:

@@ -88,6 +88,7 @@ class DualDiscriminator(ModelMixin, ConfigMixin):
         image_size: side of the image in pixels.
         camera_dim: length of the camera condition (25; 0 for none).
         channel_base, channel_max: widths, min(base / resolution, max).
+        first_channels: width at the image's own resolution, if it is to be another.
         conv_clamp: clamp of activations or None.
         mapping_layers: layers of the camera's mapping network.
         deviation_group: batch group of the minibatch deviation, which couples the samples of a call.
@@ -109,11 +110,13 @@ class DualDiscriminator(ModelMixin, ConfigMixin):
         deviation_group: int = 4,
         raw_size: int = 128,
         dual: bool = True,
+        first_channels: int | None = None,
     ):
         super().__init__()
         image_channels = 6 if dual else 3
         self.resolutions = [2**i for i in range(image_size.bit_length() - 1, 2, -1)]
         channels = {r: min(channel_base // r, channel_max) for r in [*self.resolutions, 4]}
+        channels[image_size] = first_channels or channels[image_size]
         for r in self.resolutions:
             block = DiscriminatorBlock(
                 channels[r] if r < image_size else 0, channels[r], channels[r // 2], image_channels, conv_clamp

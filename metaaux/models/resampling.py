@@ -32,15 +32,20 @@ def _blur_by_slices(x: torch.Tensor, padding: int, gain: float) -> torch.Tensor:
     return x
 
 
-def upsample2d(x: torch.Tensor) -> torch.Tensor:
+def upsample2d(x: torch.Tensor, replicate: bool = False) -> torch.Tensor:
     """Upsample [B, C, H, W] by 2 with the [1, 3, 3, 1] kernel and zero borders → [B, C, 2H, 2W] in `channels_last`.
 
-    Zero insertion followed by this kernel gives each output ¾ of its nearest and ¼ of its next nearest input.
+    Zero insertion followed by this kernel gives each output ¾ of its nearest and ¼ of its next nearest input. With
+    borders that `replicate` the outermost pixels this is bilinear interpolation, whose backward pass is slow on CUDA.
     """
     # Interleaving makes new memory, which would be laid out by channels were these not the last axis: a tri-plane
     # look-up, which reads all channels of a pixel, would need a cache line for each of them.
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    x = x.permute(0, 2, 3, 1)
+    if not replicate:
+        x = F.pad(x, (0, 0, 1, 1, 1, 1))
     for dim in (1, 2):
+        if replicate:
+            x = torch.cat((x.narrow(dim, 0, 1), x, x.narrow(dim, -1, 1)), dim=dim)
         n = x.shape[dim] - 2
         before, nearest, after = (x.narrow(dim, start, n) for start in range(3))
         nearest = nearest * 0.75

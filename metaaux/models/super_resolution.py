@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .resampling import upsample2d
 from .stylegan2 import SynthesisBlock, split_offsets
 
 # kind: (input side / output side, whether the first block doubles the resolution, channels of the two blocks)
@@ -51,7 +52,9 @@ class SuperResolution(nn.Module):
         self, features, w, dtype=torch.float32, noise="none", offsets: Mapping[str, torch.Tensor] | None = None
     ):
         """features [B, C, h, h] whose first three channels are the raw image, w [B, w_dim] → image [B, 3, S, S]."""
-        if features.shape[-1] != self.input_size:
+        if features.shape[-1] * 2 == self.input_size:
+            features = upsample2d(features, replicate=True)
+        elif features.shape[-1] != self.input_size:
             features = F.interpolate(
                 features, size=(self.input_size, self.input_size), mode="bilinear", antialias=self.antialias
             )

@@ -94,6 +94,8 @@ class AugmentationSettings(Settings):
     """Mean sign of the logits on photos at which the strength stays."""
     ramp_images: PositiveInt = 200_000
     """Images over which the strength could go from 0 to 1."""
+    start: Share = 0.0
+    """Strength at the start: that at which a run ended that `init` comes from."""
 
 
 class GeometrySettings(Settings):
@@ -126,14 +128,18 @@ class GeneratorConfig(Settings):
     data: DataSettings
     """Photos."""
     init: str | None = None
-    """Published checkpoint to start from (its `generator` and `discriminator` folders), instead of random weights."""
+    """Published checkpoint to start from (its `generator` and `discriminator` folders, and `feature_discriminator`
+    where there is one), instead of random weights."""
     generator: Annotated[dict[str, Any], AfterValidator(arguments_of(EG3DGenerator))] = {}
     """Arguments of `EG3DGenerator`, without `init`."""
     discriminator: Annotated[dict[str, Any], AfterValidator(arguments_of(DualDiscriminator))] = {}
     """Arguments of `DualDiscriminator`, without `init`."""
     features: str | None = None
-    """Safetensors file of SqueezeNet 1.1 features with folded normalisation: a second discriminator, which sees the
-    image through them, is trained from scratch."""
+    """Safetensors file of SqueezeNet 1.1 features with folded normalisation: a second discriminator sees the image
+    through them."""
+    feature_side: PositiveInt | None = None
+    """Side in pixels of what it is shown of larger images: half of the time the whole one reduced, half of the time a
+    random part at full size; null shows all of it."""
     feature_weight: NonNegativeFloat = 0.05
     """Of that discriminator in the generator's loss. With 0.05 the images' gradient through it is about three times
     the other discriminator's, which R1 keeps flat."""
@@ -189,7 +195,8 @@ class GeneratorTrainer(Trainer):
         self.geometry_weight = torch.zeros((), device=self.device)
         self.side = 0
         self.models = {"generator": self.average, "generator_raw": self.generator, **self.judges}
-        self.state |= {"augmentation": 0.0, "step": 0, "signs": []}
+        self.augment.p = config.augmentation.start
+        self.state |= {"augmentation": self.augment.p, "step": 0, "signs": []}
         self.signs: list[torch.Tensor] = []
         if config.compute.compile and self.device.type == "cuda":
             generator = self.generator
@@ -211,7 +218,10 @@ class GeneratorTrainer(Trainer):
         if config.features:
             self.features = LPIPS.from_features_file(config.features).to(self.device)
             self.features.features.to(self.dtype)
-            self.judges["feature_discriminator"] = FeatureDiscriminator().to(self.device).train()
+            features = FeatureDiscriminator()
+            if config.init and (folder / "feature_discriminator").is_dir():
+                features = load_network(FeatureDiscriminator, folder / "feature_discriminator")
+            self.judges["feature_discriminator"] = features.to(self.device).train().requires_grad_(True)
 
     def _make_optimizers(self) -> None:
         config, fused = self.config, self.device.type == "cuda"
@@ -284,11 +294,26 @@ class GeneratorTrainer(Trainer):
         """The photo as the neural renderer would show it: reduced to its side, filtered."""
         return F.interpolate(image, size=(self.side, self.side), mode="bilinear", antialias=True)
 
+    def _part(self, image: torch.Tensor) -> torch.Tensor:
+        """What the second discriminator sees of [B, 3, S, S]: whole and reduced, or a random part at full size."""
+        size, side = image.shape[-1], self.config.feature_side or image.shape[-1]
+        if side >= size:
+            return image
+        batch, device = len(image), image.device
+        part = torch.rand(batch, 1, device=device).round()
+        scale = 1 + part * (side / size - 1)
+        # Whole pixels, so that a part is copied, not interpolated. A reduction by two is the mean of four pixels.
+        start = (torch.rand(batch, 2, device=device) * (size - side + 1)).floor()
+        centre = part * ((2 * start + side) / size - 1)
+        matrix = torch.cat((torch.diag_embed(scale.expand(-1, 2)), centre[:, :, None]), dim=2)
+        grid = F.affine_grid(matrix, [batch, 3, side, side], align_corners=False)
+        return F.grid_sample(image, grid.to(image.dtype), padding_mode="border", align_corners=False)
+
     def _feature_logits(self, image: torch.Tensor) -> list[torch.Tensor]:
         """The second discriminator's maps of logits; none without one."""
         if "feature_discriminator" not in self.judges:
             return []
-        return self.judges["feature_discriminator"](self.features.taps(image.to(self.dtype)))
+        return self.judges["feature_discriminator"](self.features.taps(self._part(image).to(self.dtype)))
 
     def generator_pass(self, z, cameras, conditions):
         """Fakes from latents z [B, z_dim] at `cameras`, the mapping seeing `conditions`; the generator's gradient.

@@ -76,7 +76,7 @@ class Trainer(ABC):
     @functools.cached_property
     def dataset(self) -> FaceDataset:
         """The photos."""
-        return FaceDataset(self.config.data.path, self.image_size)
+        return FaceDataset(self.config.data.path, self.image_size, least_sharp=self.config.data.least_sharp)
 
     def load_data(self, images: int) -> None:
         """Reads the photos and starts this process's random streams for a run that has seen `images`; all that is

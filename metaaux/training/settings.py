@@ -67,8 +67,8 @@ class Settings(BaseModel):
 class DataSettings(Settings):
     """Photos with cameras; all trainers read them alike."""
 
-    path: str
-    """EG3D data set to train on, zip or folder."""
+    path: str | Annotated[list[str], Field(min_length=1)]
+    """EG3D data set to train on, zip or folder, or several that are read as one."""
     validation: str | None = None
     """One of held-out photos for figures and sheets; none: training photos are shown, where any are."""
     mirror: bool = True
@@ -76,7 +76,9 @@ class DataSettings(Settings):
     balance_turned: bool = True
     """Show faces turned beyond 12° twice and beyond 20° four times as often."""
     repeats: dict[str, PositiveInt] = {}
-    """How many times as often photos are shown whose name in the data set starts so, by that start."""
+    """How many times as often photos of a source are shown, by that source's name in the data set's attributes."""
+    least_sharp: dict[str, float] = {}
+    """The smallest `sharp` of the photos of a source that are used, by that source's name, likewise."""
     in_memory: Literal["auto", True, False] = "auto"
     """Keep all decoded photos on the device, or let worker processes decode them as they are asked for; auto: the
     former where it takes no more than a third of the device's free memory."""
