@@ -64,8 +64,15 @@ class Persistent:
 
 def module_state(tensors=(), **attributes):
     """`__dict__` of a module with these parameters (names in dots make submodules)."""
-    state = {"training": False, "_parameters": OrderedDict(), "_buffers": OrderedDict(), "_modules": OrderedDict(),
-             "_non_persistent_buffers_set": set(), "_backward_hooks": OrderedDict(), **attributes}  # fmt: skip
+    state = {
+        "training": False,
+        "_parameters": OrderedDict(),
+        "_buffers": OrderedDict(),
+        "_modules": OrderedDict(),
+        "_non_persistent_buffers_set": set(),
+        "_backward_hooks": OrderedDict(),
+        **attributes,
+    }
     for name, tensor in dict(tensors).items():
         if name.endswith(("noise_const", "w_avg", "resample_filter")):
             state["_buffers"][name] = tensor
@@ -91,10 +98,13 @@ def module(class_name, tensors, attributes=None, source=SOURCE_TEXT):
 
 def official_generator_name(name):
     for ours, official in {
-        "mapping_network.layers.": "backbone.mapping.fc", "mapping_network.": "backbone.mapping.",
-        "backbone.": "backbone.synthesis.", "super_resolution.": "superresolution.",
-        "decoder.hidden.": "decoder.net.0.", "decoder.out.": "decoder.net.2.",
-    }.items():  # fmt: skip
+        "mapping_network.layers.": "backbone.mapping.fc",
+        "mapping_network.": "backbone.mapping.",
+        "backbone.": "backbone.synthesis.",
+        "super_resolution.": "superresolution.",
+        "decoder.hidden.": "decoder.net.0.",
+        "decoder.out.": "decoder.net.2.",
+    }.items():
         if name.startswith(ours):
             return official + name[len(ours) :]
     return name
@@ -117,30 +127,54 @@ def snapshot(case=GENERATORS["2x"], source=SOURCE_TEXT, generator=None, **render
     for network in networks:
         network.load_state_dict(hashed_weights(network.state_dict()))
     dictionary = sys.modules["dnnlib.util"].EasyDict
-    options = dict(
-        image_resolution=case.image_size, disparity_space_sampling=False, clamp_mode="softplus",
-        superresolution_module="training.superresolution.SuperresolutionHybrid2X",
-        c_gen_conditioning_zero=not case.pose_conditioning, c_scale=case.camera_scale, decoder_lr_mul=1.0,
-        superresolution_noise_mode="none", sr_antialias=case.antialias, depth_resolution=case.samples[0],
-        depth_resolution_importance=case.samples[1], ray_start=2.25, ray_end=np.float64(3.3), box_warp=1,
-    ) | rendering  # fmt: skip
+    options = (
+        dict(
+            image_resolution=case.image_size,
+            disparity_space_sampling=False,
+            clamp_mode="softplus",
+            superresolution_module="training.superresolution.SuperresolutionHybrid2X",
+            c_gen_conditioning_zero=not case.pose_conditioning,
+            c_scale=case.camera_scale,
+            decoder_lr_mul=1.0,
+            superresolution_noise_mode="none",
+            sr_antialias=case.antialias,
+            depth_resolution=case.samples[0],
+            depth_resolution_importance=case.samples[1],
+            ray_start=2.25,
+            ray_end=np.float64(3.3),
+            box_warp=1,
+        )
+        | rendering
+    )
     options = dictionary(options)
-    arguments = dictionary(z_dim=512, w_dim=512, c_dim=25, img_resolution=case.image_size, img_channels=3,
-                           conv_clamp=None, sr_num_fp16_res=0, rendering_kwargs=options)  # fmt: skip
+    arguments = dictionary(
+        z_dim=512,
+        w_dim=512,
+        c_dim=25,
+        img_resolution=case.image_size,
+        img_channels=3,
+        conv_clamp=None,
+        sr_num_fp16_res=0,
+        rendering_kwargs=options,
+    )
     tensors = {official_generator_name(name): tensor for name, tensor in networks[0].state_dict().items()}
     tensors |= {f"backbone.synthesis.b{r}.resample_filter": FILTER for r in (4, 256)}
     made = generator or module(
         "TriPlaneGenerator",
         tensors,
-        {"": {"_init_kwargs": arguments, "rendering_kwargs": options, "neural_rendering_resolution": 64},
-         "classes": {"superresolution": "SuperresolutionHybrid2X"}},
+        {
+            "": {"_init_kwargs": arguments, "rendering_kwargs": options, "neural_rendering_resolution": 64},
+            "classes": {"superresolution": "SuperresolutionHybrid2X"},
+        },
         source,
-    )  # fmt: skip
+    )
     renderer = sys.modules["training.volumetric_rendering.renderer"].ImportanceRenderer()
     renderer.__dict__ = module_state(
-        plane_axes=torch.tensor([[[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 0, 1], [0, 1, 0]],
-                                 [[0, 0, 1], [1, 0, 0], [0, 1, 0]]], dtype=torch.float32)
-    )  # fmt: skip
+        plane_axes=torch.tensor(
+            [[[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 0, 1], [0, 1, 0]], [[0, 0, 1], [1, 0, 0], [0, 1, 0]]],
+            dtype=torch.float32,
+        )
+    )
     if generator is None:
         made.meta["state"]["_modules"]["renderer"] = renderer
     judge = module(
@@ -148,8 +182,13 @@ def snapshot(case=GENERATORS["2x"], source=SOURCE_TEXT, generator=None, **render
         {official_discriminator_name(name): tensor for name, tensor in networks[1].state_dict().items()},
         {"": {"_init_kwargs": {"c_dim": 25, "img_resolution": case.image_size, "conv_clamp": 256}}},
     )
-    return {"training_set_kwargs": dictionary(path="x.zip"), "G": made, "D": judge, "G_ema": made,
-            "augment_pipe": None}, networks  # fmt: skip
+    return {
+        "training_set_kwargs": dictionary(path="x.zip"),
+        "G": made,
+        "D": judge,
+        "G_ema": made,
+        "augment_pipe": None,
+    }, networks
 
 
 def write(path, data, protocol=4):

@@ -249,9 +249,15 @@ def test_works_where_gradients_are_off(case, context):
 def test_threads_get_what_each_would_get_alone(case):
     def person(index):
         return adapt(
-            case.generator, case.auxiliary, case.loss, case.target[index : index + 1], case.w,
-            case.camera[index : index + 1], steps=3, learning_rate=3e-3,
-        )  # fmt: skip
+            case.generator,
+            case.auxiliary,
+            case.loss,
+            case.target[index : index + 1],
+            case.w,
+            case.camera[index : index + 1],
+            steps=3,
+            learning_rate=3e-3,
+        )
 
     def in_threads(indices):
         results = {}

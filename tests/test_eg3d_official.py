@@ -58,9 +58,14 @@ def test_generator_equals_official(name, recorded):
 def test_discriminator_equals_official(name, recorded):
     size, raw, base, widest, layers, clamp, group, batch = DISCRIMINATORS[name]
     model = DualDiscriminator(
-        image_size=size, raw_size=raw, channel_base=base, channel_max=widest, mapping_layers=layers, conv_clamp=clamp,
+        image_size=size,
+        raw_size=raw,
+        channel_base=base,
+        channel_max=widest,
+        mapping_layers=layers,
+        conv_clamp=clamp,
         deviation_group=group,
-    )  # fmt: skip
+    )
     model.load_state_dict(hashed_weights(model.state_dict()))
     logits = model(
         hashed(f"{name}/image", (batch, 3, size, size)),

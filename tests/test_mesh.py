@@ -30,10 +30,20 @@ def ball():
     decoder passes their sum on as density."""
     torch.manual_seed(0)
     generator = EG3DGenerator(
-        z_dim=8, w_dim=8, image_size=64, plane_resolution=64, plane_features=4, channel_base=256, channel_max=8,
-        plane_axes=("xy", "xz", "zy"), decoder_hidden=4, neural_resolution=32, depth_samples=16,
-        importance_samples=16, super_resolution_kind="2X",
-    )  # fmt: skip
+        z_dim=8,
+        w_dim=8,
+        image_size=64,
+        plane_resolution=64,
+        plane_features=4,
+        channel_base=256,
+        channel_max=8,
+        plane_axes=("xy", "xz", "zy"),
+        decoder_hidden=4,
+        neural_resolution=32,
+        depth_samples=16,
+        importance_samples=16,
+        super_resolution_kind="2X",
+    )
     generator = generator.eval().requires_grad_(False)
     hidden, out = generator.decoder.hidden, generator.decoder.out
     for layer in (hidden, out):

@@ -111,6 +111,10 @@ print("equal")
             "cuda",
             marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
         ),
+        pytest.param(  # while the first one is current
+            "cuda:1",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")],
+        ),
     ],
 )
 def test_fused_lookup_equals_grid_sample(device):

@@ -19,8 +19,9 @@ from metaaux.models.perceptual import DiscriminatorPerceptualDistance
 from metaaux.models.views import private_view
 from metaaux.training.auxiliary import AuxiliaryConfig, train
 from metaaux.training.calibration import calibrate_rates
+from metaaux.training.loading import FrozenNetworks
 from metaaux.training.meta import meta_objective
-from metaaux.training.phases import FrozenNetworks, InnerSettings, OuterSettings
+from metaaux.training.phases import InnerSettings, OuterSettings
 from metaaux.training.plain import plain_objective
 from metaaux.training.schedules import learning_rate_factor
 from metaaux.training.settings import ScheduleSettings, load_settings

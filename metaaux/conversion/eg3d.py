@@ -78,13 +78,8 @@ def _convert(data: Any) -> Converted:
     return Converted(networks, [str(name) for name in data if name not in taken], notes)
 
 
-def generator_config(source: Record, notes: list[str]) -> dict[str, Any]:
-    """`EG3DGenerator`'s arguments for a `TriPlaneGenerator`; what was assumed is appended to `notes`.
-
-    Raises:
-        ConversionError: a setting that `EG3DGenerator` does not have.
-    """
-    rendering = setting(source, "rendering_kwargs", dict)
+def _check_supported(source: Record, rendering: Mapping[str, Any]) -> None:
+    """Raises `ConversionError` where a `TriPlaneGenerator` renders in a way that `EG3DGenerator` does not."""
     expected = {
         "clamp_mode": "softplus",
         "disparity_space_sampling": False,
@@ -98,6 +93,16 @@ def generator_config(source: Record, notes: list[str]) -> dict[str, Any]:
             )
     if setting(source, "img_channels", int, 3) != 3:
         raise ConversionError("its images have other channels than red, green and blue")
+
+
+def generator_config(source: Record, notes: list[str]) -> dict[str, Any]:
+    """`EG3DGenerator`'s arguments for a `TriPlaneGenerator`; what was assumed is appended to `notes`.
+
+    Raises:
+        ConversionError: a setting that `EG3DGenerator` does not have.
+    """
+    rendering = setting(source, "rendering_kwargs", dict)
+    _check_supported(source, rendering)
     enlarger = child(source, "superresolution")
     kind = _SUPER_RESOLUTION.get(enlarger.class_name if enlarger else "")
     if kind is None:

@@ -164,9 +164,11 @@ class _SamplePlanes(torch.autograd.Function):
         planes, points = planes.to(dtype), points.contiguous()
         out = torch.empty(batch, points.shape[1], channels, device=planes.device, dtype=dtype)
         grid = (triton.cdiv(points.shape[1], BLOCK), batch)
-        _forward[grid](
-            planes, points, out, points.shape[1], height, width, *planes.stride(), *axes, C=channels, BLOCK_M=BLOCK
-        )
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device_of(planes):
+            _forward[grid](
+                planes, points, out, points.shape[1], height, width, *planes.stride(), *axes, C=channels, BLOCK_M=BLOCK
+            )
         ctx.save_for_backward(planes, points)
         ctx.axes = axes
         return out
@@ -181,22 +183,23 @@ class _SamplePlanes(torch.autograd.Function):
         grad_planes = torch.zeros(shape, device=planes.device, dtype=torch.float32)
         grad_points = torch.zeros_like(points) if need_points else points
         grid = (triton.cdiv(points.shape[1], BLOCK), batch)
-        _backward[grid](
-            planes,
-            points,
-            grad_out.contiguous(),
-            grad_planes,
-            grad_points,
-            points.shape[1],
-            height,
-            width,
-            *planes.stride(),
-            *ctx.axes,
-            C=channels,
-            BLOCK_M=BLOCK,
-            NEED_PLANES=need_planes,
-            NEED_POINTS=need_points,
-        )
+        with torch.cuda.device_of(planes):
+            _backward[grid](
+                planes,
+                points,
+                grad_out.contiguous(),
+                grad_planes,
+                grad_points,
+                points.shape[1],
+                height,
+                width,
+                *planes.stride(),
+                *ctx.axes,
+                C=channels,
+                BLOCK_M=BLOCK,
+                NEED_PLANES=need_planes,
+                NEED_POINTS=need_points,
+            )
         if need_planes:
             grad_planes = grad_planes.permute(0, 3, 4, 1, 2).to(ctx.source_dtype)
         return grad_planes if need_planes else None, grad_points if need_points else None, None, None

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from accelerate import Accelerator
 
 from ..adaptation import InnerLoop, InnerProblem, Tasks, predict_tasks
 from ..models.auxiliary import AuxiliaryNetwork
-
-if TYPE_CHECKING:
-    from .phases import FrozenNetworks
+from .loading import FrozenNetworks
 
 
 @torch.no_grad()

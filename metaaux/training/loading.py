@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,9 +13,13 @@ import torch
 from accelerate.tracking import get_available_trackers
 from torch import nn
 
+from ..adaptation import Tasks, make_tasks
 from ..data.dataset import FaceDataset
 from ..data.sampler import FaceSampler
 from ..hub.loading import load_component
+from ..losses import InversionLoss
+from ..models.eg3d import EG3DGenerator
+from ..models.encoder import LatentEncoder
 from ..models.perceptual import LPIPS
 from .settings import DataSettings
 
@@ -48,6 +53,27 @@ def load_perceptual(path: str | os.PathLike) -> LPIPS:
     normalisation."""
     path = find_folder(path)
     return load_component(LPIPS, path) if path.is_dir() else LPIPS.from_features_file(path)
+
+
+@dataclass
+class FrozenNetworks:
+    """What the auxiliary network is trained against; nothing here is trained.
+
+    Attributes:
+        generator: the generator G.
+        encoder: gives the codes, which stay fixed.
+        inner_loss: Eq. 8 as inference has it.
+        outer_loss: of the objective.
+    """
+
+    generator: EG3DGenerator
+    encoder: LatentEncoder
+    inner_loss: InversionLoss
+    outer_loss: InversionLoss
+
+    def tasks(self, image: torch.Tensor, camera: torch.Tensor) -> Tasks:
+        """Photos [B, 3, S, S] seen by cameras [B, 25] as a task each."""
+        return make_tasks(self.generator, self.encoder, image, camera)
 
 
 def make_sampler(data: DataSettings, dataset: FaceDataset, batch: int, device: torch.device, seed: int) -> FaceSampler:

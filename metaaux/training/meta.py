@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from ..adaptation import InnerLoop, InnerProblem, Tasks, predict_tasks, synthesize_tasks
 from ..models.auxiliary import AuxiliaryNetwork
 from .cuda_graphs import CapturedFunction
-from .phases import AuxiliaryConfig, AuxiliaryTrainer, FrozenNetworks, InnerSettings, OuterSettings
+from .loading import FrozenNetworks
+from .phases import AuxiliaryConfig, AuxiliaryTrainer, InnerSettings, OuterSettings
 
 
 def meta_objective(

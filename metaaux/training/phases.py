@@ -3,14 +3,12 @@ figures. `plain` and `meta` hold what they differ in."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
 from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from ..adaptation import Tasks, make_tasks
 from ..losses import InversionLoss, LossWeights
 from ..models.auxiliary import AuxiliaryNetwork
 from ..models.discriminator import DualDiscriminator
@@ -19,7 +17,7 @@ from ..models.encoder import LatentEncoder
 from ..models.identity import IdentityNetwork
 from .calibration import calibrate_rates
 from .distributed import FlatGradients, broadcast_module
-from .loading import load_network, load_perceptual
+from .loading import FrozenNetworks, load_network, load_perceptual
 from .loop import Trainer, averaged_copy, per_process, set_learning_rates
 from .schedules import average_decay, update_average
 from .settings import (
@@ -140,27 +138,6 @@ class AuxiliaryConfig(Settings):
     """Precision: of the generator and, in the plain phase, of the auxiliary network."""
     run: RunSettings
     """Length and folder."""
-
-
-@dataclass
-class FrozenNetworks:
-    """What the auxiliary network is trained against; nothing here is trained.
-
-    Attributes:
-        generator: the generator G.
-        encoder: gives the codes, which stay fixed.
-        inner_loss: Eq. 8 as inference has it.
-        outer_loss: of the objective.
-    """
-
-    generator: EG3DGenerator
-    encoder: LatentEncoder
-    inner_loss: InversionLoss
-    outer_loss: InversionLoss
-
-    def tasks(self, image: torch.Tensor, camera: torch.Tensor) -> Tasks:
-        """Photos [B, 3, S, S] seen by cameras [B, 25] as a task each."""
-        return make_tasks(self.generator, self.encoder, image, camera)
 
 
 def load_networks(config: AuxiliaryConfig, device: torch.device) -> FrozenNetworks:

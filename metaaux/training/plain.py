@@ -11,7 +11,8 @@ from ..adaptation import Tasks, synthesize_tasks
 from ..models.auxiliary import AuxiliaryNetwork, AuxiliaryOutput
 from .cuda_graphs import CapturedFunction
 from .distributed import average_buffers, batch_statistics
-from .phases import AuxiliaryConfig, AuxiliaryTrainer, FrozenNetworks
+from .loading import FrozenNetworks
+from .phases import AuxiliaryConfig, AuxiliaryTrainer
 from .trainer import TrainingRun
 
 

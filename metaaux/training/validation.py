@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from PIL import Image
 
@@ -11,9 +9,7 @@ from ..adaptation import InnerLoop, InnerProblem, predict_tasks, synthesize_task
 from ..data.dataset import FaceDataset, to_signed
 from ..export.sheets import grid
 from ..models.auxiliary import AuxiliaryNetwork
-
-if TYPE_CHECKING:
-    from .phases import FrozenNetworks
+from .loading import FrozenNetworks
 
 
 class Validation:
