@@ -16,6 +16,7 @@ from metaaux.training.settings import Settings, default_run_folder, load_setting
 CONFIGS = Path(__file__).resolve().parent.parent / "metaaux" / "configs"
 CLASSES = {
     "mini/generator": GeneratorConfig,
+    "mini/generator-256": GeneratorConfig,
     "mini/generator-continue": GeneratorConfig,
     "mini/identity": IdentityConfig,
     "mini/encoder": EncoderConfig,

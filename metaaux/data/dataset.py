@@ -50,8 +50,8 @@ class FaceDataset(torch.utils.data.Dataset):
         if least_sharp:
             entries = [e for e in entries if e[3].get("sharp", 0.0) >= least_sharp.get(e[3].get("source"), -math.inf)]
         entries = entries[:limit]
-        self.files = [(part, name) for part, name, _, _ in entries]
-        self.names = [name for _, name in self.files]
+        self.files = [(name, part) for part, name, _, _ in entries]
+        self.names = [name for name, _ in self.files]
         self.attributes = [attributes for *_, attributes in entries]
         self.cameras = torch.tensor([camera for _, _, camera, _ in entries], dtype=torch.float32)
 
@@ -60,18 +60,19 @@ class FaceDataset(torch.utils.data.Dataset):
         if not part.exists():
             raise FileNotFoundError(f"no data set at {part}; `metaaux prepare` makes one from a folder of photos")
         try:
-            labels = json.loads(self._read(part, "dataset.json"))["labels"]
+            labels = json.loads(self.read("dataset.json", part))["labels"]
         except (KeyError, FileNotFoundError) as error:
             raise FileNotFoundError(f"{part} has no dataset.json with labels: no EG3D data set") from error
         if not labels or any(len(camera) != 25 for _, camera in labels):
             raise ValueError(f"{part}/dataset.json must hold one label at least, each of 25 numbers")
         try:
-            return labels, json.loads(self._read(part, "attributes.json"))
+            return labels, json.loads(self.read("attributes.json", part))
         except (KeyError, FileNotFoundError):
             return labels, {}
 
-    def _read(self, part: Path, name: str) -> bytes:
-        """The bytes of one file of a zip or folder."""
+    def read(self, name: str, part: Path | None = None) -> bytes:
+        """The bytes of one file of a zip or folder of the data set, of the first one unless given."""
+        part = part or self.parts[0]
         if part.is_dir():
             return (part / name).read_bytes()
         # A ZipFile shares one file position between its readers; each process opens its own and reads in one thread.
@@ -79,8 +80,8 @@ class FaceDataset(torch.utils.data.Dataset):
             self._zips[part] = (os.getpid(), zipfile.ZipFile(part))
         return self._zips[part][1].read(name)
 
-    def _decode(self, file: tuple[Path, str], data: bytes) -> np.ndarray:
-        part, name = file
+    def _decode(self, file: tuple[str, Path], data: bytes) -> np.ndarray:
+        name, part = file
         try:
             image = Image.open(io.BytesIO(data), formats=("PNG", "WEBP", "JPEG")).convert("RGB")
         except UnidentifiedImageError:
@@ -96,7 +97,7 @@ class FaceDataset(torch.utils.data.Dataset):
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        array = self._decode(self.files[index], self._read(*self.files[index]))
+        array = self._decode(self.files[index], self.read(*self.files[index]))
         return torch.from_numpy(array.copy()).permute(2, 0, 1), self.cameras[index]
 
     def __getstate__(self) -> dict:
@@ -115,7 +116,7 @@ class FaceDataset(torch.utils.data.Dataset):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for start in range(0, len(self), 256):
                 files = self.files[start : start + 256]
-                arrays = list(pool.map(self._decode, files, [self._read(*file) for file in files]))
+                arrays = list(pool.map(self._decode, files, [self.read(*file) for file in files]))
                 images[start : start + 256] = torch.from_numpy(np.stack(arrays)).to(device).permute(0, 3, 1, 2)
         return images
 

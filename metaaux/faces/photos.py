@@ -137,7 +137,9 @@ def _read(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
         raise UnreadableImageError(f"{name} is empty") from None
     kind = next((words for pattern, words in _OTHER_FILES if re.match(pattern, start, re.DOTALL)), None)
     if isinstance(failure, UnidentifiedImageError) and kind is not None and "HEIF" not in kind and "AVIF" not in kind:
-        raise UnreadableImageError(f"{name} is {kind}, not an image that can be read here; save it as JPEG or PNG first") from None
+        raise UnreadableImageError(
+            f"{name} is {kind}, not an image that can be read here; save it as JPEG or PNG first"
+        ) from None
     pixels = without_metadata(start + file.read())
     if pixels is not None:
         try:
