@@ -34,6 +34,17 @@ TINY_ENCODER = {
     "num_heads": 2,
 }
 
+#: Files that drive a browser: one after the other, since two at once would wait for each other's pages.
+BROWSER_FILES = ("test_app_browser", "test_app_turn", "test_app_zero_gpu")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Each file's tests share a process, and with it the fixtures of the file."""
+    for item in items:
+        name = item.path.stem
+        item.add_marker(pytest.mark.xdist_group("browser" if name in BROWSER_FILES else name))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():

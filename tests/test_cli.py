@@ -340,7 +340,7 @@ class TestPrinting:
     def cyrillic_folder(self, tiny_folder, tmp_path):
         return shutil.copytree(tiny_folder, tmp_path / "фото")
 
-    @pytest.mark.parametrize("encoding", ["cp1252", "ascii:strict", "utf-8"])
+    @pytest.mark.parametrize("encoding", ["cp1252", "ascii:strict"])
     def test_encodings_without_the_letters_of_a_name(self, cyrillic_folder, encoding):
         process = self.start("model-info", cyrillic_folder, environment={"PYTHONIOENCODING": encoding})
         out, err = process.communicate()
@@ -359,7 +359,7 @@ class TestPrinting:
         assert process.returncode == 0, err
         assert {path.name for path in out.iterdir()} == RESULTS
 
-    @pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-8"])
+    @pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
     def test_json_is_ascii_under_every_encoding(self, cyrillic_folder, encoding):
         process = self.start("model-info", cyrillic_folder, "--json", environment={"PYTHONIOENCODING": encoding})
         out, err = process.communicate()
