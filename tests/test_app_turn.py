@@ -49,6 +49,16 @@ def open_head(open_page, **options):
     return page
 
 
+def open_example(open_page, **options):
+    """As `open_head`, with the head of an example, which is made for the first of these visitors alone."""
+    page = open_page(**options)
+    page.locator("#photo-panel .gallery-item").first.click()
+    page.wait_for_selector("#view img", timeout=SLOW)
+    expect(page.locator("#view .stage")).to_have_attribute("data-views", str(VIEWS), timeout=SLOW)
+    settled(page)
+    return page
+
+
 def requests_of(page):
     """List that grows with each request to the server."""
     requests = []
@@ -81,7 +91,7 @@ def angles(page):
 
 
 def test_dragging_shows_many_views_without_a_request(open_page):
-    page = open_head(open_page)
+    page = open_example(open_page)
     x, y, width = middle(page)
     before = view(page)
     requests = requests_of(page)
@@ -103,7 +113,7 @@ def test_dragging_shows_many_views_without_a_request(open_page):
 
 
 def test_keys_wheel_and_sliders_turn_it(open_page):
-    page = open_head(open_page)
+    page = open_example(open_page)
     stage = page.locator("#view .stage")
     stage.focus()
     yaw, pitch = angles(page)
@@ -127,7 +137,7 @@ def test_keys_wheel_and_sliders_turn_it(open_page):
 
 
 def test_an_edit_is_one_request_and_renews_the_views(open_page):
-    page = open_head(open_page)
+    page = open_example(open_page)
     before, old = view(page), page.evaluate("document.querySelector('#view .stage').dataset.views")
     joined = []
     page.on("request", lambda request: joined.append(request) if request.url.endswith("/queue/join?") else None)
@@ -149,7 +159,7 @@ def test_an_edit_is_one_request_and_renews_the_views(open_page):
 
 
 def test_a_finger_turns_it_and_still_scrolls_the_page(open_page):
-    page = open_head(
+    page = open_example(
         open_page, viewport={"width": 390, "height": 844}, device_scale_factor=2, is_mobile=True, has_touch=True
     )
     page.locator("#view .stage").scroll_into_view_if_needed()
