@@ -245,3 +245,15 @@ def face_zip(crops, cameras, tmp_path_factory):
             archive.writestr(labels[-1][0], data.getvalue())
         archive.writestr("dataset.json", json.dumps({"labels": labels}))
     return path
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_folder):
+    """The demo's engine on the CPU, with the tiny pipeline loaded."""
+    from metaaux.demo.engine import Engine
+    from metaaux.demo.settings import Settings
+
+    engine = Engine(Settings(models=(str(tiny_folder),), device="cpu"))
+    engine.start()
+    engine.inverter()
+    return engine

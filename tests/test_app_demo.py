@@ -31,14 +31,6 @@ from metaaux.models.directions import Direction, LatentDirections
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_folder):
-    engine = Engine(Settings(models=(str(tiny_folder),), device="cpu"))
-    engine.start()
-    engine.inverter()
-    return engine
-
-
-@pytest.fixture(scope="module")
 def flat_handlers(tiny_2d_inverter, tmp_path_factory):
     folder = tmp_path_factory.mktemp("flat") / "model"
     tiny_2d_inverter.save_pretrained(folder)

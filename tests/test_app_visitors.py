@@ -15,18 +15,9 @@ import pytest
 from PIL import Image
 
 from metaaux.demo import Settings, build_demo, quota
-from metaaux.demo.engine import Engine
 from metaaux.demo.handlers import Handlers
 from metaaux.demo.heads import HeadCache, head_bytes
 from metaaux.demo.session import Session, SessionExpiredError, Visitor, show
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_folder):
-    engine = Engine(Settings(models=(str(tiny_folder),), device="cpu"))
-    engine.start()
-    engine.inverter()
-    return engine
 
 
 class TestSession:
