@@ -24,7 +24,7 @@ from torch import nn
 from transformers import ResNetBackbone, ResNetConfig
 
 from .stylegan2 import KERNEL_SIZE, LRELU_SLOPE, MappingNetwork, StyleGAN2Generator, SynthesisBlock
-from .weights import unwrapped
+from .weights import constructor_arguments, unwrapped
 
 BACKBONE_STRIDE = 32
 
@@ -399,8 +399,7 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
 
     def _with(self, config: dict[str, Any], parameters: dict[str, tuple[torch.Tensor, float]]) -> AuxiliaryNetwork:
         """A copy with another configuration, and parameters by name with the factor of each one's inner rate."""
-        arguments = {key: value for key, value in self.config.items() if not key.startswith("_")}
-        copy = AuxiliaryNetwork(**arguments | config).to(self.device)
+        copy = AuxiliaryNetwork(**constructor_arguments(self, **config)).to(self.device)
         state = self.state_dict()
         state["log_inner_rates"] = state["log_inner_rates"].clone()
         names = list(self.adaptable_parameters())

@@ -22,6 +22,11 @@ PRECISIONS = ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16,
 _WRAPPERS = ("_orig_mod", "module")
 
 
+def constructor_arguments(network: torch.nn.Module, **changed: Any) -> dict[str, Any]:
+    """What a network was constructed with, as its configuration holds it, but for the arguments in `changed`."""
+    return {name: value for name, value in network.config.items() if not name.startswith("_")} | changed
+
+
 def unwrapped(network: torch.nn.Module) -> torch.nn.Module:
     """The network itself, without torch.compile and (Distributed)DataParallel around it."""
     while wrapper := next((name for name in _WRAPPERS if name in network._modules), None):

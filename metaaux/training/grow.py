@@ -19,6 +19,7 @@ from ..files import forget_origin
 from ..models.discriminator import Convolution, DualDiscriminator
 from ..models.eg3d import EG3DGenerator
 from ..models.stylegan2 import LRELU_GAIN, LRELU_SLOPE, SynthesisLayer, ToRGB
+from ..models.weights import constructor_arguments
 from .loading import load_network
 
 #: Relative difference between the weights by which two copies of a channel are read.
@@ -86,7 +87,7 @@ def widen_generator(generator: EG3DGenerator, seed: int = 0) -> EG3DGenerator:
     """
     if generator.config.conv_clamp is not None:
         raise ValueError("a generator whose activations are clamped cannot be widened")
-    wide = EG3DGenerator(**_settings(generator, channel_base=generator.config.channel_base * 2))
+    wide = EG3DGenerator(**constructor_arguments(generator, channel_base=generator.config.channel_base * 2))
     random = torch.Generator().manual_seed(seed)
     for name in ("mapping_network", "decoder", "super_resolution"):
         _fill(getattr(wide, name), getattr(generator, name).state_dict())
@@ -121,7 +122,9 @@ def widen_discriminator(discriminator: DualDiscriminator, seed: int = 0) -> Dual
     Raises:
         ValueError: a block would grow by another factor than two, or the last one would grow.
     """
-    wide = DualDiscriminator(**_settings(discriminator, channel_base=discriminator.config.channel_base * 2))
+    wide = DualDiscriminator(
+        **constructor_arguments(discriminator, channel_base=discriminator.config.channel_base * 2)
+    )
     random = torch.Generator().manual_seed(seed)
     for name in ("conv", "fc", "out", "mapping_network"):
         if hasattr(discriminator, name):
@@ -152,7 +155,7 @@ def enlarge_generator(generator: EG3DGenerator) -> EG3DGenerator:
     if generator.config.super_resolution_kind != "2X":
         raise ValueError(f"only a 2X super-resolution can become 4X, not {generator.config.super_resolution_kind}")
     size = generator.config.image_size * 2
-    large = EG3DGenerator(**_settings(generator, image_size=size, super_resolution_kind="4X"))
+    large = EG3DGenerator(**constructor_arguments(generator, image_size=size, super_resolution_kind="4X"))
     state = generator.state_dict()
     # Noise of the super-resolution is never applied; its constants are of the new size.
     fresh = {n: v for n, v in large.state_dict().items() if n not in state or v.shape != state[n].shape}
@@ -189,7 +192,9 @@ def enlarge_discriminator(
     size = config.image_size * 2
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        large = DualDiscriminator(**_settings(discriminator, image_size=size, first_channels=first_channels))
+        large = DualDiscriminator(
+            **constructor_arguments(discriminator, image_size=size, first_channels=first_channels)
+        )
     state = {n: v for n, v in discriminator.state_dict().items() if ".fromrgb." not in n}
     own = large.state_dict()
     _fill(large, state | {n: v for n, v in own.items() if n.startswith(f"b{size}.")})
@@ -208,11 +213,6 @@ def enlarge_discriminator(
     block.conv1.bias.copy_(former.bias * LRELU_GAIN)
     block.skip.weight.zero_()
     return large
-
-
-def _settings(model: nn.Module, **changed) -> dict:
-    """The constructor's arguments of a model, some of them changed."""
-    return {name: value for name, value in model.config.items() if not name.startswith("_")} | changed
 
 
 def grow(
