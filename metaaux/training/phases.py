@@ -87,6 +87,9 @@ class InnerSettings(Settings):
     """Rays a side; null: the generator's."""
     tasks_per_pass: PositiveInt = 8
     """Tasks of a process whose inner loops run side by side; less needs less memory."""
+    checkpoint: bool = False
+    """Of second order: keep the parameters of each step alone and compute it again in the backward pass, which takes a
+    third more time and the memory of one step instead of K."""
     learn_rates: bool = True
     """Whether the inner learning rates are learnt too."""
     rates_learning_rate: PositiveFloat = 0.02

@@ -7,8 +7,8 @@ import contextlib
 import torch
 from accelerate import Accelerator
 
-from ..adaptation import Tasks, synthesize_tasks
 from ..models.auxiliary import AuxiliaryNetwork, AuxiliaryOutput
+from ..tasks import Tasks, synthesize_tasks
 from .cuda_graphs import CapturedFunction
 from .distributed import average_buffers, batch_statistics
 from .loading import FrozenNetworks

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from ..adaptation import InnerLoop, InnerProblem, predict_tasks, synthesize_tasks
+from ..adaptation import InnerLoop, InnerProblem
 from ..data.dataset import FaceDataset, to_signed
 from ..export.sheets import grid
 from ..models.auxiliary import AuxiliaryNetwork
+from ..tasks import predict_tasks, synthesize_tasks
 from .loading import FrozenNetworks
 
 
