@@ -320,6 +320,30 @@ def test_plain_objective_is_the_loss_of_the_prediction(networks, tasks, tiny_com
     torch.testing.assert_close(figures["mse"], (view.image - tasks.image).square().mean())
 
 
+@pytest.mark.parametrize("rays_at_once", [None, 6])
+def test_micro_batches_have_the_gradient_of_the_whole_batch(smooth_problem, rays_at_once):
+    """Batch statistics too are those of the whole batch."""
+    networks, auxiliary, tasks = smooth_problem
+    auxiliary.train()
+    # Parts of one picture would be rendered by another formula, which rounds otherwise.
+    camera, w = (torch.cat([tensor, tensor.flip(0)]) for tensor in (tasks.camera, tasks.w))
+    four = Tasks(torch.cat([tasks.image, tasks.image.flip(-2)]), camera, w, networks.generator.planes(w))
+
+    def gradients(**options):
+        objective, figures = plain_objective(networks, auxiliary, four, **options)
+        return torch.autograd.grad(objective, list(auxiliary.adaptable_parameters().values())), figures
+
+    expected, expected_figures = gradients()
+    networks.generator.rays_at_once = rays_at_once
+    actual, actual_figures = gradients(micro_batch=2)
+    largest = max(gradient.abs().max() for gradient in expected).item()
+    assert math.isfinite(largest) and largest > 0
+    for gradient, value in zip(actual, expected, strict=True):
+        torch.testing.assert_close(gradient, value, rtol=1e-9, atol=1e-10 * largest)
+    for name, value in expected_figures.items():
+        torch.testing.assert_close(actual_figures[name], value, rtol=1e-12, atol=0)
+
+
 def test_inner_loop_with_a_generator_in_half_precision(networks, tasks, tiny_components):
     auxiliary = tiny_components["auxiliary"]
     rates = {name: torch.tensor(1e-3) for name in auxiliary.adaptable_parameters()}
@@ -440,6 +464,13 @@ def test_configuration_errors(folders, tiny_components, tmp_path):
     for wrong in ({"phase": "both"}, {"inner__order": "third"}, {"compute__precision": "fp16"}, {"inner__steps": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong)).replace("__", ".")):
             tiny_config(folders, tiny_components, **wrong)
+    for wrong in (
+        {"inner__checkpoint": True},
+        {"compute__rays_at_once": 64},
+        {"compute__graphs": False, "compute__micro_batch": 2},
+    ):
+        with pytest.raises(ValueError, match="compute.graphs: false|graphs: false|tasks_per_pass divides"):
+            tiny_config(folders, tiny_components, phase="meta", **wrong)
     with pytest.raises(ValueError, match="tasks_per_pass"):
         train(tiny_config(folders, tiny_components, phase="meta", batch=3), tmp_path / "run")
 

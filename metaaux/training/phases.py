@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
-from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from ..losses import InversionLoss, LossWeights
 from ..models.auxiliary import AuxiliaryNetwork
@@ -22,8 +22,8 @@ from .loop import Trainer, averaged_copy, per_process, set_learning_rates
 from .schedules import average_decay, update_average
 from .settings import (
     AverageSettings,
-    ComputeSettings,
     DataSettings,
+    FrozenGeneratorCompute,
     OptimiserSettings,
     RunSettings,
     Settings,
@@ -89,7 +89,7 @@ class InnerSettings(Settings):
     """Tasks of a process whose inner loops run side by side; less needs less memory."""
     checkpoint: bool = False
     """Of second order: keep the parameters of each step alone and compute it again in the backward pass, which takes a
-    third more time and the memory of one step instead of K."""
+    third more time and the memory of one step instead of K. Needs graphs off."""
     learn_rates: bool = True
     """Whether the inner learning rates are learnt too."""
     rates_learning_rate: PositiveFloat = 0.02
@@ -137,10 +137,21 @@ class AuxiliaryConfig(Settings):
     """The averaged network, saved as `auxiliary_average`."""
     validation_photos: PositiveInt = 32
     """Photos of the validation set that are inverted at each interval."""
-    compute: ComputeSettings = ComputeSettings()
-    """Precision: of the generator and, in the plain phase, of the auxiliary network."""
+    compute: FrozenGeneratorCompute = FrozenGeneratorCompute()
+    """Precision: of the generator and, in the plain phase, of the auxiliary network. `micro_batch` is the plain
+    phase's; the meta phase's batch is divided by `inner.tasks_per_pass`."""
     run: RunSettings
     """Length and folder."""
+
+    @model_validator(mode="after")
+    def _memory(self) -> AuxiliaryConfig:
+        if self.compute.graphs and self.inner.checkpoint and self.phase == "meta":
+            raise ValueError(
+                "inner.checkpoint computes in the backward pass, which graphs do not capture: compute.graphs: false"
+            )
+        if self.phase == "meta" and self.compute.micro_batch is not None:
+            raise ValueError("compute.micro_batch is the plain phase's; inner.tasks_per_pass divides this one's batch")
+        return self
 
 
 def load_networks(config: AuxiliaryConfig, device: torch.device) -> FrozenNetworks:
@@ -185,6 +196,7 @@ class AuxiliaryTrainer(Trainer):
         super().__init__(config, accelerator)
         self.own_batch = per_process(config.batch, accelerator)
         self.networks = load_networks(config, self.device)
+        self.networks.generator.rays_at_once = config.compute.rays_at_once
         auxiliary = make_auxiliary(config, self.networks.generator).to(self.device)
         auxiliary.register_to_config(inner_loss=self.networks.inner_loss.describe())
         broadcast_module(accelerator, auxiliary)
@@ -223,7 +235,8 @@ class AuxiliaryTrainer(Trainer):
 
     def calibrate(self) -> None:
         """Inner rates from the averaged network's gradients, for both."""
-        tasks = self.networks.tasks(*self.sampler.next()).split(self.config.inner.tasks_per_pass)[0]
+        image, camera = (tensor[: self.config.inner.tasks_per_pass] for tensor in self.sampler.next())
+        tasks = self.networks.tasks(image, camera)
         calibrate_rates(self.networks, self.average, tasks, self.config.inner.calibrate_rates, self.accelerator)
         self.auxiliary.log_inner_rates.data.copy_(self.average.log_inner_rates)
 
