@@ -480,6 +480,7 @@ def test_configuration_errors(folders, tiny_components, tmp_path):
     [
         "mini/plain.yaml",
         "mini/meta.yaml",
+        "mini/meta-paper.yaml",
         "baselines/plain-without-2d.yaml",
         "baselines/plain-without-3d.yaml",
     ],
