@@ -27,7 +27,7 @@ _METHODS = {
     "encoder": "encoder alone (W)",
     "styletransformer": "StyleTransformer-style (W+, our encoder)",
     "psp": "pSp-style (W+, our trunk)",
-    "hyperinverter": "HyperInverter-style (our network without steps)",
+    "hyperinverter": "HyperInverter-style (our network, no steps)",
     "metaaux-0": "ours, before any step",
     "metaaux": "ours, {steps} steps",
 }
