@@ -7,6 +7,7 @@ minutes on two CPU cores. Needs requirements-dev.txt.
 from __future__ import annotations
 
 import io
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -93,14 +94,17 @@ def turning(page: Page) -> None:
     page.mouse.up()
     changed(page, before)
     page.evaluate("() => document.body.lastElementChild.remove()")
-    frames[0].save(
-        FOLDER / "turning.webp", save_all=True, append_images=frames[1:], duration=70, loop=0, quality=62, method=6
-    )
+    swing = io.BytesIO()
+    frames[0].save(swing, "WEBP", save_all=True, append_images=frames[1:], duration=70, loop=0, quality=62, method=6)
+    (FOLDER / "turning.webp").write_bytes(swing.getvalue())
 
 
 def main() -> None:
     expect.set_options(timeout=SLOW)
-    with tempfile.TemporaryDirectory() as folder, running_app(Path(folder) / "app", METAAUX_DEVICE="cpu") as app:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_app(Path(folder) / "app", METAAUX_DEVICE="cpu", OMP_NUM_THREADS=str(os.cpu_count())) as app,
+    ):
         with running_browser() as browser, visitors(app, browser) as open_page:
             page = open_page(viewport=SIZE)
             invert(page, EILEEN)
@@ -118,7 +122,6 @@ def main() -> None:
             page.locator("#invert:not([disabled])").click(timeout=SLOW)
             page.locator("#strip .thumbnail-item").nth(3).wait_for(timeout=SLOW)
             save(picture(page), "desktop-dark.png")
-            page.click("#cancel")
 
             page = open_page(
                 viewport={"width": 390, "height": 844}, device_scale_factor=2, is_mobile=True, has_touch=True
