@@ -76,7 +76,8 @@ class Trainer(ABC):
     @functools.cached_property
     def dataset(self) -> FaceDataset:
         """The photos."""
-        return FaceDataset(self.config.data.path, self.image_size, least_sharp=self.config.data.least_sharp)
+        data = self.config.data
+        return FaceDataset(data.path, self.image_size, least_sharp=data.least_sharp, mirrored_copies=not data.mirror)
 
     def load_data(self, images: int) -> None:
         """Reads the photos and starts this process's random streams for a run that has seen `images`; all that is
@@ -95,7 +96,7 @@ class Trainer(ABC):
         """Up to `limit` photos that are not trained on, or training photos where the settings name no others."""
         if not self.config.data.validation:
             return self.dataset
-        return FaceDataset(self.config.data.validation, self.image_size, limit=limit)
+        return FaceDataset(self.config.data.validation, self.image_size, limit=limit, mirrored_copies=False)
 
     def before_saving(self, run: TrainingRun) -> None:
         """What belongs into each checkpoint; called in every process."""
