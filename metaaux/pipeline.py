@@ -35,8 +35,9 @@ from .models.eg3d import EG3DGenerator
 from .models.encoder import LatentEncoder
 from .models.identity import IdentityNetwork
 from .models.perceptual import LPIPS
+from .models.presets import preset_of
 from .models.stylegan2 import StyleGAN2Generator
-from .models.weights import check_computable
+from .models.weights import check_computable, unwrapped
 from .rendering import RenderingMixin
 
 StepCallback = Callable[[int, Image.Image, dict[str, float]], None]
@@ -156,6 +157,11 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
                 f"it with: {trained} in training, {used} here; inversions will be worse than those that were measured",
                 stacklevel=2,
             )
+
+    @property
+    def preset(self) -> str:
+        """How the auxiliary network is built and adapted: "paper", "extended" or "custom"; see `models.presets`."""
+        return preset_of(unwrapped(self.auxiliary))
 
     @property
     def aligner(self) -> FaceAligner:

@@ -231,10 +231,12 @@ class TestModelInfo:
         assert info["parameters"] == sum(part["parameters"] for part in info["components"].values())
         assert info["licence"] == "unknown"
         assert info["settings"]["inner_steps"] == 5
+        assert info["preset"] == "custom" and info["inner_loop"]["position_bias"] == 8
 
     def test_text(self, run, tiny_folder):
         code, out, _ = run("model-info", tiny_folder)
         assert code == 0 and "AuxiliaryNetwork" in out and "M parameters" in out and "weight_perceptual" in out
+        assert "preset       custom" in out
 
 
 class TestTrain:

@@ -154,7 +154,7 @@ class TestEvaluation:
         results = evaluation.summarize()
         assert results == json.loads((tmp_path / "results.json").read_text())
         assert results["methods"].keys() == {"encoder", "metaaux-0"} and results["complete"]
-        assert results["device"] == "cpu" and results["photos"] == 3
+        assert results["device"] == "cpu" and results["photos"] == 3 and results["preset"] == "custom"
         figures = results["methods"]["encoder"]
         assert figures.keys() == METHOD_KEYS
         images = tiny_inverter.generator.synthesize(tiny_inverter.encoder(batch[0]), batch[1]).image.clamp(-1, 1)

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from ..adaptation import InnerLoop, InnerProblem, Tasks, adapt, make_tasks, predict_tasks
+from ..adaptation import InnerLoop, InnerProblem, adapt
 from ..files import source_name
 from ..losses import InversionLoss
 from ..models.auxiliary import AuxiliaryNetwork
 from ..models.encoder import LatentEncoder
+from ..tasks import Tasks, make_tasks, predict_tasks
 from .base import Generator, InversionMethod, Reconstruction, weights_of
 from .registry import MethodRequest, register
 

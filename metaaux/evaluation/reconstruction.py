@@ -220,6 +220,7 @@ class ReconstructionEvaluation:
             "device": device_name(self.device),
             "model": self.settings["model"],
             "fingerprint": self.inverter.fingerprint,
+            "preset": self.inverter.preset,
             "versions": {"metaaux": __version__, "torch": torch.__version__},
         }
         write_json(results, self.folder / "results.json")

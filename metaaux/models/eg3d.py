@@ -18,6 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from . import renderer
+from .recomputation import recomputed
 from .stylegan2 import (
     FullyConnected,
     LatentCodes,
@@ -122,8 +123,11 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
     """
 
     config_name = "config.json"
-    # An attribute, so that a training run can compile its own generator's.
+    # Attributes, so that a training run can set its own generator's.
     shade = staticmethod(shade)
+    #: Where it is set and there are gradients, no more rays of each picture are marched at a time, and what their
+    #: derivative needs is computed again in the backward pass (`recomputation`).
+    rays_at_once: int | None = None
 
     @register_to_config
     def __init__(
@@ -271,40 +275,43 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
         depths = renderer.stratified_depths(
             origins, rays, config.ray_start, config.ray_end, config.depth_samples, jitter
         )
-        march = partial(self._march, origins=origins, lookup=lookup, dtype=dtype, jitter=jitter)
+        march = partial(self._march, lookup=lookup, dtype=dtype, jitter=jitter)
         on_cpu = planes.device.type == "cpu" and dtype == torch.float32
+        size = self.rays_at_once if torch.is_grad_enabled() else None
         if on_cpu and lookup == "auto" and not torch.is_grad_enabled():
             # A group of rays at a time, so that what is made of its samples stays in the processor's cache.
+            size = RAYS_AT_ONCE
+            planes = renderer.PlaneTable.of(planes)
+            offset_planes = None if offset_planes is None else renderer.PlaneTable.of(offset_planes.float())
+        if size is None:
+            colours, distance, opacity = march(planes, offset_planes, origins, directions, depths)
+        else:
             uniform = (
-                torch.rand(batch, rays, config.importance_samples, dtype=torch.float32, device=planes.device)
+                torch.rand(batch, rays, config.importance_samples, dtype=torch.float32, device=cameras.device)
                 if jitter
                 else None
             )
-            limits = torch.stack((depths.min(), depths.max()))
-            table = renderer.PlaneTable.of(planes)
-            offsets = None if offset_planes is None else renderer.PlaneTable.of(offset_planes.float())
+            march = partial(march, limits=torch.stack((depths.min(), depths.max())))
+            if torch.is_grad_enabled():
+                march = partial(recomputed, march)
             parts = [
                 march(
-                    table,
-                    offset_planes=offsets,
-                    directions=directions[:, start:end],
-                    depths=depths[:, start:end],
-                    uniform=None if uniform is None else uniform[:, start:end],
-                    limits=limits,
+                    planes,
+                    offset_planes,
+                    origins,
+                    directions[:, start:end],
+                    depths[:, start:end],
+                    None if uniform is None else uniform[:, start:end],
                 )
-                for start, end in _spans(rays, RAYS_AT_ONCE)
+                for start, end in _spans(rays, size)
             ]
             colours, distance, opacity = (torch.cat(part, dim=1) for part in zip(*parts))
-        else:
-            colours, distance, opacity = march(
-                planes, offset_planes=offset_planes, directions=directions, depths=depths
-            )
         # Not by contiguous(): at a batch of one it is content with strides that convolutions do not recognise.
         features = (colours * 2 - 1).unflatten(1, (side, side)).permute(0, 3, 1, 2)
         return Rendering(features, distance.reshape(batch, 1, side, side), opacity.reshape(batch, 1, side, side))
 
     def _march(
-        self, planes, offset_planes, origins, directions, depths, lookup, dtype, jitter, uniform=None, limits=None
+        self, planes, offset_planes, origins, directions, depths, uniform=None, *, lookup, dtype, jitter, limits=None
     ):
         """Samples and composites rays: colours [B, M, C] in about [0, 1], distance [B, M], opacity [B, M]."""
         config = self.config

@@ -15,6 +15,7 @@ from ..models.eg3d import EG3DGenerator
 from .distributed import FlatGradients, average_buffers, batch_statistics, broadcast_module
 from .loading import load_network
 from .loop import Trainer, averaged_copy, per_process, set_learning_rates
+from .micro_batches import in_parts, pictures_at_once
 from .schedules import average_decay, update_average
 from .trainer import TrainingRun
 
@@ -45,8 +46,11 @@ class SampleSource:
         Draw the cameras apart from the mapping's `conditions`, so that a code does not tell its view.
         """
         w = self.latents(conditions)
-        image = self.generator.synthesize(w, cameras, resolution=resolution, dtype=self.dtype).image
-        return w, image.clamp(-1, 1)
+
+        def picture(w: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
+            return self.generator.synthesize(w, cameras, resolution=resolution, dtype=self.dtype).image
+
+        return w, in_parts(picture, pictures_at_once(self.generator.config.image_size), w, cameras).clamp(-1, 1)
 
 
 class AveragedTrainer(Trainer):

@@ -32,10 +32,11 @@ from .averaged import AveragedTrainer, SampleSource
 from .cuda_graphs import CapturedFunction
 from .loading import load_network, load_perceptual
 from .loop import per_process
+from .micro_batches import accumulated, in_parts, pictures_at_once
 from .settings import (
     AverageSettings,
-    ComputeSettings,
     DataSettings,
+    FrozenGeneratorCompute,
     OptimiserSettings,
     RunSettings,
     Settings,
@@ -125,7 +126,7 @@ class EncoderConfig(Settings):
     """AdamW."""
     average: AverageSettings = AverageSettings(half_life_images=10_000)
     """The averaged encoder."""
-    compute: ComputeSettings = ComputeSettings()
+    compute: FrozenGeneratorCompute = FrozenGeneratorCompute()
     """Precision."""
     run: RunSettings
     """Length and folder."""
@@ -212,6 +213,7 @@ class EncoderEvaluation:
         device = samples.generator.device
         self.generator, self.dtype = samples.generator, samples.dtype
         self.distribution, self.loss = distribution, loss
+        self.at_once = pictures_at_once(samples.generator.config.image_size)
         shown = range(min(self.PHOTOS, len(dataset)))
         self.photos = to_signed(torch.stack([dataset[i][0] for i in shown])).to(device)
         self.cameras = dataset.cameras[: len(self.photos)].to(device)
@@ -221,21 +223,31 @@ class EncoderEvaluation:
     @torch.no_grad()
     def figures(self, encoder: ImageEncoder) -> dict[str, float]:
         """Losses on the photos, their codes' `mahalanobis`, and the `latent` error on samples."""
-        predicted = encoder(self.photos)
-        image = self.generator.synthesize(predicted, self.cameras, dtype=self.dtype).image
-        terms = self.loss(image, None, self.photos, self.cameras)
-        figures = {name: terms[name].mean().item() for name in (*self.loss.terms, "total")}
+        predicted = in_parts(encoder, self.at_once, self.photos)
+        names = (*self.loss.terms, "total")
+
+        def compare(w, camera, photo):
+            terms = self.loss(self.picture(w, camera), None, photo, camera)
+            return torch.stack([terms[name] for name in names], dim=1)
+
+        means = in_parts(compare, self.at_once, predicted, self.cameras, self.photos).mean(0)
+        figures = dict(zip(names, means.tolist(), strict=True))
         figures["mahalanobis"] = self.distribution.mahalanobis(predicted).mean().item()
-        figures["latent"] = latent_error(encoder(self.samples), self.w, self.distribution.w_std).item()
+        predicted = in_parts(encoder, self.at_once, self.samples)
+        figures["latent"] = latent_error(predicted, self.w, self.distribution.w_std).item()
         return figures
+
+    def picture(self, w: torch.Tensor, camera: torch.Tensor) -> torch.Tensor:
+        """Heads [B, 3, S, S] of codes w [B, …] seen by cameras [B, 25]."""
+        return self.generator.synthesize(w, camera, dtype=self.dtype).image
 
     @torch.no_grad()
     def sheet(self, encoder: ImageEncoder, columns: int = 16) -> Image.Image:
         """`columns` photos, their reconstructions, and those with the head turned by 25 degrees."""
         photos, cameras = self.photos[:columns], self.cameras[:columns]
-        w = encoder(photos)
+        w = in_parts(encoder, self.at_once, photos)
         turned = camera_from_pose(25.0, 0.0).to(cameras).expand_as(cameras)
-        return grid([photos] + [self.generator.synthesize(w, c, dtype=self.dtype).image for c in (cameras, turned)])
+        return grid([photos] + [in_parts(self.picture, self.at_once, w, c) for c in (cameras, turned)])
 
 
 class EncoderTrainer(AveragedTrainer):
@@ -252,6 +264,7 @@ class EncoderTrainer(AveragedTrainer):
         self.loss = reconstruction_loss(config, self.device, self.dtype)
         cameras = torch.cat([self.dataset.cameras, mirror_camera(self.dataset.cameras)]).to(self.device)
         self.distribution = LatentDistribution(self.generator, cameras, seed=config.run.seed)
+        self.generator.rays_at_once = config.compute.rays_at_once
         architecture = ARCHITECTURES[config.architecture]
         if config.initial is None:
             generator = self.generator
@@ -297,8 +310,12 @@ class EncoderTrainer(AveragedTrainer):
 
         rendered = len(photos) + self.rendered_samples
         views = torch.cat([photo_cameras, cameras[: self.rendered_samples]])
-        image = self.generator.synthesize(predicted[:rendered], views, resolution=resolution, dtype=self.dtype).image
-        terms = self.loss(image, None, images[:rendered], views)
+
+        def compare(w, camera, target):
+            image = self.generator.synthesize(w, camera, resolution=resolution, dtype=self.dtype).image
+            return self.loss(image, None, target, camera)
+
+        terms = accumulated(compare, config.compute.micro_batch, predicted[:rendered], views, images[:rendered])
         loss = terms["total"].mean() + config.loss.latent * latent + config.loss.prior * prior
         figures = {name: terms[name][: len(photos)] for name in self.loss.terms}
         return self._gradient(loss, figures | {"latent": latent, "mahalanobis": distance, "prior": prior})

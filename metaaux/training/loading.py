@@ -13,7 +13,6 @@ import torch
 from accelerate.tracking import get_available_trackers
 from torch import nn
 
-from ..adaptation import Tasks, make_tasks
 from ..data.dataset import FaceDataset
 from ..data.sampler import FaceSampler
 from ..hub.loading import load_component
@@ -21,6 +20,7 @@ from ..losses import InversionLoss
 from ..models.eg3d import EG3DGenerator
 from ..models.encoder import LatentEncoder
 from ..models.perceptual import LPIPS
+from ..tasks import Tasks, make_tasks
 from .settings import DataSettings
 
 Network = TypeVar("Network", bound=nn.Module)

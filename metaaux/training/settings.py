@@ -127,6 +127,23 @@ class ComputeSettings(Settings):
     """Fuse passes with `torch.compile`, where the part has passes that gain by it."""
 
 
+class FrozenGeneratorCompute(ComputeSettings):
+    """Of parts that learn through the frozen generator's pictures, which may need more memory than a GPU has."""
+
+    micro_batch: PositiveInt | None = None
+    """Pictures of a process that are rendered and compared at once; null: all of its batch. The gradient is the same
+    but for rounding."""
+    rays_at_once: PositiveInt | None = None
+    """Rays of each picture whose samples are held at a time, to be computed again in the backward pass; null: all are,
+    and nothing is computed twice. Needs graphs off."""
+
+    @model_validator(mode="after")
+    def _no_graphs_of_recomputation(self) -> FrozenGeneratorCompute:
+        if self.graphs and self.rays_at_once is not None:
+            raise ValueError("rays_at_once computes in the backward pass, which graphs do not capture: graphs: false")
+        return self
+
+
 class RunSettings(Settings):
     """How long a run lasts and what it leaves behind. Images are counted over all processes."""
 
