@@ -176,6 +176,26 @@ class TestEG3DLayout:
         with pytest.raises(FileNotFoundError, match="none of the 3 pictures .* such as 0.png"):
             FaceDataset(path, 16)
 
+    @pytest.mark.parametrize("text", [None, '{"labels": null}'])
+    def test_pictures_of_a_2d_generator_need_no_labels(self, tmp_path, text):
+        path = self.write(tmp_path / "set", ["b.png", "a/c.png", "a/c_mirror.png"])
+        (path / "dataset.json").unlink()
+        (path / "LICENSE.txt").write_text("free")
+        if text is not None:
+            (path / "dataset.json").write_text(text)
+        dataset = FaceDataset(path, 16, labelled=False, mirrored_copies=False)
+        assert dataset.names == ["a/c.png", "b.png"] and dataset.load().shape == (2, 3, 16, 16)
+        assert torch.equal(dataset.cameras, camera_from_pose(0.0, 0.0).expand(2, -1))
+        with pytest.raises((FileNotFoundError, ValueError), match="dataset.json"):
+            FaceDataset(path, 16)
+        with pytest.raises(FileNotFoundError, match="holds no pictures"):
+            (tmp_path / "empty").mkdir()
+            FaceDataset(tmp_path / "empty", 16, labelled=False)
+
+    def test_labels_count_where_there_are_any(self, tmp_path):
+        path = self.write(tmp_path, ["0.png"])
+        assert torch.equal(FaceDataset(path, 16, labelled=False).cameras, FaceDataset(path, 16).cameras)
+
     def test_evaluation_takes_each_photo_once(self, tmp_path):
         path = self.write(tmp_path, ["0.png", "1.png"])
         before = open_photos(path, 16).digest

@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from ..cameras import camera_from_pose
+
+_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 # What EG3D puts between the name of a mirrored copy and its suffix.
 _MIRRORED = re.compile(r"_mirror(?=\.[^./]+$)")
 
@@ -34,6 +37,9 @@ class FaceDataset(torch.utils.data.Dataset):
         limit: read only the first so many.
         least_sharp: {source: smallest `sharp`}, by the attributes of each picture; softer ones are left out.
         mirrored_copies: whether mirrored copies of pictures that are in the set too count as pictures of their own.
+        labelled: whether the pictures must have labels. Otherwise those of a set without (no `dataset.json`, or null
+            in it, as StyleGAN2's own FFHQ) are taken by their names' order, as seen from the front: 2D generators know
+            no cameras.
 
     Nothing but labels is read before a picture is asked for. `cameras` is float32 [N, 25], `names` the file names (of
     several paths they may repeat), `attributes` what `attributes.json` says of each picture, {} where there is none,
@@ -51,13 +57,14 @@ class FaceDataset(torch.utils.data.Dataset):
         limit: int | None = None,
         least_sharp: Mapping[str, float] | None = None,
         mirrored_copies: bool = True,
+        labelled: bool = True,
     ):
         self.parts = [Path(part) for part in ([path] if isinstance(path, str | os.PathLike) else path)]
         self.image_size = image_size
         self._zips: dict[Path, tuple[int, zipfile.ZipFile]] = {}
         entries, count = [], 0
         for part in self.parts:
-            labels, attributes = self._labels(part)
+            labels, attributes = self._labels(part, labelled)
             count += len(labels)
             labels = self._present(part, labels)
             if not mirrored_copies:
@@ -72,14 +79,22 @@ class FaceDataset(torch.utils.data.Dataset):
         self.attributes = [attributes for *_, attributes in entries]
         self.cameras = torch.tensor([camera for _, _, camera, _ in entries], dtype=torch.float32)
 
-    def _labels(self, part: Path) -> tuple[list[tuple[str, list[float]]], dict[str, dict]]:
+    def _labels(self, part: Path, labelled: bool) -> tuple[list[tuple[str, list[float]]], dict[str, dict]]:
         """The labels and attributes of one zip or folder."""
         if not part.exists():
             raise FileNotFoundError(f"no data set at {part}; `metaaux prepare` makes one from a folder of photos")
         try:
             labels = json.loads(self.read("dataset.json", part))["labels"]
         except (KeyError, FileNotFoundError) as error:
-            raise FileNotFoundError(f"{part} has no dataset.json with labels: no EG3D data set") from error
+            if labelled:
+                raise FileNotFoundError(f"{part} has no dataset.json with labels: no EG3D data set") from error
+            labels = None
+        if labels is None and not labelled:
+            frontal = camera_from_pose(0.0, 0.0).tolist()
+            pictures = sorted(name for name in self._names(part) if Path(name).suffix.lower() in _SUFFIXES)
+            labels = [(name, frontal) for name in pictures]
+            if not labels:
+                raise FileNotFoundError(f"{part} holds no pictures ({', '.join(_SUFFIXES)})")
         if not labels or any(len(camera) != 25 for _, camera in labels):
             raise ValueError(f"{part}/dataset.json must hold one label at least, each of 25 numbers")
         try:

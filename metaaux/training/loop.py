@@ -44,6 +44,7 @@ class Trainer(ABC):
         state: JSON values that are saved along, and restored.
         packages: modules that this part imports late.
         check_every: steps after which it is looked whether to stop.
+        needs_cameras: whether photos must come with cameras; those for a 2D generator need none.
     """
 
     models: dict[str, nn.Module]
@@ -51,6 +52,7 @@ class Trainer(ABC):
     gradients: list[FlatGradients]
     packages: tuple[str, ...] = ()
     check_every = 16
+    needs_cameras = True
 
     def __init__(self, config: Any, accelerator: Accelerator):
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
@@ -77,7 +79,13 @@ class Trainer(ABC):
     def dataset(self) -> FaceDataset:
         """The photos."""
         data = self.config.data
-        return FaceDataset(data.path, self.image_size, least_sharp=data.least_sharp, mirrored_copies=not data.mirror)
+        return FaceDataset(
+            data.path,
+            self.image_size,
+            least_sharp=data.least_sharp,
+            mirrored_copies=not data.mirror,
+            labelled=self.needs_cameras,
+        )
 
     def load_data(self, images: int) -> None:
         """Reads the photos and starts this process's random streams for a run that has seen `images`; all that is
@@ -96,7 +104,13 @@ class Trainer(ABC):
         """Up to `limit` photos that are not trained on, or training photos where the settings name no others."""
         if not self.config.data.validation:
             return self.dataset
-        return FaceDataset(self.config.data.validation, self.image_size, limit=limit, mirrored_copies=False)
+        return FaceDataset(
+            self.config.data.validation,
+            self.image_size,
+            limit=limit,
+            mirrored_copies=False,
+            labelled=self.needs_cameras,
+        )
 
     def before_saving(self, run: TrainingRun) -> None:
         """What belongs into each checkpoint; called in every process."""
