@@ -154,7 +154,7 @@ def train(part: type[Trainer], config: Any, folder: str | os.PathLike, resume: b
     """
     # 1. Processes, and precision of the GPU.
     check_packages(part.packages, config.run.trackers)
-    accelerator = _start(config.run, folder)
+    accelerator = start(config.run, folder)
 
     # 2. Networks: the same in every process.
     set_seed(config.run.seed)
@@ -185,7 +185,8 @@ def train(part: type[Trainer], config: Any, folder: str | os.PathLike, resume: b
     return run
 
 
-def _start(settings: RunSettings, folder: str | os.PathLike) -> Accelerator:
+def start(settings: RunSettings, folder: str | os.PathLike) -> Accelerator:
+    """Processes and precision of a run in `folder`."""
     places = ProjectConfiguration(project_dir=str(folder), logging_dir=os.path.join(folder, "trackers"))
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
