@@ -11,7 +11,21 @@ import sys
 import typer
 
 # Not their functions: a module of this package would be hidden by a function of its name.
-from . import benchmark, compare_flip, convert, evaluate, grow, invert, mesh, model_info, orbit, prepare, render, train
+from . import (
+    benchmark,
+    benchmark_training,
+    compare_flip,
+    convert,
+    evaluate,
+    grow,
+    invert,
+    mesh,
+    model_info,
+    orbit,
+    prepare,
+    render,
+    train,
+)
 from .options import echo, one_line, prepare_streams
 
 app = typer.Typer(
@@ -32,6 +46,7 @@ for command in (
     grow.grow,
     prepare.prepare,
     benchmark.benchmark,
+    benchmark_training.benchmark_training,
     compare_flip.compare_flip,
 ):
     app.command()(command)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..data.sampler import FaceSampler
 from ..models.eg3d import EG3DGenerator
+from ..models.stylegan2 import StyleGAN2Generator
 from .distributed import FlatGradients, average_buffers, batch_statistics, broadcast_module
 from .loading import load_network
 from .loop import Trainer, averaged_copy, per_process, set_learning_rates
@@ -86,6 +87,11 @@ class AveragedTrainer(Trainer):
         )
         self.models = {self.name: self.average, f"{self.name}_raw": self.network}
         self.optimizers = {self.name: self.optimizer}
+
+    @property
+    def needs_cameras(self) -> bool:
+        """Not for a 2D generator."""
+        return not isinstance(self.generator, StyleGAN2Generator)
 
     @property
     def image_size(self) -> int:

@@ -130,18 +130,18 @@ def contrastive_loss(first: torch.Tensor, second: torch.Tensor, temperature: flo
         first, second: unit vectors [N, D]; row i of both is one person, all else others. N is the same on every
             process.
         temperature: divides the cosines.
-        accelerator: other processes' vectors serve as further negatives, without a gradient to them.
+        accelerator: other processes' vectors count like one's own, but for their gradient: the sum of the processes'
+            gradients is that of the whole batch.
     """
     own = torch.cat([first, second])
     rank, count = accelerator.process_index, len(own)
     # gather() concatenates in order of rank; this process' part is put back with its gradient.
     everyone = accelerator.gather(own.detach())
     everyone = torch.cat([everyone[: rank * count], own, everyone[(rank + 1) * count :]])
-    cosines = own @ everyone.T
-    rows = torch.arange(count, device=own.device)
-    itself = F.one_hot(rows + rank * count, len(everyone)).bool()
-    logits = (cosines / temperature).masked_fill(itself, -torch.inf)
-    return F.cross_entropy(logits, rank * count + (rows + len(first)) % count)
+    rows = torch.arange(len(everyone), device=own.device)
+    logits = (everyone @ everyone.T / temperature).masked_fill(F.one_hot(rows).bool(), -torch.inf)
+    partners = rows // count * count + (rows + len(first)) % count
+    return F.cross_entropy(logits, partners)
 
 
 def verification_figures(first: torch.Tensor, second: torch.Tensor) -> dict[str, float]:
@@ -226,7 +226,8 @@ class IdentityTrainer(AveragedTrainer):
             "cosine_generated": cosine[: self.batch_samples],
             "cosine_photos": cosine[self.batch_samples :],
         }
-        return self.gradients[0].flatten(loss), figures
+        # The processes' gradients will be averaged.
+        return self.gradients[0].flatten(loss * self.accelerator.num_processes), figures
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:

@@ -25,6 +25,7 @@ from ..models.eg3d import EG3DGenerator
 from ..models.encoder import LatentEncoder
 from ..models.identity import IdentityNetwork
 from ..models.presets import PRESETS, Preset, inner_loop_of, preset_of
+from ..models.stylegan2 import StyleGAN2Generator
 from .calibration import calibrate_rates
 from .distributed import FlatGradients, broadcast_module
 from .loading import FrozenNetworks, load_network, load_perceptual
@@ -262,6 +263,11 @@ class AuxiliaryTrainer(Trainer):
     def images_per_step(self) -> int:
         """Photos and samples, or tasks."""
         return self.config.batch
+
+    @property
+    def needs_cameras(self) -> bool:
+        """Not for a 2D generator."""
+        return not isinstance(self.networks.generator, StyleGAN2Generator)
 
     @property
     def image_size(self) -> int:
