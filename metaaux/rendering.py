@@ -33,7 +33,7 @@ class RenderingMixin:
     @property
     def has_viewpoints(self) -> bool:
         """Whether heads can be seen from other sides: not with a 2D generator."""
-        return not isinstance(unwrapped(self.generator), StyleGAN2Generator)
+        return unwrapped(self.generator).has_viewpoints
 
     @property
     def directions(self) -> dict[str, Direction]:

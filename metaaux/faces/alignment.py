@@ -155,10 +155,7 @@ class FaceAligner:
             RuntimeError: this process was forked from one that had used MediaPipe.
         """
         faces = self._detector.detect(load_photo(image, self.max_pixels))
-        if not faces:
-            return None
-        pose = _fit_head(faces[0])
-        return pose.yaw, pose.pitch
+        return head_pose(faces[0]) if faces else None
 
     def _crop_to_photo(self, pose: _HeadPose) -> np.ndarray:
         side = pose.scale * CAMERA_RADIUS / CAMERA_FOCAL / self.crop_scale
@@ -168,6 +165,12 @@ class FaceAligner:
         # As in the training crops, the origin falls on the centre of pixel (size / 2, size / 2).
         centre = np.full(2, (self.image_size + 1) / 2)
         return np.column_stack([linear, pose.origin - linear @ centre])
+
+
+def head_pose(face: DetectedFace) -> tuple[float, float]:
+    """Yaw and pitch in degrees of a face, as `FaceAligner` reports them."""
+    pose = _fit_head(face)
+    return pose.yaw, pose.pitch
 
 
 def _fit_head(face: DetectedFace) -> _HeadPose:

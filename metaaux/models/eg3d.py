@@ -122,6 +122,8 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
     """
 
     config_name = "config.json"
+    #: Whether what it makes can be seen from other sides.
+    has_viewpoints = True
     # An attribute, so that a training run can compile its own generator's.
     shade = staticmethod(shade)
 

@@ -369,6 +369,8 @@ class StyleGAN2Generator(LatentCodes, ModelMixin, ConfigMixin):
     """
 
     config_name = "config.json"
+    #: Whether what it makes can be seen from other sides.
+    has_viewpoints = False
 
     @register_to_config
     def __init__(

@@ -177,6 +177,11 @@ class IdentityTrainer(AveragedTrainer):
 
     def __init__(self, config: IdentityConfig, accelerator: Accelerator):
         super().__init__(config, accelerator)
+        if not self.generator.has_viewpoints:
+            raise ValueError(
+                f"{config.networks.generator} is a 2D generator, which cannot show a person twice: train the identity "
+                "network on a 3D generator of crops framed alike, or convert one (metaaux convert arcface)"
+            )
         self.adopt(IdentityNetwork(**config.identity))
 
     @property
@@ -196,7 +201,7 @@ class IdentityTrainer(AveragedTrainer):
     @torch.no_grad()
     def generated_pairs(self, batch: int, resolution: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Two pictures [batch, 3, S, S] of each of `batch` random heads, each from a camera of its own."""
-        w = self.samples.latents(self.sampler.sample_cameras(batch))
+        w = self.samples.latents(self.samples.cameras(batch))
         planes = self.generator.planes(w, dtype=self.dtype)
         limits = torch.tensor([self.config.max_yaw, self.config.max_pitch])
         pictures = []
