@@ -56,7 +56,9 @@ def moved(network, other) -> float:
 def test_cameras_of_what_it_makes(tiny_2d_inverter, tiny_inverter, face_zip, cameras):
     sampler = FaceSampler(FaceDataset(face_zip, IMAGE_SIZE), 1, "cpu", mirror=False)
     drawn = sample_cameras(tiny_inverter.generator, sampler, 8)
-    assert all(any(torch.equal(camera, known) for known in cameras) for camera in drawn) and len(drawn.unique(dim=0)) > 1
+    assert (
+        all(any(torch.equal(camera, known) for known in cameras) for camera in drawn) and len(drawn.unique(dim=0)) > 1
+    )
     made = sample_cameras(tiny_2d_inverter.generator, sampler, 8)
     assert torch.equal(made, camera_from_pose(0.0, 0.0).expand(8, 25))
 
