@@ -112,8 +112,8 @@ def test_directions(settings, attribute_file, tmp_path):
         generator=settings["networks"]["generator"],
         attributes=str(attribute_file),
         identity=settings["networks"]["identity"],
-        sampling={"heads": 50, "shard": 50, "batch": 50, "workers": 1},
-        boundaries={"min_accuracy": 0.0, "extremes": 0.5},
+        sampling={"heads": 60, "shard": 60, "batch": 60, "workers": 1},
+        boundaries={"min_accuracy": 0.0, "extremes": 0.45},
         components=2,
         calibration={"heads": 2},
     )

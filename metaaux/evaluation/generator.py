@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..cameras import camera_from_pose, project_points
+from ..cameras import project_points
 from ..data.dataset import FaceDataset
 from ..devices import device_name
 from ..export.images import save_image, tensor_to_image
@@ -164,7 +164,7 @@ def _measure_heads(
 def _random_heads(generator: EG3DGenerator, settings: GeneratorSettings) -> Iterator[tuple[int, torch.Tensor]]:
     """Codes [B, num_ws, w_dim] of random heads, conditioned on a frontal camera, with the number of the first."""
     random = torch.Generator().manual_seed(settings.seed)
-    frontal = camera_from_pose(0.0, 0.0).to(generator.device)
+    frontal = generator.camera_at(0.0, 0.0).to(generator.device)
     for start in range(0, settings.samples, settings.batch):
         count = min(settings.batch, settings.samples - start)
         # One head after the other, so that the heads do not depend on the batch.
@@ -191,13 +191,13 @@ class _Figures:
         """Takes in heads of codes [B, num_ws, w_dim]; the first `most_poses` are looked at for their pose."""
         generator = inverter.generator
         planes = generator.planes(ws)
-        cameras = {yaw: camera_from_pose(yaw, 0.0).to(ws.device).expand(len(ws), -1) for yaw in POSE_YAWS}
+        cameras = {yaw: generator.camera_at(yaw, 0.0).to(ws.device).expand(len(ws), -1) for yaw in POSE_YAWS}
 
         def view(yaw: float, jitter: bool = False) -> GeneratorOutput:
             return generator.synthesize(ws, cameras[yaw], planes=planes, jitter=jitter)
 
         outputs = {yaw: view(yaw) for yaw in POSE_YAWS}
-        self._add_geometry(outputs[0.0].depth)
+        self._add_geometry(outputs[0.0].depth, cameras[0.0][0].cpu())
         embeddings = {yaw: inverter.identity(o.image.clamp(-1, 1), cameras[yaw]) for yaw, o in outputs.items()}
         frontal = embeddings.pop(0.0)
         cosines = [F.cosine_similarity(frontal, turned, dim=1) for turned in embeddings.values()]
@@ -211,9 +211,8 @@ class _Figures:
                 if pose is not None:
                     self.pose_errors.append(abs(pose[0] - yaw))
 
-    def _add_geometry(self, depth: torch.Tensor) -> None:
+    def _add_geometry(self, depth: torch.Tensor, camera: torch.Tensor) -> None:
         points = torch.from_numpy(canonical_face())
-        camera = camera_from_pose(0.0, 0.0)
         rendered = frontal_depths(depth.float().cpu(), points, camera)
         canonical = (points - camera[[3, 7, 11]]).norm(dim=1)
         nose, ears = rendered[:, NOSE_TIP], rendered[:, list(EAR_SIDES)]

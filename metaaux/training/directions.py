@@ -281,7 +281,7 @@ class _Movable:
         vectors = None
         if self.identity is not None:
             parts = images.clamp(-1, 1).split(batch)
-            vectors = torch.cat([self.identity(part, frontal_cameras(len(part), part.device)) for part in parts])
+            vectors = torch.cat([self.identity(part, frontal_cameras(self.generator, len(part))) for part in parts])
         return self.attributes.start(images)()[0], vectors
 
     def effect(self, column: int, shift: torch.Tensor) -> dict[str, float]:

@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
 from ..adaptation import Generator
-from ..cameras import camera_from_pose, mirror_camera
+from ..cameras import mirror_camera
 from ..data.dataset import FaceDataset, to_signed
 from ..export.sheets import grid
 from ..losses import InversionLoss, LossWeights, perceptual_distance
@@ -237,7 +237,7 @@ class EncoderEvaluation:
         w = encoder(photos)
         views = [cameras]
         if self.generator.has_viewpoints:
-            views.append(camera_from_pose(25.0, 0.0).to(cameras).expand_as(cameras))
+            views.append(self.generator.camera_at(25.0, 0.0).to(cameras).expand_as(cameras))
         return grid([photos] + [self.generator.synthesize(w, view, dtype=self.dtype).image for view in views])
 
 

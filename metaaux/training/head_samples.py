@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..adaptation import Generator
-from ..cameras import camera_from_pose
 from ..files import atomic_path, write_json
 from .attributes import Attributes
 from .settings import Settings, Share
@@ -44,14 +43,14 @@ class SamplingSettings(Settings):
     """Of the codes."""
 
 
-def frontal_cameras(count: int, device: torch.device) -> torch.Tensor:
+def frontal_cameras(generator: Generator, count: int) -> torch.Tensor:
     """[count, 25]."""
-    return camera_from_pose(0.0, 0.0).to(device).expand(count, -1)
+    return generator.camera_at(0.0, 0.0).to(generator.device).expand(count, -1)
 
 
 def frontal_views(generator: Generator, ws: torch.Tensor, resolution: int | None) -> torch.Tensor:
     """Heads [B, w_dim] seen from the front, or in the one view that a 2D generator has of them, [B, 3, S, S]."""
-    return generator.synthesize(ws, frontal_cameras(len(ws), ws.device), resolution=resolution).image
+    return generator.synthesize(ws, frontal_cameras(generator, len(ws)), resolution=resolution).image
 
 
 class Samples:
@@ -120,7 +119,7 @@ class Samples:
         if generator.has_viewpoints:
             limits = torch.tensor([settings.max_yaw, settings.max_pitch])
             pose = (torch.rand(settings.shard, 2, generator=random) * 2 - 1) * limits
-            conditions = camera_from_pose(*pose.T).to(generator.device)
+            conditions = generator.camera_at(*pose.T).to(generator.device)
         ws = generator.mapping(z.to(generator.device), conditions, settings.truncation)[:, 0]
         pending = []
         for part in ws.split(settings.batch):

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from pydantic import AfterValidator, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from ..cameras import camera_from_pose
 from ..data.dataset import to_signed
 from ..export.sheets import grid
 from ..models.identity import IdentityNetwork
@@ -207,7 +206,7 @@ class IdentityTrainer(AveragedTrainer):
         pictures = []
         for _ in range(2):
             yaw, pitch = ((torch.rand(batch, 2) * 2 - 1) * limits).unbind(dim=1)
-            cameras = camera_from_pose(yaw, pitch).to(self.device, non_blocking=True)
+            cameras = self.generator.camera_at(yaw, pitch).to(self.device, non_blocking=True)
             output = self.generator.synthesize(w, cameras, planes=planes, resolution=resolution, dtype=self.dtype)
             pictures.append(output.image.clamp(-1, 1))
         return tuple(pictures)

@@ -14,7 +14,6 @@ from accelerate.tracking import get_available_trackers
 from torch import nn
 
 from ..adaptation import Generator, Tasks, make_tasks
-from ..cameras import camera_from_pose
 from ..data.dataset import FaceDataset
 from ..data.sampler import FaceSampler
 from ..hub.loading import load_component
@@ -117,7 +116,7 @@ def sample_cameras(generator: Generator, sampler: FaceSampler, count: int) -> to
     """
     if generator.has_viewpoints:
         return sampler.sample_cameras(count)
-    return camera_from_pose(0.0, 0.0).to(sampler.device).expand(count, -1)
+    return generator.camera_at(0.0, 0.0).to(sampler.device).expand(count, -1)
 
 
 def check_packages(modules: Iterable[str] = (), trackers: Iterable[str] = ()) -> None:
