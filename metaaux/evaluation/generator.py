@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..cameras import project_points
+from ..cameras import camera_from_pose, project_points
 from ..data.dataset import FaceDataset
 from ..devices import device_name
 from ..export.images import save_image, tensor_to_image
@@ -197,7 +197,7 @@ class _Figures:
             return generator.synthesize(ws, cameras[yaw], planes=planes, jitter=jitter)
 
         outputs = {yaw: view(yaw) for yaw in POSE_YAWS}
-        self._add_geometry(outputs[0.0].depth, cameras[0.0][0].cpu())
+        self._add_geometry(outputs[0.0].depth)
         embeddings = {yaw: inverter.identity(o.image.clamp(-1, 1), cameras[yaw]) for yaw, o in outputs.items()}
         frontal = embeddings.pop(0.0)
         cosines = [F.cosine_similarity(frontal, turned, dim=1) for turned in embeddings.values()]
@@ -211,8 +211,9 @@ class _Figures:
                 if pose is not None:
                     self.pose_errors.append(abs(pose[0] - yaw))
 
-    def _add_geometry(self, depth: torch.Tensor, camera: torch.Tensor) -> None:
+    def _add_geometry(self, depth: torch.Tensor) -> None:
         points = torch.from_numpy(canonical_face())
+        camera = camera_from_pose(0.0, 0.0)
         rendered = frontal_depths(depth.float().cpu(), points, camera)
         canonical = (points - camera[[3, 7, 11]]).norm(dim=1)
         nose, ears = rendered[:, NOSE_TIP], rendered[:, list(EAR_SIDES)]
