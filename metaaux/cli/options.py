@@ -70,7 +70,11 @@ class ComparisonOptions:
     device: DeviceOption = None
     steps: StepsOption = None
     shard: Annotated[
-        str, typer.Option(metavar="I/N", help="Do part I of N, so that N processes share the photos; same --out.")
+        str,
+        typer.Option(
+            metavar="I/N",
+            help="Do part I of N, so that N processes share the photos; same --out. `accelerate launch` needs none.",
+        ),
     ] = "1/1"
     psp: Annotated[Path | None, typer.Option("--psp", metavar="FOLDER", help="W+ encoder.")] = None
     styletransformer: Annotated[
@@ -112,13 +116,13 @@ class ComparisonOptions:
             raise typer.BadParameter(f"{self.shard!r} is not of the form I/N with 1 <= I <= N", param_hint="--shard")
         return int(number), int(count)
 
-    def load(self) -> tuple[MetaAuxInverter, list[InversionMethod], PhotoSet]:
-        """Pipeline, methods and photos."""
+    def load(self, device: str | None = None) -> tuple[MetaAuxInverter, list[InversionMethod], PhotoSet]:
+        """Pipeline, methods and photos; on `device` unless `--device` names one."""
         from ..baselines import MethodOptions, make_methods
         from ..baselines.optimization import LatentSettings
         from ..evaluation.photos import open_photos
 
-        inverter = load_inverter(self.model, self.device, progress=False)
+        inverter = load_inverter(self.model, self.device or device, progress=False)
         options = MethodOptions(
             steps=self.steps,
             psp=self.psp,

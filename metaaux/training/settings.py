@@ -72,7 +72,7 @@ class DataSettings(Settings):
     validation: str | None = None
     """One of held-out photos for figures and sheets; none: training photos are shown, where any are."""
     mirror: bool = True
-    """Mirror half of the photos, picture and camera together."""
+    """Mirror half of the photos, picture and camera together; EG3D's mirrored copies are then left out."""
     balance_turned: bool = True
     """Show faces turned beyond 12° twice and beyond 20° four times as often."""
     repeats: dict[str, PositiveInt] = {}
@@ -80,10 +80,11 @@ class DataSettings(Settings):
     least_sharp: dict[str, float] = {}
     """The smallest `sharp` of the photos of a source that are used, by that source's name, likewise."""
     in_memory: Literal["auto", True, False] = "auto"
-    """Keep all decoded photos on the device, or let worker processes decode them as they are asked for; auto: the
-    former where it takes no more than a third of the device's free memory."""
-    workers: NonNegativeInt = 8
-    """Worker processes, of each process of the run; 0 decodes in the process itself."""
+    """Keep all decoded photos on the device (true), or let worker processes decode them as they are asked for (false);
+    auto: the former where they take no more than a third of what is free there, or else of the host's free memory."""
+    workers: NonNegativeInt | None = None
+    """Worker processes, of each process of the run; null: 8, or as many as there are cores for it; 0 decodes in the
+    process itself."""
 
 
 class ScheduleSettings(Settings):
