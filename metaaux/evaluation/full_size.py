@@ -27,7 +27,7 @@ from PIL import Image
 
 from .. import __version__
 from ..cameras import camera_from_pose
-from ..devices import device_name, synchronize
+from ..devices import best_device, device_name, synchronize
 from ..files import source_name, write_json
 from ..hub.layout import read_json
 from ..training.encoder import EncoderConfig, EncoderTrainer
@@ -266,7 +266,7 @@ def _start_of(config: Settings) -> int:
 
 def _begin(out: Path, model: Path, size: int, random_weights: bool) -> dict[str, Any]:
     """What `out` holds, or the beginning of it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(best_device())
     about = {
         "model": source_name(model),
         "weights": "random" if random_weights else "trained",
