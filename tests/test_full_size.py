@@ -73,7 +73,7 @@ def test_every_phase_is_measured(measured):
         assert figures["gpu_hours"] == pytest.approx(figures["total"] / figures["per_second"] / 3600)
         assert figures["unit"] == ("tasks" if name.startswith("meta") else "images")
         assert len(figures["loss"]) == 2 and figures["loss"][0] != figures["loss"][1]
-        assert figures["config"]["data"]["in_memory"] is False
+        assert figures["config"]["data"]["in_memory"] is False and "metaaux-" not in json.dumps(figures)
     assert results["phases"]["meta-paper"]["config"]["inner"]["order"] == "second"
     assert results["phases"]["meta-paper"]["total"] == 80_000
 
