@@ -167,10 +167,11 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
     def aligner(self) -> FaceAligner:
         """Finds and crops faces as this checkpoint's generator expects; made at the first use, shared by threads, and
         given up with the pipeline."""
-        settings = self.generator.config.image_size, self.config.crop_scale
+        config, known = self.generator.config, self._aligner
+        settings = config.image_size, self.config.crop_scale, tuple(config.get("camera_pivot", (0.0, 0.0, 0.0)))
         # Another generator may have been put in.
-        if self._aligner is None or (self._aligner.image_size, self._aligner.crop_scale) != settings:
-            self._aligner = FaceAligner(settings[0], crop_scale=settings[1])
+        if known is None or (known.image_size, known.crop_scale, known.pivot) != settings:
+            self._aligner = FaceAligner(settings[0], crop_scale=settings[1], pivot=settings[2])
         return self._aligner
 
     def __call__(

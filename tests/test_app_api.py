@@ -160,15 +160,17 @@ class TestEndpoints:
         (smile,) = client.predict(api_name="/directions")
         assert smile["name"] == "smile" and (smile["low"], smile["high"]) == (-3, 3)
 
-    def test_readmes_example_runs(self, app, tmp_path, monkeypatch):
-        blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    def test_documented_example_runs(self, app, tmp_path, monkeypatch):
+        blocks = re.findall(
+            r"^```python\n(.*?)^```", (ROOT / "docs/deploying.md").read_text(), re.MULTILINE | re.DOTALL
+        )
         (block,) = [block for block in blocks if "gradio_client" in block]
         code = block.replace("http://127.0.0.1:7860", app.url).replace('"photo.jpg"', repr(str(PHOTO)))
         assert code.count(app.url) == 1 and str(PHOTO) in code
         # The model of this test has but one direction.
         code = re.sub(r"edits=\{.*?\}", 'edits={"smile": 1.0}', code)
         monkeypatch.chdir(tmp_path)
-        exec(compile(code, "README.md", "exec"), {})
+        exec(compile(code, "deploying.md", "exec"), {})
 
 
 def png_header(width, height):

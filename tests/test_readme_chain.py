@@ -17,7 +17,7 @@ from tests.conftest import TINY_AUXILIARY, TINY_ENCODER
 pytest.importorskip("mediapipe")
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Train\n")[1].split("\n## ")[0]
+SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Study it\n")[1].split("\n## ")[0]
 SHORT = {"run.total_images": 4, "run.interval_images": 4, "run.trackers": []}
 #: In place of the configurations' sizes and lengths; nothing that says where a part reads from.
 TINY = {

@@ -12,6 +12,7 @@ import typer
 
 # Not their functions: a module of this package would be hidden by a function of its name.
 from . import (
+    assemble,
     benchmark,
     benchmark_training,
     compare_flip,
@@ -23,6 +24,7 @@ from . import (
     model_info,
     orbit,
     prepare,
+    push,
     render,
     train,
 )
@@ -45,6 +47,8 @@ for command in (
     train.train,
     grow.grow,
     prepare.prepare,
+    assemble.assemble,
+    push.push,
     benchmark.benchmark,
     benchmark_training.benchmark_training,
     compare_flip.compare_flip,

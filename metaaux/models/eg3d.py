@@ -7,7 +7,7 @@ is a method of its own, so that a new camera reuses the planes. Weight offsets a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +17,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from ..cameras import CAMERA_RADIUS
 from . import renderer
 from .recomputation import recomputed
 from .stylegan2 import (
@@ -120,9 +121,13 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
             renderings with few samples flicker half as much; EG3D's are not.
         ray_start, ray_end: distances between which rays are sampled, world units.
         super_resolution_kind: "2X", "4X", "8X" or "8XDC"; super_resolution_antialias as EG3D's `sr_antialias`.
+        camera_radius, camera_pivot: distance of its training's cameras from the origin, and the point [3] that they
+            looked at, world units (EG3D's `avg_camera_radius` and `avg_camera_pivot`); see `camera_at`.
     """
 
     config_name = "config.json"
+    #: Whether what it makes can be seen from other sides.
+    has_viewpoints = True
     # Attributes, so that a training run can set its own generator's.
     shade = staticmethod(shade)
     #: Where it is set and there are gradients, no more rays of each picture are marched at a time, and what their
@@ -159,6 +164,8 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
         ray_end: float = 3.3,
         super_resolution_kind: str = "8XDC",
         super_resolution_antialias: bool = True,
+        camera_radius: float = CAMERA_RADIUS,
+        camera_pivot: Sequence[float] = (0.0, 0.0, 0.0),
     ):
         super().__init__()
         for axes in plane_axes:

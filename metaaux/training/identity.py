@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from pydantic import AfterValidator, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from ..cameras import camera_from_pose
 from ..data.dataset import to_signed
 from ..export.sheets import grid
 from ..models.identity import IdentityNetwork
@@ -177,6 +176,11 @@ class IdentityTrainer(AveragedTrainer):
 
     def __init__(self, config: IdentityConfig, accelerator: Accelerator):
         super().__init__(config, accelerator)
+        if not self.generator.has_viewpoints:
+            raise ValueError(
+                f"{config.networks.generator} is a 2D generator, which cannot show a person twice: train the identity "
+                "network on a 3D generator of crops framed alike, or convert one (metaaux convert arcface)"
+            )
         self.adopt(IdentityNetwork(**config.identity))
 
     @property
@@ -196,13 +200,13 @@ class IdentityTrainer(AveragedTrainer):
     @torch.no_grad()
     def generated_pairs(self, batch: int, resolution: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Two pictures [batch, 3, S, S] of each of `batch` random heads, each from a camera of its own."""
-        w = self.samples.latents(self.sampler.sample_cameras(batch))
+        w = self.samples.latents(self.samples.cameras(batch))
         planes = self.generator.planes(w, dtype=self.dtype)
         limits = torch.tensor([self.config.max_yaw, self.config.max_pitch])
         pictures = []
         for _ in range(2):
             yaw, pitch = ((torch.rand(batch, 2) * 2 - 1) * limits).unbind(dim=1)
-            cameras = camera_from_pose(yaw, pitch).to(self.device, non_blocking=True)
+            cameras = self.generator.camera_at(yaw, pitch).to(self.device, non_blocking=True)
             output = self.generator.synthesize(w, cameras, planes=planes, resolution=resolution, dtype=self.dtype)
             pictures.append(output.image.clamp(-1, 1))
         return tuple(pictures)

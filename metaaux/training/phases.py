@@ -21,14 +21,12 @@ from pydantic import (
 from ..losses import InversionLoss, LossWeights
 from ..models.auxiliary import AuxiliaryNetwork
 from ..models.discriminator import DualDiscriminator
-from ..models.eg3d import EG3DGenerator
 from ..models.encoder import LatentEncoder
-from ..models.identity import IdentityNetwork
 from ..models.presets import PRESETS, Preset, inner_loop_of, preset_of
-from ..models.stylegan2 import StyleGAN2Generator
+from ..tasks import Generator
 from .calibration import calibrate_rates
 from .distributed import FlatGradients, broadcast_module
-from .loading import FrozenNetworks, load_network, load_perceptual
+from .loading import FrozenNetworks, load_generator, load_identity, load_network, load_perceptual
 from .loop import Trainer, averaged_copy, per_process, set_learning_rates
 from .schedules import average_decay, update_average
 from .settings import (
@@ -70,8 +68,8 @@ class AuxiliarySettings(Settings):
 
     initial: str | None = None
     """Its folder (meta: that of the plain phase's network); null: a new one."""
-    layer_prefixes: tuple[str, ...] = ("backbone.", "super_resolution.")
-    """Generator layers that get weight offsets (new network only)."""
+    layer_prefixes: tuple[str, ...] = ("",)
+    """Generator layers whose name starts with one of these get weight offsets, "" being all (new network only)."""
     arguments: Annotated[dict[str, Any], AfterValidator(arguments_of(AuxiliaryNetwork, *_GIVEN))] = {}
     """Further arguments of `AuxiliaryNetwork` (new network only)."""
     offset_bias_resolution: NonNegativeInt | None = None
@@ -188,21 +186,21 @@ def load_networks(config: AuxiliaryConfig, device: torch.device) -> FrozenNetwor
     """The frozen networks and both losses on `device`."""
     folders = config.networks
     discriminator = load_network(DualDiscriminator, folders.discriminator).to(device)
-    identity = load_network(IdentityNetwork, folders.identity).to(device)
+    identity = load_identity(folders.identity).to(device)
     perceptual = None if folders.perceptual is None else load_perceptual(folders.perceptual).to(device)
     outer_perceptual = perceptual
     if config.outer.perceptual is not None:
         outer_perceptual = load_perceptual(config.outer.perceptual).to(device)
     inner_weights, outer_weights = LossWeights(**config.inner.loss), LossWeights(**config.outer.loss)
     return FrozenNetworks(
-        load_network(EG3DGenerator, folders.generator).to(device),
+        load_generator(folders.generator).to(device),
         load_network(LatentEncoder, folders.encoder).to(device),
         InversionLoss.from_components(inner_weights, discriminator, identity, perceptual),
         InversionLoss.from_components(outer_weights, discriminator, identity, outer_perceptual),
     )
 
 
-def make_auxiliary(config: AuxiliaryConfig, generator: EG3DGenerator) -> AuxiliaryNetwork:
+def make_auxiliary(config: AuxiliaryConfig, generator: Generator) -> AuxiliaryNetwork:
     """A new network that fits the generator, or the one that the configuration starts from."""
     start = config.auxiliary
     if start.initial is None:
@@ -267,7 +265,7 @@ class AuxiliaryTrainer(Trainer):
     @property
     def needs_cameras(self) -> bool:
         """Not for a 2D generator."""
-        return not isinstance(self.networks.generator, StyleGAN2Generator)
+        return self.networks.generator.has_viewpoints
 
     @property
     def image_size(self) -> int:

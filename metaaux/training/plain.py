@@ -11,7 +11,7 @@ from ..models.auxiliary import AuxiliaryNetwork, AuxiliaryOutput
 from ..tasks import Tasks, synthesize_tasks
 from .cuda_graphs import CapturedFunction
 from .distributed import average_buffers, batch_statistics
-from .loading import FrozenNetworks
+from .loading import FrozenNetworks, sample_cameras
 from .micro_batches import accumulated, in_parts, pictures_at_once
 from .phases import AuxiliaryConfig, AuxiliaryTrainer
 from .trainer import TrainingRun
@@ -97,7 +97,8 @@ class PlainTrainer(AuxiliaryTrainer):
 
     def step(self, images: int) -> dict[str, torch.Tensor | float]:
         """One update; returns figures."""
-        flat, figures = self.captured(*self.sampler.next(), self.sampler.sample_cameras(self.generated))
+        cameras = sample_cameras(self.networks.generator, self.sampler, self.generated)
+        flat, figures = self.captured(*self.sampler.next(), cameras)
         average_buffers(self.accelerator, batch_statistics(self.auxiliary))
         return figures | self.update(flat, images)
 
