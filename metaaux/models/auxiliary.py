@@ -307,11 +307,10 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
             self.hypernetworks[_module_name(name)] = HyperNetwork(neck_channels, *layer_shapes[name], *sizes)
         self.offset_network = None
         if use_offset_planes:
-            channels = (offset_channels, camera_channels, plane_features, offset_image_features)
-            bias_resolution = offset_resolution if offset_bias_resolution is None else offset_bias_resolution
-            sides = (offset_resolution, bias_resolution)
+            sizes = (offset_channels, camera_channels, plane_features, offset_image_features, offset_resolution)
+            side = offset_resolution if offset_bias_resolution is None else offset_bias_resolution
             self.offset_network = OffsetPlaneNetwork(
-                neck_channels, image_size // BACKBONE_STRIDE, *channels, *sides, offset_bound * box_size
+                neck_channels, image_size // BACKBONE_STRIDE, *sizes, side, offset_bound * box_size
             )
         self.log_inner_rates = nn.Parameter(
             torch.full((len(self.adaptable_parameters()),), math.log(inner_learning_rate))
