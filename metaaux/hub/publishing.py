@@ -179,8 +179,8 @@ _ANY_WEIGHTS = re.compile(rf"{WEIGHTS}[\w.-]*(\.safetensors|\.index[\w.]*\.json)
 
 
 def files_to_push(folder: str | os.PathLike, variant: str | None = None) -> list[str]:
-    """What a pipeline's folder holds of a pipeline, as paths inside of it: index, card, configurations, weights, and
-    the card's pictures. Whatever else lies there stays out.
+    """What a pipeline's folder holds of a pipeline, as paths inside of it: index, card, licence, configurations,
+    weights, and the card's pictures. Whatever else lies there stays out.
 
     Args:
         folder: of the pipeline.
@@ -195,7 +195,7 @@ def files_to_push(folder: str | os.PathLike, variant: str | None = None) -> list
     check_components(folder, names)
     if variant is not None and not any(has_variant(folder / name, variant) for name in names):
         raise FileNotFoundError(f"{folder} has no weights of the variant {variant!r} ({variant_files(variant)[0]})")
-    found = [folder / INDEX, folder / CARD]
+    found = [folder / INDEX, folder / CARD, *sorted(folder.glob("LICENSE*"))]
     for place in (folder, *(path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in names)):
         found += [path for path in sorted(place.iterdir()) if path.suffix.lower() in _PICTURES]
     for name in names:
