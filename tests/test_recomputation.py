@@ -8,6 +8,7 @@ import torch
 from metaaux.cameras import camera_from_pose
 from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.recomputation import recomputed
+from metaaux.training.memory import MemoryCount
 
 
 def mixture(x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,6 +51,40 @@ def test_only_what_is_wanted_has_a_derivative(inputs):
     first, second = recomputed(lambda x: (x * 2, torch.ones(2)), x)  # the second output depends on nothing
     torch.testing.assert_close(torch.autograd.grad(first.sum() + second.sum(), x)[0], torch.full_like(x, 2))
     assert not recomputed(mixture, x.detach(), y.detach(), None)[0].requires_grad
+
+
+def test_no_order_of_derivative_keeps_what_it_can_compute_again():
+    def body(x):
+        for _ in range(8):
+            x = torch.tanh(x) * x
+        return (x,)
+
+    def peaks(function):
+        """Most that the first derivative and then the second one hold, in tensors of the size of x."""
+        x = torch.randn(1000, device="meta", requires_grad=True)
+        with MemoryCount() as memory:
+            y = x
+            for _ in range(6):
+                (y,) = function(y)
+            (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+            kept = memory.bytes
+            torch.autograd.grad(first.square().sum(), x)
+        return kept / 4000, memory.peak / 4000
+
+    plain, spared = peaks(body), peaks(lambda x: recomputed(body, x))
+    assert plain[0] > 150 and plain[1] >= plain[0]
+    assert spared[0] < 15  # inputs of bodies and of their derivatives
+    assert spared[1] < 0.3 * plain[1]
+
+
+def test_memory_is_counted_while_it_is_held():
+    with MemoryCount() as memory:
+        first = torch.zeros(1000, device="meta")
+        second = first.view(10, 100) + 1
+        assert memory.bytes == 8000  # a view has no memory of its own
+        del first, second
+        torch.ones(500, device="meta")
+    assert (memory.bytes, memory.peak) == (0, 8000)
 
 
 @pytest.mark.parametrize("order", [1, 2])

@@ -21,6 +21,7 @@ from metaaux.tasks import Tasks, predict_tasks
 from metaaux.training.auxiliary import AuxiliaryConfig, train
 from metaaux.training.calibration import calibrate_rates
 from metaaux.training.loading import FrozenNetworks
+from metaaux.training.memory import MemoryCount
 from metaaux.training.meta import meta_objective
 from metaaux.training.phases import InnerSettings, OuterSettings
 from metaaux.training.plain import plain_objective
@@ -246,6 +247,22 @@ def test_checkpointed_second_order_gradient_equals_the_one_without_and_finite_di
                 parameter.add_(step * direction)
             values.append(objective()[0].item())
     assert slope.item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)
+
+
+def test_checkpointed_steps_hold_the_graph_of_one(smooth_problem, folders, tiny_components):
+    networks, auxiliary, tasks = smooth_problem
+
+    def peak(steps):
+        config = tiny_config(folders, tiny_components, inner__steps=steps, outer__multi_step_weight=0.0)
+        config.inner.checkpoint = True
+        with MemoryCount() as memory:
+            objective, _ = meta_objective(networks, auxiliary, tasks, config.inner, config.outer)
+            torch.autograd.grad(objective, list(auxiliary.parameters()))
+        return memory.peak
+
+    # One step more is the parameters of each task once more instead of a graph, which is hundreds of times as large.
+    state = len(tasks) * sum(8 * parameter.numel() for parameter in auxiliary.parameters())
+    assert peak(2) - peak(1) <= 2 * state
 
 
 def test_tasks_side_by_side_come_out_as_alone(networks, tasks, tiny_components):
