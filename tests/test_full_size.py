@@ -19,13 +19,16 @@ from metaaux.data.dataset import FaceDataset
 from metaaux.evaluation.full_size import (
     PHASES,
     TrainingBenchmark,
+    _normalise,
     gpu_hours,
     run_training_benchmark,
     write_synthetic_photos,
 )
 from metaaux.hub.loading import embedded_model_folder
+from metaaux.models.auxiliary import AuxiliaryNetwork
 from metaaux.training.auxiliary import AuxiliaryConfig
 from metaaux.training.settings import load_settings
+from tests.conftest import TINY_AUXILIARY
 from tests.test_training_settings import CONFIGS
 
 
@@ -76,6 +79,24 @@ def test_every_phase_is_measured(measured):
         assert figures["config"]["data"]["in_memory"] is False and "metaaux-" not in json.dumps(figures)
     assert results["phases"]["meta-paper"]["config"]["inner"]["order"] == "second"
     assert results["phases"]["meta-paper"]["total"] == 80_000
+
+
+def test_features_of_a_deep_random_network_keep_their_size():
+    """As those of one that was trained."""
+    torch.manual_seed(0)
+    arguments = TINY_AUXILIARY | {"backbone_depths": (6, 6, 6, 6)}
+    auxiliary = AuxiliaryNetwork({"a": (4, 4)}, image_size=64, use_offset_planes=False, **arguments)
+    image = torch.rand(8, 3, 64, 64) * 2 - 1
+
+    @torch.no_grad()
+    def size(network):
+        return network.backbone(image).feature_maps[-1].std().item()
+
+    before, trained = size(auxiliary.eval()), size(auxiliary.train())
+    _normalise(auxiliary, image)
+    assert before > 100 and size(auxiliary) == pytest.approx(trained, rel=0.3)
+    layers = [module for module in auxiliary.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert all(layer.momentum == 0.1 and not layer.training for layer in layers)
 
 
 def test_hours_of_a_whole_training_are_those_of_its_phases(measured):

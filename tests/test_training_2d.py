@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,6 +22,7 @@ from metaaux.models.recogniser import FaceRecogniser
 from metaaux.training import auxiliary, directions, encoder, identity
 from metaaux.training.directions import DirectionsConfig, _pose_normals
 from metaaux.training.loading import sample_cameras
+from metaaux.training.plain import PlainTrainer
 from tests.conftest import IMAGE_SIZE, TINY_AUXILIARY, TINY_ENCODER
 
 SHORT = {"interval_images": 8, "trackers": []}
@@ -61,6 +63,22 @@ def test_cameras_of_what_it_makes(tiny_2d_inverter, tiny_inverter, face_zip, cam
     )
     made = sample_cameras(tiny_2d_inverter.generator, sampler, 8)
     assert torch.equal(made, camera_from_pose(0.0, 0.0).expand(8, 25))
+
+
+def test_photos_need_no_cameras(settings, crops, tmp_path):
+    """As StyleGAN2's own FFHQ has none."""
+    for number, crop in enumerate(crops):
+        crop.save(tmp_path / f"{number}.png")
+    data = {"path": str(tmp_path), "validation": str(tmp_path)}
+    config = auxiliary.AuxiliaryConfig(
+        networks=settings["networks"],
+        data=data,
+        auxiliary={"layer_prefixes": ["backbone."], "arguments": TINY_AUXILIARY},
+        run={"total_images": 8, **SHORT},
+    )
+    trainer = PlainTrainer(config, Accelerator(cpu=True))
+    assert trainer.dataset.names == ["0.png", "1.png", "2.png"] and len(trainer.held_out(2)) == 2
+    assert torch.equal(trainer.dataset.cameras, camera_from_pose(0.0, 0.0).expand(3, 25))
 
 
 def test_encoder(settings, tmp_path):

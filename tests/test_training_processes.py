@@ -7,13 +7,14 @@ import json
 import os
 import socket
 import subprocess
-import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import warm
 from tests.conftest import TINY_ENCODER
 from tests.nested import nested
 from tests.test_identity import TINY as IDENTITY
@@ -29,7 +30,6 @@ def launch(folder: Path, together: list[dict], alone: list[dict]) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {
-        "PYTHONPATH": str(Path(__file__).parents[1]),
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
@@ -37,20 +37,22 @@ def launch(folder: Path, together: list[dict], alone: list[dict]) -> None:
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.processes", "jobs.json", str(rank)],
-            cwd=folder,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=900)[1] for process in processes]
-    (folder / "stderr.txt").write_text("\n".join(errors))
-    assert [process.returncode for process in processes] == [0, 0], errors
+    with ExitStack() as stack:
+        # Files, not pipes: a process that waits for its reader would keep the other one waiting too.
+        logs = [stack.enter_context(open(folder / f"stderr-{rank}.txt", "wb")) for rank in range(2)]
+        processes = [
+            warm.Popen(
+                ["-m", "tests.processes", "jobs.json", rank],
+                stdout=subprocess.DEVNULL,
+                stderr=logs[rank],
+                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                cwd=folder,
+            )
+            for rank in range(2)
+        ]
+        statuses = [process.wait(timeout=900) for process in processes]
+    errors = [(folder / f"stderr-{rank}.txt").read_text(errors="replace") for rank in range(2)]
+    assert statuses == [0, 0], errors
 
 
 def generator_settings(tmp_path: Path, **changes) -> dict:
@@ -217,7 +219,7 @@ def test_the_main_process_decides_when_time_is_up(done, name, images):
 
 
 def test_each_goes_on_with_its_own_random_stream(done):
-    assert "no random state" not in (done / "stderr.txt").read_text()
+    assert all("no random state" not in (done / f"stderr-{rank}.txt").read_text() for rank in range(2))
     states = [load_file(done / "a" / "latest" / "random" / f"0000{rank}-of-00002.safetensors") for rank in range(2)]
     assert not torch.equal(states[0]["photos.generator"], states[1]["photos.generator"])
 

@@ -29,9 +29,12 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..cameras import camera_from_pose
+from ..data.dataset import FaceDataset, to_signed
 from ..devices import best_device, device_name, synchronize
 from ..files import source_name, write_json
 from ..hub.layout import read_json
+from ..models.auxiliary import AuxiliaryNetwork
+from ..pipeline import MetaAuxInverter
 from ..training.encoder import EncoderConfig, EncoderTrainer
 from ..training.loop import Trainer, start
 from ..training.meta import MetaTrainer
@@ -124,10 +127,11 @@ def run_training_benchmark(
     """
     out = Path(out)
     with tempfile.TemporaryDirectory(prefix="metaaux-") as temporary:
-        networks, random_weights = _networks(settings.model, Path(temporary))
-        size = read_json(networks / "generator" / "config.json")["image_size"]
-        data = Path(temporary, "photos.zip")
+        inverter, random_weights = load_for_benchmark(str(settings.model), "cpu")
+        size, data = inverter.generator.config.image_size, Path(temporary, "photos.zip")
         write_synthetic_photos(data, size, settings.photos)
+        networks = _networks(inverter, settings.model, random_weights, data, Path(temporary, "networks"))
+        del inverter
         configs = {name: _configuration(name, settings, networks, data) for name in settings.phases}
         results = _begin(out, settings.model, size, random_weights)
         for name, config in configs.items():
@@ -228,13 +232,30 @@ def write_synthetic_photos(path: Path, size: int, count: int) -> None:
         archive.writestr("dataset.json", json.dumps({"labels": labels}))
 
 
-def _networks(model: Path, folder: Path) -> tuple[Path, bool]:
-    """Folder of the model's networks, with weights; and whether these are random."""
-    inverter, random_weights = load_for_benchmark(str(model), "cpu")
+def _networks(inverter: MetaAuxInverter, model: Path, random_weights: bool, data: Path, folder: Path) -> Path:
+    """Folder of the model's networks, with weights."""
     if not random_weights:
-        return model, False
-    inverter.save_pretrained(folder / "networks")
-    return folder / "networks", True
+        return model
+    photos = FaceDataset(data, inverter.generator.config.image_size, limit=4)
+    _normalise(inverter.auxiliary, to_signed(photos.load()))
+    inverter.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def _normalise(auxiliary: AuxiliaryNetwork, image: torch.Tensor) -> None:
+    """Give batch normalisation the statistics of photos [B, 3, S, S], as the plain phase leaves it: without, the
+    features of a network this deep grow from block to block beyond all that gradient steps are made for."""
+    layers = [module for module in auxiliary.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the mean of what is shown, here all at once
+    auxiliary.train()
+    auxiliary.backbone(image)
+    auxiliary.eval()
+    for layer, momentum in zip(layers, momenta):
+        layer.momentum = momentum
 
 
 def _configuration(name: str, settings: TrainingBenchmark, networks: Path, data: Path) -> Settings:
