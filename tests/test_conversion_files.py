@@ -151,6 +151,53 @@ class TestAgeGender:
 
 
 class TestRecogniser:
+    def packed(self, *numbers):
+        """Whole numbers as dlib writes them."""
+        sizes = [(number.bit_length() + 7) // 8 or 1 for number in numbers]
+        return b"".join(bytes([size]) + number.to_bytes(size, "little") for number, size in zip(numbers, sizes))
+
+    def dlib_file(self, network):
+        """A network in the layout of dlib's file, whose layers' settings are left out or made up."""
+        data = b"\x01\x01\x01\x0dloss_metric_2" + bytes(20)
+        for module in network.modules():
+            kind = type(module).__name__
+            own = [parameter.detach() for parameter in module.parameters()]
+            if kind == "Conv2d":
+                data += b"\x01\x05con_4"
+            elif kind == "ChannelAffine":
+                data += b"\x01\x07affine_"
+            elif kind == "Linear":
+                data += b"\x01\x04fc_2" + self.packed(module.out_features, module.in_features)
+                own = [own[0].T]
+            else:
+                continue
+            flat = torch.cat([tensor.reshape(-1) for tensor in own])
+            data += self.packed(2, len(flat), 1, 1, 1) + flat.numpy().astype("<f4").tobytes()
+            data += b"\x01\x01\x05relu_110" + bytes(30)
+        return data
+
+    def test_dlibs_own_file(self, tmp_path):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            network = FaceRecogniser()
+        data = self.dlib_file(network)
+        (tmp_path / "model.dat").write_bytes(data)
+        convert_recogniser(tmp_path / "model.dat", tmp_path)
+        found = load_identity(tmp_path / "identity").state_dict()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in network.state_dict().items())
+        fc = data.index(b"\x01\x04fc_2")
+        for changed, match in (
+            (data[:fc], "ends before the layer that fc is here"),
+            (data[: fc + 100], "fc is here has the shape"),
+            (data[: fc + 7], "a size in it is none"),
+            (data + data[fc:], "more layers"),
+            (b"", "ends before the layer that stem.conv is here"),
+        ):
+            (tmp_path / "model.dat").write_bytes(changed)
+            with pytest.raises(ConversionError, match=match):
+                convert_recogniser(tmp_path / "model.dat", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
     def test_becomes_an_identity_network(self, tmp_path):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

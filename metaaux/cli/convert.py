@@ -96,7 +96,9 @@ def arcface(
 
 @app.command()
 def recogniser(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="dlib's face recognition network.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="dlib_face_recognition_resnet_model_v1.dat, or safetensors.")
+    ],
     folder: FolderArgument,
     overwrite: OverwriteOption = False,
 ) -> None:
