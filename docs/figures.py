@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import ModelCard
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from metaaux.hub.figures import evaluation_results  # noqa: E402
+
 RESULTS = ROOT / "docs" / "results"
 CARD = ROOT / "hub_configs" / "metaaux-mini" / "README.md"
 #: Pages with tables of figures.
@@ -207,27 +212,8 @@ def with_tables(text: str) -> str:
 
 def with_model_index(text: str) -> str:
     """A card whose front matter says what the checkpoint reaches on held-out photos, as the Hub reads it."""
-    results = read("table1")
-    steps = results["details"]["metaaux"]["settings"]["steps"]
     card = ModelCard(text)
-    card.data.model_name = CARD.parent.name
-    card.data.eval_results = [
-        EvalResult(
-            task_type="image-to-3d",
-            task_name=f"3D GAN inversion in {steps} steps",
-            dataset_type="held-out-portraits",
-            dataset_name=f"{results['photos']} held-out portraits of the training data's sources",
-            metric_type=key,
-            metric_name=f"{name}: {results['metrics'][key]}",
-            metric_value=float(f"{results['methods']['metaaux'][key]:.4g}"),
-        )
-        for key, name in (
-            ("mse", "MSE"),
-            ("perceptual", "Perceptual distance"),
-            ("frechet", "Fréchet distance"),
-            ("identity", "Identity"),
-        )
-    ]
+    card.data.model_name, card.data.eval_results = CARD.parent.name, evaluation_results([read("table1")])
     return f"---\n{card.data.to_yaml()}\n---\n{card.text}"
 
 

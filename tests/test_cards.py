@@ -13,6 +13,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 from metaaux.hub.card import updated_card
+from metaaux.hub.publishing import files_to_push
+from metaaux.models.auxiliary import AuxiliaryNetwork
+from metaaux.models.presets import preset_of
 from tests.conftest import ROOT
 
 FOLDERS = {folder.name: folder for folder in sorted((ROOT / "hub_configs").iterdir())}
@@ -55,6 +58,11 @@ class TestMetadata:
         thumbnail = ModelCard(MINI).data.thumbnail
         assert (FOLDERS["metaaux-mini"] / thumbnail).is_file() and f"]({thumbnail})" in MINI
 
+    def test_what_it_links_to_is_pushed_with_it(self):
+        pushed = set(files_to_push(FOLDERS["metaaux-mini"]))
+        linked = {link for link in re.findall(r"\]\((?!https?:|#)([^)]+)\)", MINI)}
+        assert linked and {"README.md", *linked} <= pushed
+
     def test_survives_publishing(self):
         published = ModelCard(updated_card(ModelCard(MINI), "org/name", None, None, ["portraits"], None)).data
         before = ModelCard(MINI).data
@@ -73,7 +81,7 @@ class TestFigures:
     def test_model_index(self):
         results = json.loads((ROOT / "docs" / "results" / "table1.json").read_text())["methods"]["metaaux"]
         found = {result.metric_type: result.metric_value for result in ModelCard(MINI).data.eval_results}
-        assert found.keys() == {"mse", "perceptual", "frechet", "identity"}
+        assert {"mse", "perceptual", "frechet", "identity"} <= found.keys()
         assert found == {name: pytest.approx(results[name], rel=1e-3) for name in found}
 
     def test_results_are_of_the_embedded_checkpoint(self):
@@ -102,6 +110,12 @@ class TestStatements:
         assert re.search(r"its pictures are small \((\d+) x (\d+) pixels\)", MINI).groups() == (str(size), str(size))
         readme = (ROOT / "README.md").read_text(encoding="utf-8")
         assert int(re.search(r"pictures are (\d+) pixels wide", readme)[1]) == size
+
+    @pytest.mark.parametrize("name", CARDS)
+    def test_preset(self, name):
+        with torch.device("meta"):
+            network = AuxiliaryNetwork.from_config(config_of(name, "auxiliary"))
+        assert re.findall(r"preset `(\w+)`", CARDS[name]) == [preset_of(network)]
 
     def test_parameters_of_the_full_size(self):
         index = json.loads((FOLDERS["metaaux-ffhq"] / "model_index.json").read_text())

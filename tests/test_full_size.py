@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import shutil
 
 import pytest
 import torch
+import typer
 import yaml
 from typer.testing import CliRunner
 
@@ -21,6 +24,8 @@ from metaaux.evaluation.full_size import (
     write_synthetic_photos,
 )
 from metaaux.hub.loading import embedded_model_folder
+from metaaux.training.auxiliary import AuxiliaryConfig
+from metaaux.training.settings import load_settings
 from tests.test_training_settings import CONFIGS
 
 
@@ -68,7 +73,7 @@ def test_every_phase_is_measured(measured):
         assert figures["gpu_hours"] == pytest.approx(figures["total"] / figures["per_second"] / 3600)
         assert figures["unit"] == ("tasks" if name.startswith("meta") else "images")
         assert len(figures["loss"]) == 2 and figures["loss"][0] != figures["loss"][1]
-        assert figures["config"]["data"]["in_memory"] is False
+        assert figures["config"]["data"]["in_memory"] is False and "metaaux-" not in json.dumps(figures)
     assert results["phases"]["meta-paper"]["config"]["inner"]["order"] == "second"
     assert results["phases"]["meta-paper"]["total"] == 80_000
 
@@ -142,3 +147,40 @@ def test_the_papers_shape_comes_with_the_package():
     assert not list(folder.rglob("*.safetensors"))
     generator = json.loads((folder / "generator" / "config.json").read_text())
     assert (generator["image_size"], generator["neural_resolution"]) == (512, 128)
+
+
+def commands_of(name: str) -> list[list[str]]:
+    """The commands of a page of docs/, as words."""
+    blocks = re.findall(r"```bash\n(.*?)```", (CONFIGS.parents[1] / "docs" / name).read_text(encoding="utf-8"), re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line]
+
+
+def test_launch_lines_are_accelerates():
+    """And what they launch are commands of this package, with settings that their batch and processes fit."""
+    from accelerate.commands.launch import launch_command_parser
+
+    launched = [launch_command_parser().parse_args(words[2:]) for words in commands_of("scaling.md")]
+    assert {(line.num_machines, line.machine_rank) for line in launched} >= {(2, 0), (2, 1)}
+    for line in launched:
+        assert line.module and line.training_script == "metaaux"
+        check_command(line.training_script_args)
+        if line.training_script_args[0] == "train":
+            words = line.training_script_args
+            overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+            config = load_settings(AuxiliaryConfig, CONFIGS.parents[1] / words[words.index("--config") + 1], overrides)
+            assert words[1] == "auxiliary" and config.batch % line.num_processes == 0
+
+
+def test_commands_of_the_full_size_page():
+    for words in commands_of("full-size.md"):
+        assert words[:3] == ["python", "-m", "metaaux"]
+        check_command(words[3:])
+
+
+def check_command(words: list[str]) -> None:
+    """That a command and its options exist."""
+    command = typer.main.get_command(app).commands[words[0]]
+    command = getattr(command, "commands", {}).get(words[1], command)
+    known = {option for parameter in command.params for option in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= known

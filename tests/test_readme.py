@@ -206,6 +206,11 @@ class TestLinks:
             if page.startswith("hub_configs"):
                 assert path.is_relative_to((ROOT / page).parent), f"{link} does not come along to the Hub"
 
+    @pytest.mark.parametrize("page", PAGES)
+    def test_named_paths_exist(self, page):
+        named = re.findall(r"`((?:metaaux|docs|tests|hub_configs|examples)/[\w./-]+)`", PAGES[page])
+        assert [path for path in named if not (ROOT / path).exists()] == []
+
     def test_every_page_can_be_reached_from_readme(self):
         reached, waiting = set(), ["README.md"]
         while waiting:

@@ -15,6 +15,7 @@ import os
 import platform
 import tempfile
 import time
+import traceback
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tqdm.auto import tqdm
 
 from .. import __version__
 from ..cameras import camera_from_pose
-from ..devices import device_name, synchronize
+from ..devices import best_device, device_name, synchronize
 from ..files import source_name, write_json
 from ..hub.layout import read_json
 from ..training.encoder import EncoderConfig, EncoderTrainer
@@ -131,7 +133,9 @@ def run_training_benchmark(
         for name, config in configs.items():
             try:
                 figures = measure_phase(name, config, settings, temporary)
-            except (RuntimeError, ValueError, OSError, ArithmeticError) as error:
+            # Whatever it is: the others may take hours of a GPU that is there now.
+            except Exception as error:
+                traceback.print_exc()
                 figures = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
             _free()
             results["phases"][name] = figures
@@ -151,7 +155,7 @@ def measure_phase(
         {"unit", "batch" (images or tasks a step), "steps", "warmup", "seconds" (of the timed steps), "per_second",
         "peak_memory" and "peak_reserved" (bytes that PyTorch held of the GPU at most; `None` elsewhere), "finite",
         "nonfinite_gradients", "loss" ([at the first step, at the last]), "total" (images or tasks that the
-        configuration asks for), "gpu_hours" (for as many), "config" (all settings)}
+        configuration asks for), "gpu_hours" (for as many), "config" (its settings but for files)}
 
     Raises:
         ValueError, RuntimeError, OSError: as training raises them; memory that does not suffice is a RuntimeError.
@@ -164,7 +168,7 @@ def measure_phase(
     trainer = phase.trainer(config, accelerator)
     trainer.load_data(0)
     images, losses = _start_of(config), []
-    for step in range(settings.warmup + settings.steps):
+    for step in tqdm(range(settings.warmup + settings.steps), desc=name, unit="step", disable=None):
         if step == settings.warmup:
             synchronize(device)
             started = time.perf_counter()
@@ -191,7 +195,7 @@ def measure_phase(
         "loss": [_number(losses[0]), _number(losses[-1])],
         "total": config.run.total_images,
         "gpu_hours": config.run.total_images / per_second / 3600,
-        "config": config.model_dump(mode="json"),
+        "config": _without_paths(config),
     }
 
 
@@ -257,6 +261,13 @@ def _configuration(name: str, settings: TrainingBenchmark, networks: Path, data:
     return config
 
 
+def _without_paths(config: Settings) -> dict[str, Any]:
+    """Settings that another machine has in common with this one."""
+    values = config.model_dump(mode="json", exclude={"networks": True, "data": {"path"}, "initial": True})
+    values.get("auxiliary", {}).pop("initial", None)
+    return values
+
+
 def _start_of(config: Settings) -> int:
     """Images after which a step is as long as in most of the run: all that is spared at the start is over."""
     if isinstance(config, EncoderConfig):
@@ -266,7 +277,7 @@ def _start_of(config: Settings) -> int:
 
 def _begin(out: Path, model: Path, size: int, random_weights: bool) -> dict[str, Any]:
     """What `out` holds, or the beginning of it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(best_device())
     about = {
         "model": source_name(model),
         "weights": "random" if random_weights else "trained",
