@@ -59,7 +59,7 @@ def stylegan2(
     folder: FolderArgument,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """StyleGAN2's generator to FOLDER/generator; from pickles its discriminator too."""
+    """StyleGAN2's generator to FOLDER/generator, and its discriminator, where the file has one."""
     from ..conversion.stylegan2 import convert_stylegan2
 
     echo(str(_with_progress(lambda report: convert_stylegan2(source, folder, overwrite, report))))
