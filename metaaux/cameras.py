@@ -37,8 +37,7 @@ def camera_from_pose(
         pitch: degrees, -90 < pitch < 90; positive nods down. A number or a tensor [...], broadcast against `yaw`.
         radius: distance of the camera from the origin, world units.
         focal: focal length in units of the image side.
-        pivot: point [3] that the camera looks at, world units, within the sphere. EG3D's faces have (0, 0, 0.2), the
-            middle of the head: the camera's turn is the same, its place on the sphere another one.
+        pivot: point [3] that the camera looks at, world units; EG3D's faces have (0, 0, 0.2).
 
     Returns:
         Cameras [..., 25], on the device and of the floating dtype of the tensors given (float32 for numbers).
@@ -71,11 +70,10 @@ def camera_from_pose(
     forward = torch.stack([-sin_a * cos_e, -sin_e, -cos_a * cos_e], dim=-1)
     position = -radius * forward
     if any(pivot):
-        # Back from the pivot along the optical axis to the sphere: |pivot - s·forward| = radius.
+        # Back along the optical axis to the sphere: |pivot - distance·forward| = radius.
         centre = torch.tensor(pivot, dtype=dtype, device=device)
         along = (forward * centre).sum(-1, keepdim=True)
-        distance = along + (along.square() - centre.square().sum() + radius**2).sqrt()
-        position = centre - distance * forward
+        position = centre - (along + (along.square() - centre.square().sum() + radius**2).sqrt()) * forward
     extrinsics = torch.stack([right, down, forward, position], dim=-1)
     last_row = torch.stack([zero, zero, zero, one], dim=-1)
     intrinsics = torch.tensor([focal, 0, 0.5, 0, focal, 0.5, 0, 0, 1], dtype=dtype, device=device)

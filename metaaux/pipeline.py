@@ -36,6 +36,7 @@ from .models.encoder import LatentEncoder
 from .models.identity import IdentityNetwork
 from .models.perceptual import LPIPS
 from .models.presets import preset_of
+from .models.recogniser import FaceRecogniser
 from .models.stylegan2 import StyleGAN2Generator
 from .models.weights import check_computable, unwrapped
 from .rendering import RenderingMixin
@@ -105,7 +106,7 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
         encoder: LatentEncoder,
         auxiliary: AuxiliaryNetwork,
         discriminator: DualDiscriminator,
-        identity: IdentityNetwork,
+        identity: IdentityNetwork | FaceRecogniser,
         perceptual: LPIPS | None = None,
         latent_directions: LatentDirections | None = None,
         inner_steps: int = 5,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,13 @@ from official_pickles import (
     snapshot,
     write,
 )
+from typer.testing import CliRunner
 
 from metaaux import MetaAuxInverter
 from metaaux.cameras import camera_from_pose, pose_of_camera, project_points
+from metaaux.cli import app
 from metaaux.conversion.eg3d import convert_eg3d
+from metaaux.data.dataset import FaceDataset
 from metaaux.export.texture import _camera
 from metaaux.faces import FaceAligner, canonical_face
 from metaaux.hub.loading import load_component
@@ -125,3 +129,14 @@ class TestAligner:
                 errors.append(np.median(np.linalg.norm(on_photo - face.landmarks, axis=1)[upper]) / face.face_size)
             # A camera that looks beside the face has its crop beside the face.
             assert errors[0] < 0.04 and errors[1] < 0.045
+
+    def test_prepared_data_sets(self, tmp_path):
+        pytest.importorskip("mediapipe")
+        (tmp_path / "photos").mkdir()
+        shutil.copy(ROOT / "examples" / "grace_hopper.jpg", tmp_path / "photos")
+        words = ["prepare", str(tmp_path / "photos"), str(tmp_path / "faces.zip"), "--workers", "1", "--size", "64"]
+        result = CliRunner().invoke(app, [*words, "--pivot", "0", "0", "0.2"], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        camera = FaceDataset(tmp_path / "faces.zip", 64).cameras[0]
+        torch.testing.assert_close(camera, camera_from_pose(*pose_of_camera(camera), pivot=PIVOT), atol=1e-4, rtol=0)
+        assert not torch.allclose(camera, camera_from_pose(*pose_of_camera(camera)), atol=1e-3)

@@ -220,6 +220,37 @@ class TestStyleGAN2:
         summary = convert_stylegan2(tmp_path / "alone.pt", tmp_path / "alone")
         assert "no latent_avg" in summary.notes[0]
 
+    def test_rosinality_with_a_discriminator(self, tmp_path):
+        sizes = {"image_size": 16, "channel_base": 128, "channel_max": 16}
+        judge = DualDiscriminator(**sizes, camera_dim=0, dual=False, conv_clamp=None)
+        state = {"convs.1.conv2.0.kernel": FILTER, "convs.1.skip.0.kernel": FILTER}
+        for name, tensor in judge.state_dict().items():
+            *block, layer, part = name.split(".")
+            place = {"conv": "final_conv.0", "fc": "final_linear.0", "out": "final_linear.1"}.get(layer)
+            if place == "final_conv.0" and part == "bias":
+                place = "final_conv.1"
+            if block:
+                number = {"b16": 1, "b8": 2}[block[0]]
+                # In a layer: blur before strided convolutions, then the convolution, then the activation.
+                place = {
+                    "fromrgb": f"convs.0.{int(part == 'bias')}",
+                    "conv0": f"convs.{number}.conv1.{int(part == 'bias')}",
+                    "conv1": f"convs.{number}.conv2.{1 + (part == 'bias')}",
+                    "skip": f"convs.{number}.skip.1",
+                }[layer]
+            state[f"{place}.{part}"] = tensor
+        contents = {"g_ema": self.rosinality(stylegan2_generator()), "d": state, "d_optim": {}}
+        torch.save(contents, tmp_path / "model.pt")
+        summary = convert_stylegan2(tmp_path / "model.pt", tmp_path / "out")
+        made = load_component(DualDiscriminator, tmp_path / "out" / "discriminator")
+        image = hashed("image", (2, 3, 16, 16))
+        assert torch.equal(made(image, None, None), judge(image, None, None))
+        assert summary.left_out == ["d_optim"]
+
+        del state["convs.2.conv1.0.weight"]
+        torch.save(contents, tmp_path / "model.pt")
+        assert_refused(tmp_path / "model.pt", tmp_path / "again", "b8.conv0.weight", convert_stylegan2)
+
     @pytest.mark.parametrize(
         ("contents", "match"),
         [

@@ -24,6 +24,16 @@ def _part(what: str) -> Any:
     return typer.Option(metavar="DIR", help=f"{what} Default, with --overwrite: the one that OUT has.")
 
 
+GainsOption = Annotated[
+    Path | None,
+    typer.Option(metavar="ZIP_OR_FOLDER", help="Photos on which the directions' gains are measured."),
+]
+AttributesOption = Annotated[
+    Path | None,
+    typer.Option(metavar="SAFETENSORS", help="Age and gender network (convert age-gender), which --gains needs."),
+]
+
+
 @dataclass
 class PartOptions:
     """Folders of the networks that become a pipeline's."""
@@ -75,14 +85,8 @@ def assemble(
         list[Path] | None,
         typer.Option(metavar="JSON", help="results.json of evaluate, or benchmark's file, for the model card."),
     ] = None,
-    gains: Annotated[
-        Path | None,
-        typer.Option(metavar="ZIP_OR_FOLDER", help="Photos on which the directions' gains are measured."),
-    ] = None,
-    attributes: Annotated[
-        Path | None,
-        typer.Option(metavar="SAFETENSORS", help="Age and gender network (convert age-gender), which --gains needs."),
-    ] = None,
+    gains: GainsOption = None,
+    attributes: AttributesOption = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many photos of --gains.")] = 100,
     settings: Annotated[
         list[str] | None,

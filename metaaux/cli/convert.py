@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import check_folder, echo
+from .options import check_file, check_folder, echo
 
 app = typer.Typer(
     name="convert",
@@ -25,6 +25,16 @@ def _checked(folder: Path) -> Path:
 
 FolderArgument = Annotated[
     Path, typer.Argument(metavar="FOLDER", callback=_checked, help="Folder of the pipeline; made if missing.")
+]
+
+
+def _checked_file(file: Path) -> Path:
+    check_file(file, ".safetensors", option="FILE")
+    return file
+
+
+FileArgument = Annotated[
+    Path, typer.Argument(metavar="FILE", callback=_checked_file, help="What is written, a .safetensors file.")
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace networks that are there already.")]
 
@@ -49,7 +59,7 @@ def stylegan2(
     folder: FolderArgument,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """StyleGAN2's generator to FOLDER/generator; from pickles its discriminator too."""
+    """StyleGAN2's generator to FOLDER/generator, and its discriminator, where the file has one."""
     from ..conversion.stylegan2 import convert_stylegan2
 
     echo(str(_with_progress(lambda report: convert_stylegan2(source, folder, overwrite, report))))
@@ -82,6 +92,49 @@ def arcface(
     from ..conversion.arcface import convert_arcface
 
     echo(str(convert_arcface(source, folder, overwrite)))
+
+
+@app.command()
+def recogniser(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="dlib_face_recognition_resnet_model_v1.dat, or safetensors.")
+    ],
+    folder: FolderArgument,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """dlib's face recogniser to FOLDER/identity."""
+    from ..conversion.recogniser import convert_recogniser
+
+    echo(str(convert_recogniser(source, folder, overwrite)))
+
+
+@app.command()
+def squeezenet(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help="torchvision's squeezenet1_1, or the original Caffe model's weights."),
+    ],
+    file: FileArgument,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """SqueezeNet 1.1's features, which take images as they are: for --perceptual, --features and generators."""
+    from ..conversion.squeezenet import convert_squeezenet
+
+    echo(str(convert_squeezenet(source, file, overwrite)))
+
+
+@app.command()
+def age_gender(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="face-api.js' age_gender_model-weights_manifest.json.")
+    ],
+    file: FileArgument,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """face-api.js' age and gender network: for directions and `evaluate editing`."""
+    from ..conversion.age_gender import convert_age_gender
+
+    echo(str(convert_age_gender(source, file, overwrite)))
 
 
 def _with_progress(convert: Callable[[Callable[[int, int], None]], object]) -> object:

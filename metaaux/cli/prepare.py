@@ -15,6 +15,10 @@ def prepare(
     out: Annotated[Path, typer.Argument(metavar="OUT.zip", help="Dataset to write, in EG3D's layout.")],
     size: Annotated[int, typer.Option(min=16, help="Side of the crops, pixels.")] = 128,
     crop_scale: Annotated[float, typer.Option(help="Size of faces in the crops; EG3D's FFHQ has about 0.93.")] = 1.0,
+    pivot: Annotated[
+        tuple[float, float, float],
+        typer.Option(help="Point that the generator's cameras look at; EG3D's FFHQ has 0 0 0.2."),
+    ] = (0.0, 0.0, 0.0),
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core.")] = None,
 ) -> None:
     """Align a folder of photos into a dataset. Photos without a usable face are left out and listed on stderr."""
@@ -29,7 +33,9 @@ def prepare(
             bar.total = photos
             bar.update(finished - bar.n)
 
-        report = prepare_folder(folder, out, size=size, crop_scale=crop_scale, workers=workers, on_photo=on_photo)
+        report = prepare_folder(
+            folder, out, size=size, crop_scale=crop_scale, workers=workers, on_photo=on_photo, pivot=pivot
+        )
     for photo in report.skipped:
         echo(one_line(f"left out {photo.name}: {photo.message}"), error=True)
     echo(f"{out}: {report.photos - len(report.skipped)} of {report.photos} photos")

@@ -14,8 +14,9 @@ from typing import Any
 import safetensors
 import torch
 from diffusers import ModelMixin
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from ..files import atomic_path, check_output_file
 from .pickles import ConversionError
 
 
@@ -159,6 +160,48 @@ def convert_file(
     except ConversionError as error:
         raise ConversionError(f"{source.name} cannot be converted: {error}") from None
     return _write(folder, converted, overwrite)
+
+
+@dataclass
+class ConvertedTensors:
+    """Tensors by name; the rest as in `ConversionSummary`."""
+
+    tensors: Mapping[str, torch.Tensor]
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def convert_to_file(
+    source: str | Path, target: str | Path, overwrite: bool, convert: Callable[[Path], ConvertedTensors]
+) -> ConversionSummary:
+    """`convert_file` for networks that are one safetensors file, which is whole or absent.
+
+    Args:
+        source: the foreign file. target: the safetensors file.
+        overwrite: replace a file of that name.
+        convert: reads the foreign file.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no folder for the target.
+        FileExistsError: see `overwrite`.
+        ConversionError: as `convert` raised it, with the file's name in front.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists already; choose another name, or overwrite it (--overwrite)")
+    check_output_file(target)
+    if not source.is_file():
+        raise FileNotFoundError(f"there is no file {source}")
+    try:
+        converted = convert(source)
+    except ConversionError as error:
+        raise ConversionError(f"{source.name} cannot be converted: {error}") from None
+    tensors = {name: tensor.contiguous() for name, tensor in converted.tensors.items()}
+    with atomic_path(target) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    network = {"class": "safetensors", "tensors": len(tensors), "parameters": parameters}
+    return ConversionSummary(target.parent, {target.name: network}, converted.left_out, converted.notes)
 
 
 def _write(folder: str | Path, converted: Converted, overwrite: bool = False) -> ConversionSummary:

@@ -36,8 +36,8 @@ def convert_stylegan2(
 
     Args:
         source: a pickle of NVIDIA's stylegan2-ada-pytorch (`G_ema` and `D` are taken), or a `torch.save` or
-            safetensors file in the layout of rosinality's stylegan2-pytorch (`g_ema` and `latent_avg`).
-        folder: `generator/` and, from pickles, `discriminator/` are written into it.
+            safetensors file in the layout of rosinality's stylegan2-pytorch (`g_ema`, `latent_avg` and `d`).
+        folder: `generator/` and, where the file has one, `discriminator/` are written into it.
         overwrite: replace folders of those names.
         on_progress: called now and then as (bytes read, bytes in all).
 
@@ -115,12 +115,16 @@ def _official_name(name: str) -> str:
 
 
 def _from_state(state: Mapping[str, Any]) -> Converted:
-    """rosinality's layout: `g_ema` and `latent_avg`, or the generator's state dictionary alone."""
-    left_out, notes = [], []
+    """rosinality's layout: `g_ema`, `latent_avg` and `d`, or the generator's state dictionary alone."""
+    left_out, notes, networks = [], [], {}
     weights, average = state, state.get("latent_avg")
     if isinstance(state.get("g_ema"), dict):
         weights = state["g_ema"]
-        left_out = sorted(str(name) for name in state if name not in ("g_ema", "latent_avg"))
+        judge = state.get("d")
+        if isinstance(judge, dict) and "final_linear.1.weight" in judge:
+            networks["discriminator"] = _rosinality_discriminator(tensors_of(judge, "the discriminator"))
+        taken = ("g_ema", "latent_avg", *(["d"] if networks else []))
+        left_out = sorted(str(name) for name in state if name not in taken)
     tensors = tensors_of({name: value for name, value in weights.items() if name != "latent_avg"}, "the generator")
     if "input.input" not in tensors:
         raise ConversionError("it holds no generator in the layout of rosinality's stylegan2-pytorch")
@@ -136,7 +140,45 @@ def _from_state(state: Mapping[str, Any]) -> Converted:
     if average.ndim > 1:  # one a layer, all alike, as encoders store it
         average = average.reshape(-1, average.shape[-1])[0]
     renamed["mapping_network.w_avg"] = average
-    return Converted({"generator": _generator(renamed, None)}, left_out, notes)
+    return Converted({"generator": _generator(renamed, None), **networks}, left_out, notes)
+
+
+def _rosinality_discriminator(tensors: Mapping[str, torch.Tensor]) -> DualDiscriminator:
+    """Its layer `convs.0` is from-RGB, `convs.n` the residual block of resolution size / 2^(n - 1)."""
+    blocks = len({name.split(".")[1] for name in tensors if name.startswith("convs.")}) - 1
+    if not 1 <= blocks <= 10:
+        raise ConversionError(f"its discriminator has {blocks} residual blocks, expected 1 to 10")
+    size = 4 << blocks
+    layers = {"final_conv": "conv", "final_linear.0": "fc", "final_linear.1": "out", "convs.0": f"b{size}.fromrgb"}
+    for index in range(1, blocks + 1):
+        block = f"b{size >> (index - 1)}"
+        for theirs, ours in (("conv1", "conv0"), ("conv2", "conv1"), ("skip", "skip")):
+            layers[f"convs.{index}.{theirs}"] = f"{block}.{ours}"
+    renamed = {}
+    for name, tensor in tensors.items():
+        layer, _, rest = name.rpartition(".")
+        # Inside of a layer, blur, convolution and activation are numbered.
+        ours = layers.get(layer) or layers.get(layer.rpartition(".")[0])
+        if ours is None:
+            raise ConversionError(f"its discriminator has an unknown tensor {name[:80]!r}")
+        if rest != "kernel":  # of the resampling filters
+            renamed[f"{ours}.{rest}"] = tensor
+    widths = {}
+    for side in (4, *(size >> index for index in range(blocks))):
+        name = f"b{side}.conv0.weight" if side > 4 else "conv.weight"
+        if name not in renamed:
+            raise ConversionError(f"its discriminator lacks {name}, as it is called here")
+        widths[side] = renamed[name].shape[0]
+    with torch.device("meta"):
+        discriminator = DualDiscriminator(
+            image_size=size,
+            camera_dim=0,
+            **channel_widths(widths),
+            conv_clamp=None,
+            raw_size=size,
+            dual=False,
+        )
+    return load_tensors(discriminator, renamed, "the discriminator")
 
 
 def _rosinality_name(name: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,6 +58,7 @@ def prepare(
     max_pixels: int = MAX_PIXELS,
     workers: int | None = None,
     on_photo: Callable[[int, int], None] | None = None,
+    pivot: Sequence[float] = (0.0, 0.0, 0.0),
 ) -> PrepareReport:
     """Aligns all photos of a folder and its subfolders into an EG3D data set zip.
 
@@ -79,6 +80,7 @@ def prepare(
         max_pixels: photos with more pixels are skipped.
         workers: processes; all cores by default.
         on_photo: called in this process with (photos finished, photos in all) after each photo.
+        pivot: point that the cameras look at, see [`FaceAligner`].
 
     Raises:
         NotADirectoryError: `folder` is not a folder.
@@ -86,6 +88,8 @@ def prepare(
     """
     folder, out = Path(folder), Path(out)
     settings = dict(image_size=size, crop_scale=crop_scale, min_face_size=min_face_size, max_pixels=max_pixels)
+    if any(pivot):
+        settings["pivot"] = tuple(pivot)
     _check(folder, image_format, workers, settings)
 
     # 1. What there is to do: finished photos lie in a folder beside the zip.

@@ -90,7 +90,7 @@ def generated_card(pipeline: Any, repo_id: str | None = None, title: str | None 
         for name, network in networks.items()
     )
     data = ModelCardData(
-        library_name="diffusers", license="unknown", pipeline_tag="image-to-3d", tags=list(TAGS), base_model=None
+        language="en", library_name="diffusers", license="unknown", pipeline_tag="image-to-3d", tags=list(TAGS)
     )
     name = repo_id or PLACEHOLDER
     text = _TEXT.format(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import os
 import re
@@ -143,17 +144,14 @@ class PublishingMixin:
             message = commit_message or f"Upload {type(self).__name__}"
             subfolder = subfolder and str(check_subfolder(subfolder))
             api = HfApi(token=token)
-
-            def upload(repo_id: str) -> CommitInfo:
-                return api.upload_folder(
-                    repo_id=repo_id,
-                    folder_path=folder,
-                    path_in_repo=subfolder,
-                    revision=revision,
-                    commit_message=message,
-                    create_pr=create_pr,
-                )
-
+            upload = functools.partial(
+                api.upload_folder,
+                folder_path=folder,
+                path_in_repo=subfolder,
+                revision=revision,
+                commit_message=message,
+                create_pr=create_pr,
+            )
             return _commit(api, upload, repo_id, revision, private)
 
     def _to_be_saved(self, dtype: torch.dtype | None):
@@ -287,14 +285,14 @@ def _move_into(source: Path, folder: Path, variant: str | None) -> None:
 
 
 def _commit(
-    api: HfApi, upload: Callable[[str], CommitInfo], repo_id: str, revision: str | None, private: bool | None
+    api: HfApi, upload: Callable[..., CommitInfo], repo_id: str, revision: str | None, private: bool | None
 ) -> str:
     """Uploads in one commit, making repository and branch if need be; returns the commit's address."""
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = upload(repo_id)
+        commit = upload(repo_id=repo_id)
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         cause = " ".join(str(error).split())[:300] or type(error).__name__
         raise OSError(f"{repo_id} could not be published: {cause}; nothing was committed") from error
