@@ -106,7 +106,7 @@ class TestAssemble:
     def test_card(self, assembled):
         _, front, text = (assembled / "README.md").read_text().split("---\n", 2)
         assert yaml.safe_load(front)["license"] == "mit"
-        assert "# my-model" in text and "`AuxiliaryNetwork`" in text
+        assert "# my-model" in text and "`AuxiliaryNetwork`" in text and "preset is `custom`" in text
 
     def test_nothing_private_is_written(self, assembled, parts):
         for path in assembled.rglob("*.json"):
@@ -239,6 +239,7 @@ class TestAgain:
         assert index["name"] == "my-model"
         metrics = {metric["type"]: metric["value"] for metric in index["results"][0]["metrics"]}
         assert metrics == {"mse": 0.0151, "perceptual": 1.3, "identity": 0.9, "seconds": 0.5}
+        assert index["results"][0]["dataset"]["name"] == "4 portraits"
         assert (out / "docs" / "head.png").read_bytes() == b"picture"
         assert json.loads((out / "model_index.json").read_text())["weight_perceptual"] == 0.1
 
@@ -294,13 +295,15 @@ class TestPush:
 
     def test_there_and_back(self, hub, assembled):
         (assembled / "generator" / "notes.txt").write_text("mine")
+        (assembled / "LICENSE.md").write_text("Terms.")
         output = run("push", assembled, REPO)
         (assembled / "generator" / "notes.txt").unlink()
         assert f"{hub.address}/{REPO}/commit/" in output
         files = hub.repositories[REPO]["main"]
         expected = {path.relative_to(assembled).as_posix() for path in assembled.rglob("*") if path.is_file()}
         assert set(files) == expected
-        same = expected - {"README.md"}
+        (assembled / "LICENSE.md").unlink()
+        same = expected - {"README.md", "LICENSE.md"}
         assert all(files[name] == (assembled / name).read_bytes() for name in same)
         assert f'from_pretrained("{REPO}")' in files["README.md"].decode()
         loaded = MetaAuxInverter.from_pretrained(REPO)

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import yaml
+from eg3d_reference import hashed_weights
 from hub_server import LoopbackHub, use_hub
 from official_pickles import (
     eg3d_contents,
@@ -49,6 +50,8 @@ def networks_of(kind):
             super_resolution_kind="2X",
             super_resolution_conv_clamp=None,
         )
+        # Random normal weights would make fog of one colour, in which no edit is seen.
+        generator.load_state_dict(hashed_weights(generator.state_dict()))
         return generator, DualDiscriminator(**sizes, raw_size=8)
     generator = StyleGAN2Generator(z_dim=16, w_dim=16, mapping_layers=2, **sizes)
     return generator, DualDiscriminator(**sizes, camera_dim=0, dual=False)
@@ -100,7 +103,7 @@ def test_from_a_pickle_to_the_hub_and_back(
         "identity": "converted/identity",
         "perceptual": "converted/perceptual",
     }
-    inner = {"steps": 2, "loss": LOSS, "order": "second", "tasks_per_pass": 1}
+    inner = {"steps": 1, "loss": LOSS, "order": "second", "tasks_per_pass": 1}
     auxiliary = {
         "networks": {**shared, "encoder": "runs/encoder/latest/encoder"},
         "inner": inner,
@@ -126,9 +129,9 @@ def test_from_a_pickle_to_the_hub_and_back(
         "directions": {
             "generator": "converted/generator",
             "identity": "converted/identity",
-            "sampling": {"heads": 4, "shard": 4, "batch": 4, "workers": 1},
-            "components": 2,
-            "calibration": {"heads": 2},
+            "sampling": {"heads": 2, "shard": 2, "batch": 2, "workers": 1},
+            "components": 1,
+            "calibration": {"heads": 1},
         },
     }
     for name, configuration in configurations.items():
@@ -164,7 +167,7 @@ def test_from_a_pickle_to_the_hub_and_back(
     assert all(torch.isfinite(torch.tensor(list(step.values()))).all() for step in inversion.steps)
     inversion.save("me.safetensors")
     loaded = Inversion.load("me.safetensors", fingerprint=inverter.fingerprint)
-    plain, edited = inverter.render(loaded), inverter.render(loaded, edits={"pc1": 3, "pc2": -3})
+    plain, edited = inverter.render(loaded), inverter.render(loaded, edits={"pc1": 3})
     assert plain.size == edited.size == (IMAGE_SIZE, IMAGE_SIZE) and plain.tobytes() != edited.tobytes()
     if kind == "eg3d":
         assert list(inverter.generator.config.camera_pivot) == PIVOT

@@ -152,7 +152,8 @@ def test_the_papers_shape_comes_with_the_package():
 def commands_of(name: str) -> list[list[str]]:
     """The commands of a page of docs/, as words."""
     blocks = re.findall(r"```bash\n(.*?)```", (CONFIGS.parents[1] / "docs" / name).read_text(encoding="utf-8"), re.S)
-    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line]
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line]
 
 
 def test_launch_lines_are_accelerates():
@@ -180,5 +181,6 @@ def test_commands_of_the_full_size_page():
 def check_command(words: list[str]) -> None:
     """That a command and its options exist."""
     command = typer.main.get_command(app).commands[words[0]]
+    command = getattr(command, "commands", {}).get(words[1], command)
     known = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= known

@@ -128,7 +128,7 @@ def assemble(
         with atomic_folder(out, overwrite) as folder:
             for name, precision in precisions.items():
                 inverter.save_pretrained(folder, variant=name, dtype=precision)
-            _keep_pictures(earlier, folder)
+            _keep_documents(earlier, folder)
     except OverflowError as error:
         raise ValueError(str(error)) from None
     echo(f"{out}: fingerprint {inverter.fingerprint}")
@@ -288,8 +288,8 @@ def _write_card(
     inverter.card = updated_card(card, name, license, None, None, results=results)
 
 
-def _keep_pictures(earlier: Path | None, folder: Path) -> None:
-    """The pictures that an earlier card may show go on into the new folder."""
+def _keep_documents(earlier: Path | None, folder: Path) -> None:
+    """The licence and the pictures that an earlier card names go on into the new folder."""
     import shutil
 
     from ..hub.publishing import files_to_push

@@ -61,8 +61,8 @@ class ComparisonOptions:
         str,
         typer.Option(
             help="Separated by commas: metaaux (or full), metaaux-N (with N steps; 0: before any), encoder, w, w+, "
-            "pti, without_auxiliary; and, each with its folder's option, psp, styletransformer, hyperinverter, "
-            "without_meta, without_2d, without_3d."
+            "pti, without_auxiliary, predicted_only, free_only; and, each with its folder's option, psp, "
+            "styletransformer, hyperinverter, without_meta, without_2d, without_3d."
         ),
     ] = "metaaux,metaaux-0,encoder,pti"
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many photos.")] = None

@@ -93,7 +93,8 @@ def _connect_run(page: Page, handlers: Handlers, heavy: dict) -> None:
         shown = {"outputs": page.run_outputs, "show_progress": "hidden", **VIEWS, **_PRIVATE}
         # It takes the place of what is still running.
         kept = photo.examples.click(handlers.kept_example, inputs, cancels=runs, **shown)
-        runs.append(kept.then(handlers.example, inputs, **running))
+        # One that is still running ends by itself, and must not keep the next one from being asked for.
+        runs.append(kept.then(handlers.example, inputs, trigger_mode="multiple", **running))
         _then_sheets(kept, page, handlers)
         starts.append(photo.examples.click)
     for run in runs:

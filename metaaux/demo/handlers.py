@@ -205,10 +205,12 @@ class Handlers:
     def _run(
         self, visitor: Visitor | None, aligned: AlignedPhotos, steps: int, flip: bool | None, key: Key | None = None
     ) -> Iterator[tuple]:
-        """An inversion step by step; kept as the example `key` if it is one."""
+        """An inversion step by step, until its visitor asks for another head; kept as the example `key` if it is
+        one."""
         model = aligned.model
         self.forget(visitor)
         visitor = visitor or Visitor()
+        head = visitor.heads
         yield RunView(True, progress_bar("Starting", 0.02), visitor).values
 
         crops = [face.image for face in aligned.faces]
@@ -221,6 +223,8 @@ class Handlers:
         run = self.engine.invert(model, crops, cameras, steps, flip, new_file("head.safetensors"), grid)
         with explained(), closing(run) as results:
             for result in results:
+                if visitor.heads != head:
+                    return
                 picture = save_picture(result.image, "step.png")
                 images.append((picture, _step_name(result.step)))
                 losses.append(result.losses)

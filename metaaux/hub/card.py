@@ -14,6 +14,13 @@ from .figures import evaluation_results, figures_section
 CARD = "README.md"
 TAGS = ("3d-gan-inversion", "eg3d", "faces", "meta-learning", "metaaux")
 _FIGURES = "## Figures"
+#: What readers must know of each preset (`models.presets`).
+_PRESETS = {
+    "paper": "the method as the paper's text has it",
+    "extended": "biases of their own for kernel taps or positions, which do most of the adaptation, and steps with "
+    "momentum",
+    "custom": "neither the paper's network and inner loop nor the project's extended ones",
+}
 #: What a generated card calls a repository that has no name yet.
 PLACEHOLDER = "org/name"
 _FINGERPRINT = "Fingerprint of the generator's weights"
@@ -27,6 +34,8 @@ turns the photo of a face into {result}.
 | component | class | parameters |
 |---|---|---|
 {components}
+
+The auxiliary network's preset is `{preset}`: {preset_meaning}.
 
 Images of {image_size} x {image_size} pixels; crops as the checkpoint's aligner makes them (`crop_scale` {crop_scale}).
 {fingerprint_name}: `{fingerprint}`.
@@ -88,6 +97,8 @@ def generated_card(pipeline: Any, repo_id: str | None = None, title: str | None 
         name=title or (name.rpartition("/")[2] if repo_id else type(pipeline).__name__),
         result="a head that can be rendered from other sides" if pipeline.has_viewpoints else "an editable code",
         components=components,
+        preset=pipeline.preset,
+        preset_meaning=_PRESETS[pipeline.preset],
         image_size=pipeline.generator.config.image_size,
         crop_scale=pipeline.config.crop_scale,
         fingerprint_name=_FINGERPRINT,

@@ -81,21 +81,25 @@ def evaluation_results(results: Sequence[Mapping[str, Any]]) -> list[EvalResult]
         if kind == "reconstruction":
             figures = part["methods"].get(OWN_METHOD, {})
             names = {key: title.rstrip(" ↓↑") for key, title, _ in _COLUMNS}
-            found += [
-                _entry(f"{part['photos']} photos", key, names[key], figures[key])
-                for key in names
-                if figures.get(key) is not None
-            ]
+            names |= {key: f"{names[key]}: {meaning}" for key, meaning in part["metrics"].items() if meaning}
+            data = ("held-out-portraits", f"{part['photos']} portraits")
+            measured = {key: figures[key] for key in names if figures.get(key) is not None}
+            found += [_entry("3D GAN inversion", data, key, names[key], value) for key, value in measured.items()]
         elif kind == "generator":
-            found += [_entry("random heads", key, key, value) for key, value in _numbers(part).items()]
+            data = ("random-heads", "random heads")
+            found += [
+                _entry("Face generation", data, key, key.replace("_", " "), value)
+                for key, value in _numbers(part).items()
+            ]
     return found
 
 
-def _entry(data: str, metric: str, name: str, value: float) -> EvalResult:
+def _entry(task: str, data: tuple[str, str], metric: str, name: str, value: float) -> EvalResult:
     return EvalResult(
         task_type=_TASK,
-        dataset_type="faces",
-        dataset_name=data,
+        task_name=task,
+        dataset_type=data[0],
+        dataset_name=data[1],
         metric_type=metric,
         metric_name=name,
         metric_value=round(float(value), 6),
