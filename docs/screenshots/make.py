@@ -47,7 +47,7 @@ def invert(page: Page, photo: Path) -> None:
     """Leaves the page with a head all of whose views are there."""
     upload(page, photo)
     page.locator("#invert:not([disabled])").click()
-    expect(page.locator("#view .stage")).to_have_attribute("data-views", str(VIEWS), timeout=5 * SLOW)
+    expect(page.locator("#view .stage")).to_have_attribute("data-views", str(VIEWS), timeout=15 * SLOW)
     view(page)
 
 
