@@ -47,7 +47,11 @@ _ABLATIONS = {
     "without_meta": "without meta-learning",
     "without_2d": "without 2D module",
     "without_3d": "without 3D module",
+    "predicted_only": "steps on the predicted part alone",
+    "free_only": "steps on image-independent tensors alone",
 }
+#: Which prediction they start from, where it is not their own ("NAME-0").
+_STARTS = {"without_auxiliary": "encoder", "predicted_only": "full-0", "free_only": "full-0"}
 _ALPHAS = ("-3", "-2", "-1", "1", "2", "3")
 
 
@@ -102,9 +106,13 @@ def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 
 
 def labelled(results: dict[str, Any], labels: dict[str, str]) -> dict[str, str]:
-    """Labels with the number of gradient steps that the results were made with."""
-    steps = results["details"]["metaaux"]["settings"]["steps"]
-    return {method: label.format(steps=steps) for method, label in labels.items()}
+    """Labels of the methods that the results have, with the number of gradient steps that these took."""
+    settings = {method: details["settings"] for method, details in results["details"].items()}
+    return {
+        method: label.format(steps=settings[method].get("steps"))
+        for method, label in labels.items()
+        if method in settings
+    }
 
 
 def summary() -> str:
@@ -181,21 +189,23 @@ def table2() -> str:
 
 
 def table3() -> str:
-    """The ablations. Without the auxiliary network the encoder's guess is what the steps start from."""
-    results, encoder = read("table3"), read("table1")["methods"]["encoder"]
-    before = {"without_auxiliary": encoder} | {
-        method: results["methods"][f"{method}-0"] for method in _ABLATIONS if method != "without_auxiliary"
-    }
+    """The ablations, and what they start from: without the auxiliary network that is the encoder's guess."""
+    results = read("table3")
+    starts = read("table1")["methods"] | results["methods"]
+
+    def before(key: str) -> Callable[[str], float]:
+        return lambda method: starts[_STARTS.get(method, f"{method}-0")][key]
+
     columns = [
         Column("MSE", figure(results, "mse"), "{:.4f}", min),
         Column("perceptual", figure(results, "perceptual"), "{:.3f}", min),
         Column("Fréchet", figure(results, "frechet"), "{:.0f}", min),
         Column("identity", figure(results, "identity"), "{:.3f}", max),
         Column("seconds", figure(results, "seconds"), "{:.3f}"),
-        Column("MSE before a step", lambda method: before[method]["mse"], "{:.4f}"),
-        Column("perceptual before a step", lambda method: before[method]["perceptual"], "{:.3f}"),
+        Column("MSE before a step", before("mse"), "{:.4f}"),
+        Column("perceptual before a step", before("perceptual"), "{:.3f}"),
     ]
-    return table(_ABLATIONS, columns)
+    return table(labelled(results, _ABLATIONS), columns)
 
 
 TABLES = {make.__name__: make for make in (summary, table1, table1_pti_own_stop, table1_pti, table2, table3)}

@@ -241,6 +241,13 @@ class TestDeploying:
         assert all(int(value) == ast.literal_eval(defaults[name.lower()]) for name, value in numbers)
 
 
+def test_evaluation_lists_every_method():
+    from metaaux.baselines import METHODS
+
+    rows = re.findall(r"^\| (`.+?) \|", PAGES["docs/evaluation.md"], re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`([\w+]+)`", row)} == set(METHODS)
+
+
 def equations(text):
     """Numbers of the equations that a text refers to, singly (Eq. 8) or from one to another (Eq. 8-12)."""
     found = re.findall(r"Eq\. (\d+)(?:(?:-| to Eq\. )(\d+))?", text)

@@ -21,7 +21,7 @@ ROOT = FOLDER.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from app_server import running_app  # noqa: E402
-from browser import SLOW, changed, running_browser, settled, upload, view, visitors  # noqa: E402
+from browser import SLOW, changed, running_browser, upload, view, visitors  # noqa: E402
 from playwright.sync_api import Page, expect  # noqa: E402
 
 EILEEN, GRACE = (ROOT / "examples" / name for name in ("eileen_collins.jpg", "grace_hopper.jpg"))
@@ -46,9 +46,9 @@ POINTER = """() => {
 def invert(page: Page, photo: Path) -> None:
     """Leaves the page with a head all of whose views are there."""
     upload(page, photo)
-    page.locator("#invert:not([disabled])").click(timeout=SLOW)
-    expect(page.locator("#view .stage")).to_have_attribute("data-views", str(VIEWS), timeout=5 * SLOW)
-    settled(page)
+    page.locator("#invert:not([disabled])").click()
+    expect(page.locator("#view .stage")).to_have_attribute("data-views", str(VIEWS), timeout=15 * SLOW)
+    view(page)
 
 
 def picture(page: Page, **options) -> Image.Image:
@@ -100,7 +100,6 @@ def turning(page: Page) -> None:
 
 
 def main() -> None:
-    expect.set_options(timeout=SLOW)
     with (
         tempfile.TemporaryDirectory() as folder,
         running_app(Path(folder) / "app", METAAUX_DEVICE="cpu", OMP_NUM_THREADS=str(os.cpu_count())) as app,
@@ -110,8 +109,9 @@ def main() -> None:
             invert(page, EILEEN)
             turning(page)
 
+            before = view(page)
             page.locator("#yaw input[type=range]").fill("20")
-            before = settled(page)
+            before = changed(page, before)
             page.locator("#edits input[type=range]").nth(2).fill("1")
             changed(page, before)
             page.mouse.move(0, 0)
@@ -119,16 +119,17 @@ def main() -> None:
 
             page = open_page(viewport=SIZE, color_scheme="dark")
             upload(page, GRACE)
-            page.locator("#invert:not([disabled])").click(timeout=SLOW)
-            page.locator("#strip .thumbnail-item").nth(3).wait_for(timeout=SLOW)
+            page.locator("#invert:not([disabled])").click()
+            page.locator("#strip .thumbnail-item").nth(3).wait_for()
             save(picture(page), "desktop-dark.png")
 
             page = open_page(
                 viewport={"width": 390, "height": 844}, device_scale_factor=2, is_mobile=True, has_touch=True
             )
             invert(page, EILEEN)
+            before = view(page)
             page.locator("#yaw input[type=range]").fill("-20")
-            settled(page)
+            changed(page, before)
             page.locator("#turn-panel").evaluate("panel => panel.scrollIntoView()")
             save(picture(page), "phone.png")
 
