@@ -205,7 +205,7 @@ class Handlers:
     def _run(
         self, visitor: Visitor | None, aligned: AlignedPhotos, steps: int, flip: bool | None, key: Key | None = None
     ) -> Iterator[tuple]:
-        """An inversion step by step, until its visitor asks for another head; kept as the example `key` if it is one."""
+        """An inversion step by step, until its visitor asks for another head; kept if it is the example `key`."""
         model = aligned.model
         self.forget(visitor)
         visitor = visitor or Visitor()
