@@ -233,6 +233,13 @@ class TestVisitors:
 class TestExamples:
     """The first click inverts; what it made is the next visitor's at once."""
 
+    def test_there_are_people_of_several_kinds(self):
+        assert [path.suffix for path in EXAMPLES] == [".jpg"] * 2 + [".png"] * 4
+        described = (EXAMPLES[0].parent / "README.md").read_text()
+        for path in EXAMPLES:
+            assert path.stat().st_size <= 60_000 or path.suffix == ".jpg"
+            assert path.name in described or f"({path.stem}, " in described
+
     @pytest.fixture
     def handlers(self, engine, few_views):
         return Handlers(engine, engine.settings)
@@ -367,3 +374,5 @@ class TestQuota:
         assert seconds("m", [0], [0], 5, False, "p", False) < seconds("m", [0], [0], 5, None, "p", False)
         assert quota.seconds_of_orbit("m", "p", 240, (25, 10), {}, "v") > 5
         assert seconds("m", [0] * 5, [0] * 5, 20, None, "p", True) <= 120
+        coarse, fine = (quota.seconds_of_mesh("m", "p", resolution, {}, "g") for resolution in (160, 256))
+        assert 12.5 < coarse < fine < 60
