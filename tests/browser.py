@@ -68,7 +68,7 @@ class Visitors:
         """There must have been no error in any console since the last check."""
         errors = [error for error in self._errors if not HARMLESS.search(error)]
         self._errors.clear()
-        assert errors == []
+        assert errors == [], errors
 
 
 @contextmanager

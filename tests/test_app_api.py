@@ -411,12 +411,24 @@ class TestBadInputs:
 
 
 class TestManyVisitors:
-    def test_eight_at_once_get_what_each_gets_alone(self, app, tmp_path_factory):
+    TURNS = (
+        {"yaw": 20, "pitch": 5, "api_name": "/render"},
+        {"yaws": [-20, 0, 20], "pitches": [5], "api_name": "/turntable"},
+    )
+
+    def test_eight_at_once_get_what_each_gets_alone(self, app, client, inversion, tmp_path_factory):
         photos = sorted((ROOT / "examples").glob("*.jpg"))
         clients = [new_client(app, tmp_path_factory) for _ in range(8)]
         alone = {photo: Path(invert(clients[0], photo)[-1][0]).read_bytes() for photo in photos}
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        with concurrent.futures.ThreadPoolExecutor(9) as pool:
             jobs = [pool.submit(invert, client, photos[i % len(photos)]) for i, client in enumerate(clients)]
+            # One who turns a head meanwhile; test_app_visitors.py shows that it waits for none of them.
+            turning = new_client(app, tmp_path_factory)
+            views = pool.submit(lambda: [turning.predict(handle_file(inversion), **a) for a in self.TURNS])
+            for view, arguments in zip(views.result(timeout=120), self.TURNS):
+                alone_again = client.predict(handle_file(inversion), **arguments)
+                paths = [result[0] if isinstance(result, tuple) else result for result in (view, alone_again)]
+                assert Path(paths[0]).read_bytes() == Path(paths[1]).read_bytes()
             for number, job in enumerate(jobs):
                 outcome = job.result(timeout=120)
                 assert len(outcome) == 3

@@ -292,6 +292,12 @@ class TestPage:
         callable_too = {fn.api_name for fn in demo.fns.values() if fn.api_visibility == "undocumented"}
         assert callable_too <= {"load_example"}
 
+    def test_components_of_our_own_are_drawn_as_gradios(self, tiny_folder):
+        """A browser looks for another script of a component of which Gradio knows none by the name of its parent."""
+        demo, _ = build_demo(Settings(models=(str(tiny_folder),)))
+        own = [block for block in demo.blocks.values() if type(block).__module__.startswith("metaaux")]
+        assert {block.get_block_name() for block in own} == {"image", "file", "json"}
+
     def test_the_notice_says_what_is_set(self):
         usual = notice(("metaaux-mini",), 30)
         assert "metaaux-mini" in usual and "about an hour" in usual

@@ -103,6 +103,18 @@ def middle(page):
     return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, box["width"]
 
 
+def take_hold(page, share=0.0):
+    """Presses the mouse on the head, `share` of its width beside its middle, once it is still and nothing covers it;
+    returns where, and the width."""
+    stage = page.locator("#view .stage")
+    box = stage.bounding_box()
+    stage.hover(position={"x": (0.5 + share) * box["width"], "y": 0.5 * box["height"]})
+    x, y, width = middle(page)
+    page.mouse.down()
+    expect(stage).to_have_class(re.compile(r"\bturning\b"))
+    return x + share * width, y, width
+
+
 def shown(page):
     """Pixels of what the visitor sees now: the canvas while the head turns, the exact view at rest."""
     code = """async () => {
@@ -131,14 +143,12 @@ def expect_live(page, live=True):
 
 def test_dragging_shows_many_views_without_a_request(at_rest):
     page, (yaw, pitch) = at_rest
-    x, y, width = middle(page)
     before = view(page)
     requests = requests_of(page)
-    page.mouse.move(x - 0.4 * width, y)
-    page.mouse.down()
+    x, y, width = take_hold(page, -0.4)
     pictures = set()
     for number in range(1, 41):
-        page.mouse.move(x - 0.4 * width + number / 50 * width, y)
+        page.mouse.move(x + number / 50 * width, y)
         pictures.add(shown(page))
     assert len(pictures) >= 15 and requests == []
     # 90 degrees for the view's width, and no further than the sliders go.
@@ -167,8 +177,7 @@ def test_keys_wheel_and_sliders_turn_it(at_rest):
     page.keyboard.press("Home")
     expect_angles(page, -45, pitch + 3)
     before = changed(page, before)
-    x, y, _ = middle(page)
-    page.mouse.move(x, y)
+    stage.hover()
     page.mouse.wheel(200, 0)
     wait_for_yaw(page, "yaw => yaw > -45")
     before = changed(page, before)
@@ -194,9 +203,7 @@ def test_an_edit_is_one_request_and_renews_the_views(at_rest):
     expect_all_views(page)
     # The view, and the sheets that follow it.
     assert len(asked(requests)) == 2
-    x, y, width = middle(page)
-    page.mouse.move(x, y)
-    page.mouse.down()
+    x, y, width = take_hold(page)
     page.mouse.move(x + 0.3 * width, y, steps=3)
     expect_live(page)
     page.mouse.move(x, y, steps=3)
@@ -266,10 +273,8 @@ def test_a_second_visitor_finds_an_examples_head_at_once(open_page, desktop):
     other.wait_for_selector("#view .stage[data-views]:not([data-views='0'])")
     expect_all_views(other)
     view(other)
-    x, y, width = middle(other)
     before = shown(other)
-    other.mouse.move(x, y)
-    other.mouse.down()
+    x, y, width = take_hold(other)
     other.mouse.move(x + 0.3 * width, y, steps=3)
     expect_live(other)
     assert shown(other) != before

@@ -15,9 +15,18 @@ import pytest
 from PIL import Image
 
 from metaaux.demo import Settings, build_demo, quota
+from metaaux.demo import engine as engine_module
+from metaaux.demo.api import Api
 from metaaux.demo.handlers import EXAMPLES, Handlers
 from metaaux.demo.heads import HeadCache, head_bytes
 from metaaux.demo.session import Session, SessionExpiredError, Visitor, show
+
+
+@pytest.fixture
+def few_views(monkeypatch):
+    """Sheets of three columns in place of 31: what is tested is when they come."""
+    parts = [(yaws[:: len(yaws) // 2], pitches) for yaws, pitches in engine_module._PARTS]
+    monkeypatch.setattr(engine_module, "_PARTS", parts)
 
 
 class TestSession:
@@ -180,7 +189,35 @@ class TestVisitors:
         assert {fn.name for fn in views} == {"turn", "render", "open_head", "kept_example"}
         assert all(fn.concurrency_limit >= 8 for fn in views)
         heavy = {fn.name for fn in demo.fns.values() if fn.concurrency_id == "heavy"}
-        assert heavy == {"invert", "example", "turntable", "orbit", "mesh"}
+        assert heavy == {"invert", "example", "orbit", "mesh"}
+        (turntable,) = [fn for fn in demo.fns.values() if fn.concurrency_id == "turntable"]
+        assert turntable.name == "turntable" and turntable.concurrency_limit >= 2
+        waiting = [fn.concurrency_limit for fn in demo.fns.values() if fn.queue and fn.concurrency_id != "heavy"]
+        assert all(limit is None or limit > 1 for limit in waiting)
+
+    def test_turning_never_waits_for_an_inversion(self, engine, tiny_inversion, tmp_path):
+        """The only worker is taken, and stays so until all that turns a head has been answered."""
+        handlers, api = Handlers(engine, engine.settings), Api(engine, engine.settings)
+        session = self.session(engine, tiny_inversion, tmp_path / "head.safetensors")
+        begun, go_on = threading.Event(), threading.Event()
+
+        def invert(report):
+            begun.set()
+            assert go_on.wait(60)
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            try:
+                running = pool.submit(lambda: list(engine._stream(invert)))
+                assert begun.wait(60)
+                turned = pool.submit(handlers.turn, self.visitor(session), 5.0, 0.0)
+                rendered = pool.submit(api.render, session.path, 5.0, 0.0)
+                table = pool.submit(api.turntable, session.path, [5.0], [0.0])
+                pictures = [turned.result(60)[1], rendered.result(60), table.result(60)[0]]
+                assert not running.done()
+            finally:
+                go_on.set()
+        expected = engine.inverter().render(tiny_inversion, yaw=5.0, pitch=0.0).tobytes()
+        assert [Image.open(picture).convert("RGB").tobytes() for picture in pictures] == [expected] * 3
 
     def test_expiry_reaches_the_engine(self, tiny_folder):
         demo, engine = build_demo(Settings(models=(str(tiny_folder),), session_minutes=7))
@@ -196,8 +233,15 @@ class TestVisitors:
 class TestExamples:
     """The first click inverts; what it made is the next visitor's at once."""
 
+    def test_there_are_people_of_several_kinds(self):
+        assert [path.suffix for path in EXAMPLES] == [".jpg"] * 2 + [".png"] * 4
+        described = (EXAMPLES[0].parent / "README.md").read_text()
+        for path in EXAMPLES:
+            assert path.stat().st_size <= 60_000 or path.suffix == ".jpg"
+            assert path.name in described or f"({path.stem}, " in described
+
     @pytest.fixture
-    def handlers(self, engine):
+    def handlers(self, engine, few_views):
         return Handlers(engine, engine.settings)
 
     def first(self, handlers):
@@ -276,7 +320,7 @@ class TestSheets:
         assert {pitch for sheet in sheets for pitch in sheet["pitches"]} == {-30, -20, -10, 0, 10, 20, 30}
         assert [message["version"] for message in messages] == sorted({message["version"] for message in messages})
 
-    def test_they_give_way_to_inversions(self, engine, visitor):
+    def test_they_give_way_to_inversions(self, engine, visitor, few_views):
         """No view of a sheet is rendered while an inversion runs."""
         handlers = Handlers(engine, engine.settings)
         started, go_on = threading.Event(), threading.Event()
@@ -295,14 +339,14 @@ class TestSheets:
             running.result(30)
             assert len(sheets.result(60)) == 9
 
-    def test_those_of_the_head_before_end(self, engine, visitor):
+    def test_those_of_the_head_before_end(self, engine, visitor, few_views):
         handlers = Handlers(engine, engine.settings)
         sheets = handlers.sheets(visitor)
         next(sheets), next(sheets)
         visitor.replace(None)
         assert list(sheets) == [] and visitor.making_sheets is None
 
-    def test_each_is_made_once(self, engine, visitor):
+    def test_each_is_made_once(self, engine, visitor, few_views):
         handlers = Handlers(engine, engine.settings)
         running = handlers.sheets(visitor)
         next(running), next(running)
@@ -330,3 +374,5 @@ class TestQuota:
         assert seconds("m", [0], [0], 5, False, "p", False) < seconds("m", [0], [0], 5, None, "p", False)
         assert quota.seconds_of_orbit("m", "p", 240, (25, 10), {}, "v") > 5
         assert seconds("m", [0] * 5, [0] * 5, 20, None, "p", True) <= 120
+        coarse, fine = (quota.seconds_of_mesh("m", "p", resolution, {}, "g") for resolution in (160, 256))
+        assert 12.5 < coarse < fine < 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,18 @@ def test_endpoints_work_in_worker_processes(client, lender, inversion, tiny_inve
     picture, _ = client.predict(handle_file(inversion), **grid, api_name="/turntable")
     assert np.array_equal(np.asarray(Image.open(picture).convert("RGB")), np.asarray(expected))
     assert len(lender.requested) - before == 3
+
+
+def test_visitors_have_gpus_at_the_same_time(app, lender, tmp_path):
+    """Two requests are granted only once both are there."""
+    clients = [Client(app.url, download_files=tmp_path, verbose=False, analytics_enabled=False) for _ in range(2)]
+    lender.meet = threading.Barrier(2, timeout=60)
+    try:
+        jobs = [client.submit(handle_file(PHOTO), steps=0, api_name="/invert") for client in clients]
+        heads = [Path(job.result(120)[2]).read_bytes() for job in jobs]
+    finally:
+        lender.meet = None
+    assert len(heads) == 2 and lender.failed == 0
 
 
 @pytest.mark.parametrize("endpoint", ["/render", "/turntable", "/orbit", "/mesh"])

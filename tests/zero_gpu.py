@@ -25,18 +25,22 @@ class GpuLender:
         url: of the service.
         requested: seconds of each request, in order.
         failed: releases that reported a failure.
+        meet: where requests wait for each other, if they shall.
     """
 
     def __init__(self) -> None:
         self.url = ""
         self.requested: list[int] = []
         self.failed = 0
+        self.meet: threading.Barrier | None = None
 
     def answer(self, path: str, query: dict[str, str]) -> str | None:
         """The JSON that a request is answered with, if any."""
         if path == "/schedule":
             self.requested.append(int(query["durationSeconds"]))
             number = len(self.requested)
+            if self.meet is not None:
+                self.meet.wait()
             return f'{{"idle": true, "nvidiaIndex": 0, "nvidiaUUID": "GPU-0", "allowToken": "{number}"}}'
         if path == "/release" and query["fail"] == "true":
             self.failed += 1

@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from ..export.turntable import PITCHES, YAWS
-from .engine import VIEWS, Engine
+from .engine import TURNTABLES, VIEWS, Engine
 from .settings import Settings
 from .uploads import Amounts, Angles, ApiFiles, FileInput, PhotoInput, new_file, save_picture
 from .validation import (
@@ -252,7 +252,7 @@ def add_endpoints(engine: Engine, settings: Settings) -> None:
         path = gr.Number(60, label="frames"), gr.Number(25, label="yaw_range"), gr.Number(10, label="pitch_range")
         add(api.orbit, head(*path), [gr.File(label="video")], heavy)
         grid = Angles(label="yaws"), Angles(label="pitches"), gr.Number(label="size")
-        add(api.turntable, head(*grid), [gr.Image(label="grid", format="png"), gr.JSON(label="angles")], heavy)
+        add(api.turntable, head(*grid), [gr.Image(label="grid", format="png"), gr.JSON(label="angles")], TURNTABLES)
         add(api.mesh, head(gr.Number(160, label="resolution")), [gr.File(label="mesh")], heavy)
         add(api.directions, [_model_input(settings)], [gr.JSON(label="directions")], {"concurrency_limit": None})
 

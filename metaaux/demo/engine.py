@@ -47,6 +47,9 @@ LOADING_TIMEOUT = 300.0
 #: Views have places for many visitors, each of whom takes one at a time: nobody's slow view holds up the others'.
 VIEWS = {"concurrency_id": "view", "concurrency_limit": 16}
 
+#: Grids that programs ask for wait for each other only.
+TURNTABLES = {"concurrency_id": "turntable", "concurrency_limit": 2}
+
 #: Where views take their time: first a few yaws, then row after row, those at the height of the eyes first.
 _PARTS = [(YAWS[1:-1:3], (0.0,)), *[(YAWS, (pitch,)) for pitch in sorted(PITCHES, key=abs)]]
 
@@ -324,8 +327,7 @@ class Engine:
         """
         self._check_viewpoints(model, "turntables")
         self._check_file(model, path)
-        (table,) = self._turntable_on_gpu(model, path, yaws, pitches, size, edits)
-        return table
+        return self._turntable_on_gpu(model, path, yaws, pitches, size, edits)
 
     def _check_file(self, model: str, path: str) -> None:
         # A visitor's quota is spent on what cannot work if this is found out on ZeroGPU's side. Elsewhere the file is
@@ -417,13 +419,11 @@ class Engine:
         pitches: Sequence[float],
         size: int | None,
         edits: dict[str, float],
-    ) -> Iterator[Turntable]:
-        inverter = self.inverter(model)
-
-        def run(report: Callable[[Any], None]) -> None:
-            report(inverter.turntable(inverter.load_inversion(path), yaws, pitches, size, edits))
-
-        yield from self._stream(run)
+    ) -> Turntable:
+        # No worker's: turning waits for nobody's inversion.
+        with self._heavy:
+            inverter = self.inverter(model)
+            return inverter.turntable(inverter.load_inversion(path), yaws, pitches, size, edits)
 
     def _stream(self, run: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
         """Runs `run(report)` in a thread and yields what it reports, as it does. Once the iterator is closed the next

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
     from ..models.directions import Direction
 
-#: Photos to try, in the order in which the page shows them.
-EXAMPLES = sorted((Path(__file__).resolve().parent.parent.parent / "examples").glob("*.jpg"))
+_EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
+#: Pictures to try, in the order in which the page shows them: photos, then renders of people who do not exist.
+EXAMPLES = [*sorted(_EXAMPLES.glob("*.jpg")), *sorted((_EXAMPLES / "generated").glob("*.png"))]
 #: Parts of the page that a 2D model has no use for: turning, video and mesh.
 VIEWPOINT_PARTS = 3
 #: Sliders laid out for editing: for directions with a meaning, and for further ones such as principal components.
@@ -205,8 +206,7 @@ class Handlers:
     def _run(
         self, visitor: Visitor | None, aligned: AlignedPhotos, steps: int, flip: bool | None, key: Key | None = None
     ) -> Iterator[tuple]:
-        """An inversion step by step, until its visitor asks for another head; kept as the example `key` if it is
-        one."""
+        """An inversion step by step, until its visitor asks for another head; kept if it is the example `key`."""
         model = aligned.model
         self.forget(visitor)
         visitor = visitor or Visitor()

@@ -40,6 +40,9 @@ def on_gpu(function: Callable, duration: Callable[..., int]) -> Callable:
 #: Measured on one H100 at full size (512 x 512 pixels), seconds: an inversion of one photo in five steps, tri-planes
 #: with a view of them, a further view. The embedded model takes 0.67, 0.0117 and 0.0051.
 INVERSION_SECONDS, SYNTHESIS_SECONDS, VIEW_SECONDS = 1.025, 0.021, 0.0074
+#: Measured on a CPU with the embedded model, seconds of processor time: a textured mesh of 192 cells a side
+#: (docs/results.md). A GPU takes over sampling and views, not unwrapping and baking; there it is not measured.
+MESH_SECONDS = 12.5
 #: What is asked for beyond that: a worker process with its first kernels, and a GPU that may be half as fast.
 START_SECONDS, ALLOWANCE = 2.0, 2.0
 
@@ -80,5 +83,5 @@ def seconds_of_orbit(model, path, frames, ranges, edits, video) -> int:
 
 def seconds_of_mesh(model, path, resolution, edits, mesh) -> int:
     """A mesh."""
-    # Not measured: most of it is work of the processor, and grows with the number of cells.
-    return min(60, 10 + (resolution // 64) ** 2)
+    # Its surface, and with it the processor's work, grows with the square of the cells on a side.
+    return math.ceil(START_SECONDS + MESH_SECONDS * max(1.0, (resolution / 192) ** 2))

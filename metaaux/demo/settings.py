@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
+from spaces.config import Config as spaces_config
+
 from ..hub.loading import EMBEDDED_MODEL
 
 
@@ -19,7 +21,8 @@ class Settings:
         models: Hub ids or folders that visitors may choose from, the first one being the default
             (`METAAUX_MODELS`, separated by commas).
         device: where the models run (`METAAUX_DEVICE`). `None`: a GPU if there is one.
-        workers: inversions, videos and meshes that are computed at once (`METAAUX_WORKERS`).
+        workers: inversions, videos and meshes that are computed at once (`METAAUX_WORKERS`). Default: one, but several
+            on ZeroGPU, where each has a GPU of its own.
         max_queue: requests that may wait; more are turned away with a message (`METAAUX_MAX_QUEUE`).
         session_minutes: how long a visitor's head is kept after its last use; files are deleted after twice that
             time (`METAAUX_SESSION_MINUTES`).
@@ -38,7 +41,7 @@ class Settings:
 
     models: tuple[str, ...] = (EMBEDDED_MODEL,)
     device: str | None = None
-    workers: int = 1
+    workers: int = field(default_factory=lambda: 8 if spaces_config.zero_gpu else 1)
     max_queue: int = 32
     session_minutes: int = 30
     max_heads_mb: int = 2000

@@ -72,7 +72,7 @@ class _Files(GradioRootModel):
     root: list[FileData | str]
 
 
-class ApiFiles(FileInput):
+class ApiFiles(gr.File):
     """Several files for an endpoint, each an upload or an address.
 
     MCP clients know files by their addresses only. Gradio turns these into files by itself where an argument is one
@@ -95,6 +95,10 @@ class ApiFiles(FileInput):
         """Schema of what is taken."""
         item = {"type": "string", "format": "Gradio File Input - a http or https url to a file"}
         return {"type": "array", "items": item}
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+        """Refuses addresses of others, see `_own`."""
+        return await super().async_move_resource_to_block_cache(_own(url_or_file_path))
 
 
 class Amounts(gr.JSON):
