@@ -272,21 +272,21 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
             origins, rays, config.ray_start, config.ray_end, config.depth_samples, jitter
         )
         march = partial(self._march, origins=origins, lookup=lookup, dtype=dtype, jitter=jitter)
-        on_cpu = planes.device.type == "cpu" and dtype == torch.float32
-        if on_cpu and lookup == "auto" and not torch.is_grad_enabled():
+        if planes.device.type == "cpu" and dtype == torch.float32 and lookup == "auto":
+            planes = renderer.PlaneTable.of(planes)
+            offset_planes = None if offset_planes is None else renderer.PlaneTable.of(offset_planes.float())
+        if isinstance(planes, renderer.PlaneTable) and not torch.is_grad_enabled():
             # A group of rays at a time, so that what is made of its samples stays in the processor's cache.
             uniform = (
-                torch.rand(batch, rays, config.importance_samples, dtype=torch.float32, device=planes.device)
+                torch.rand(batch, rays, config.importance_samples, dtype=torch.float32, device=depths.device)
                 if jitter
                 else None
             )
             limits = torch.stack((depths.min(), depths.max()))
-            table = renderer.PlaneTable.of(planes)
-            offsets = None if offset_planes is None else renderer.PlaneTable.of(offset_planes.float())
             parts = [
                 march(
-                    table,
-                    offset_planes=offsets,
+                    planes,
+                    offset_planes=offset_planes,
                     directions=directions[:, start:end],
                     depths=depths[:, start:end],
                     uniform=None if uniform is None else uniform[:, start:end],
