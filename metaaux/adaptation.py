@@ -22,57 +22,13 @@ from .cameras import mirror_camera
 from .devices import synchronize
 from .losses import InversionLoss
 from .models.auxiliary import AuxiliaryNetwork, AuxiliaryOutput
-from .models.eg3d import EG3DGenerator, GeneratorOutput
-from .models.encoder import ImageEncoder
-from .models.stylegan2 import ImageOutput, StyleGAN2Generator
+from .models.eg3d import GeneratorOutput
+from .models.recomputation import recomputed
+from .models.stylegan2 import ImageOutput
 from .models.views import private_view
+from .tasks import Generator, Tasks, predict_tasks, synthesize_tasks
 
-Generator = EG3DGenerator | StyleGAN2Generator
 StepCallback = Callable[[int, torch.Tensor, dict[str, float]], None]
-
-
-@dataclass
-class Tasks:
-    """T persons to invert side by side, each from P photos; the photos of a person stand together.
-
-    Attributes:
-        image: photos [T·P, 3, S, S] in [-1, 1].
-        camera: of each photo, [T·P, 25].
-        w: latent code of each person, [T, w_dim] or [T, num_ws, w_dim]; stays fixed.
-        planes: the generator's own planes for these codes [T, 3, C, R, R]; `None` with a 2D generator.
-    """
-
-    image: torch.Tensor
-    camera: torch.Tensor
-    w: torch.Tensor
-    planes: torch.Tensor | None
-
-    def __len__(self) -> int:
-        return len(self.w)
-
-    @property
-    def photos(self) -> int:
-        """P, the photos of each person."""
-        return len(self.image) // len(self.w)
-
-    def split(self, size: int) -> list[Tasks]:
-        """Parts of `size` tasks."""
-        planes = [None] * -(-len(self) // size) if self.planes is None else self.planes.split(size)
-        photos = (self.image.split(size * self.photos), self.camera.split(size * self.photos))
-        return [Tasks(*tensors) for tensors in zip(*photos, self.w.split(size), planes, strict=True)]
-
-    def for_photos(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        """A tensor [T, …] with each task's entry once a photo, [T·P, …]; `None` stays."""
-        if tensor is None or self.photos == 1:
-            return tensor
-        return tensor[:, None].expand(-1, self.photos, *tensor.shape[1:]).flatten(0, 1)
-
-
-@torch.no_grad()
-def make_tasks(generator: Generator, encoder: ImageEncoder, image: torch.Tensor, camera: torch.Tensor) -> Tasks:
-    """Photos [T, 3, S, S] seen by cameras [T, 25] as a task each, with the codes that the encoder gives them."""
-    w = encoder(image)
-    return Tasks(image, camera, w, generator.planes(w))
 
 
 @dataclass
@@ -81,7 +37,7 @@ class InnerLoop:
 
     Attributes:
         steps: N of Eq. 5 (K of Alg. 1), 0 or more.
-        rates: α of each tensor by name, numbers or scalar tensors.
+        rates: α of each tensor by name, numbers or scalar tensors (with `checkpoint` the latter).
         max_gradient_norm: gradients of a larger norm (over all tensors, of each task alone) are scaled down to it.
         momentum: μ of `gradient_step`.
         flip_share: part of the steps, from the first on and at least one, whose loss holds Eq. 12, if the loss has it.
@@ -89,6 +45,8 @@ class InnerLoop:
         dtype: the generator's precision; `None`: its own.
         differentiable: whether derivatives of the inner gradients are kept, as second-order meta-gradients need them.
         losses: whether the losses on the way are wanted for training (MAML++'s multi-step loss).
+        checkpoint: whether a differentiable step keeps its parameters alone and is computed again in the backward
+            pass, so that the graph of one step is held at a time and not those of all.
     """
 
     steps: int
@@ -100,6 +58,7 @@ class InnerLoop:
     dtype: torch.dtype | None = None
     differentiable: bool = False
     losses: bool = False
+    checkpoint: bool = False
 
     @classmethod
     def of(cls, auxiliary: AuxiliaryNetwork, steps: int, **changes) -> InnerLoop:
@@ -158,70 +117,6 @@ def gradient_step(
         moves = [alpha * change for alpha, change in zip(alphas, changes, strict=True)]
     adapted = torch._foreach_sub(list(parameters.values()), moves)
     return dict(zip(parameters, adapted, strict=True)), dict(zip(parameters, changes, strict=True))
-
-
-def predict_tasks(
-    auxiliary: AuxiliaryNetwork, parameters: Mapping[str, torch.Tensor], tasks: Tasks
-) -> AuxiliaryOutput:
-    """Offsets of each task, [T, …], from its own parameters [T, …] by name: the mean of what its photos give."""
-    photos = tasks.photos
-
-    def predict_one(own, image, camera, planes):
-        planes = None if planes is None else planes[None].expand(photos, *planes.shape)
-        output = torch.func.functional_call(auxiliary, own, (image, camera, planes))
-        values = [*output.weight_offsets.values()]
-        if output.offset_planes is not None:
-            values.append(output.offset_planes)
-        return [value.squeeze(0) if photos == 1 else value.mean(0) for value in values]
-
-    if len(tasks) == 1:
-        # Views of the tensors: vmap would add kernels, and each step here is bound by their launches.
-        own = {name: parameter.squeeze(0) for name, parameter in parameters.items()}
-        planes = None if tasks.planes is None else tasks.planes.squeeze(0)
-        values = [value[None] for value in predict_one(own, tasks.image, tasks.camera, planes)]
-    else:
-        # The convolutions of all tasks become grouped ones; random numbers are not drawn anywhere in the network.
-        image, camera = (tensor.unflatten(0, (-1, photos)) for tensor in (tasks.image, tasks.camera))
-        in_dims = (0, 0, 0, None if tasks.planes is None else 0)
-        values = torch.func.vmap(predict_one, in_dims)(dict(parameters), image, camera, tasks.planes)
-    layers = auxiliary.layer_names
-    weight_offsets = dict(zip(layers, values, strict=False))
-    return AuxiliaryOutput(weight_offsets, values[-1] if len(values) > len(layers) else None)
-
-
-def synthesize_tasks(
-    generator: Generator,
-    tasks: Tasks,
-    offsets: AuxiliaryOutput,
-    resolution: int | None = None,
-    lookup: str = "auto",
-    dtype: torch.dtype | None = None,
-    camera: torch.Tensor | None = None,
-    planes: torch.Tensor | None = None,
-) -> GeneratorOutput | ImageOutput:
-    """Each photo reconstructed with the offsets of its task, [T·P, 3, S, S].
-
-    Args:
-        generator, tasks, offsets: as `predict_tasks` gives the last.
-        resolution, dtype: see `InnerLoop`.
-        lookup: see `renderer.sample_planes`.
-        camera: in place of the photos' own, [T·P, 25].
-        planes: of each task's adapted backbone [T, 3, C, R, R], where known already.
-    """
-    if planes is None:
-        planes = generator.planes(tasks.w, offsets.weight_offsets, dtype=dtype)
-    # The only task's δ is passed without its dimension: weights that all samples share are faster.
-    each = tasks.for_photos if len(tasks) > 1 else lambda offset: offset.squeeze(0)
-    return generator.synthesize(
-        tasks.for_photos(tasks.w),
-        tasks.camera if camera is None else camera,
-        weight_offsets={name: each(offset) for name, offset in offsets.weight_offsets.items()},
-        offset_planes=tasks.for_photos(offsets.offset_planes),
-        planes=tasks.for_photos(planes),
-        resolution=resolution,
-        lookup=lookup,
-        dtype=dtype,
-    )
 
 
 @dataclass
@@ -299,15 +194,21 @@ class InnerProblem:
         return output, losses
 
     def step(
-        self, step: int, parameters: Mapping[str, torch.Tensor], velocity: Mapping[str, torch.Tensor] | None
+        self,
+        step: int,
+        parameters: Mapping[str, torch.Tensor],
+        velocity: Mapping[str, torch.Tensor] | None,
+        rates: Mapping[str, torch.Tensor | float],
+        differentiable: bool,
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], InnerStep]:
-        """Eq. 5 once: θ' and v' (`gradient_step`) of the state θ, v after `step` steps."""
+        """Eq. 5 once: θ' and v' (`gradient_step`) of the state θ, v after `step` steps; `differentiable` as
+        `InnerLoop` has it."""
         inner = self.inner
         output, losses = self.evaluate(step, predict_tasks(self.auxiliary, parameters, self.tasks))
         total = losses["total"]
         # The sum's gradient holds each task's own: no task's loss depends on another's parameters.
         gradients = torch.autograd.grad(
-            total, list(parameters.values()), torch.ones_like(total), create_graph=inner.differentiable
+            total, list(parameters.values()), torch.ones_like(total), create_graph=differentiable
         )
         loss = None
         if inner.losses:
@@ -315,13 +216,45 @@ class InnerProblem:
         adapted, velocity = gradient_step(
             parameters,
             dict(zip(parameters, gradients, strict=True)),
-            inner.rates,
+            rates,
             inner.max_gradient_norm,
             inner.momentum,
             velocity,
         )
         terms = {name: value.detach() for name, value in losses.items()}
         return adapted, velocity, InnerStep(output.image.detach(), terms, loss)
+
+    def checkpointed_step(
+        self, step: int, parameters: Mapping[str, torch.Tensor], velocity: Mapping[str, torch.Tensor] | None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None, InnerStep]:
+        """A differentiable `step` of which θ, v and the rates alone are kept for the backward pass."""
+        inner, names = self.inner, list(parameters)
+        groups = [parameters, inner.rates] if velocity is None else [parameters, velocity, inner.rates]
+        seen: list[InnerStep] = []
+
+        def compute(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            theta, *v, rates = (
+                dict(zip(names, tensors[start : start + len(names)], strict=True))
+                for start in range(0, len(tensors), len(names))
+            )
+            differentiable = torch.is_grad_enabled()
+            with torch.enable_grad():  # the step's own gradient is wanted in any case
+                if not differentiable:
+                    theta = {name: tensor.detach().requires_grad_() for name, tensor in theta.items()}
+                adapted, moved, before = self.step(step, theta, *(v or [None]), rates, differentiable)
+            if not seen:
+                seen.append(InnerStep(before.image, before.losses, None))
+            after = [*adapted.values(), *(moved.values() if inner.momentum else ())]
+            return (*after, before.loss) if inner.losses else tuple(after)
+
+        outputs = recomputed(compute, *(group[name] for group in groups for name in names))
+        before = seen[0]
+        if inner.losses:
+            *outputs, before.loss = outputs
+        adapted = dict(zip(names, outputs, strict=False))
+        # Without momentum nobody needs v'.
+        velocity = dict(zip(names, outputs[len(names) :], strict=True)) if inner.momentum else None
+        return adapted, velocity, before
 
     def run(
         self, parameters: Mapping[str, torch.Tensor], on_step: Callable[[int, InnerStep], None] | None = None
@@ -340,7 +273,11 @@ class InnerProblem:
         adapted = {name: p.expand(len(self.tasks), *p.shape) for name, p in parameters.items()}
         velocity, seen = None, []
         for step in range(self.inner.steps):
-            adapted, velocity, before = self.step(step, adapted, velocity)
+            if self.inner.checkpoint and self.inner.differentiable:
+                adapted, velocity, before = self.checkpointed_step(step, adapted, velocity)
+            else:
+                rates = (self.inner.rates, self.inner.differentiable)
+                adapted, velocity, before = self.step(step, adapted, velocity, *rates)
             seen.append(before)
             if on_step is not None:
                 on_step(step, before)

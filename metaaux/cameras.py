@@ -2,7 +2,7 @@
 
 A camera is a flattened 4x4 camera-to-world matrix in OpenCV axes (x right, y down, z forward) followed by flattened
 3x3 intrinsics in units of the image side. The head stands upright at the origin and looks along +z; cameras lie on a
-sphere around it, look at the origin and have no roll.
+sphere around it, have no roll, and look at the origin or at the pivot of a generator that was trained so.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def camera_from_pose(
     pitch: float | torch.Tensor,
     radius: float = CAMERA_RADIUS,
     focal: float = CAMERA_FOCAL,
+    pivot: Sequence[float] = (0.0, 0.0, 0.0),
 ) -> torch.Tensor:
     """Camera that shows the head turned by `yaw` and `pitch`; the inverse of [`pose_of_camera`].
 
@@ -36,13 +37,17 @@ def camera_from_pose(
         pitch: degrees, -90 < pitch < 90; positive nods down. A number or a tensor [...], broadcast against `yaw`.
         radius: distance of the camera from the origin, world units.
         focal: focal length in units of the image side.
+        pivot: point [3] that the camera looks at, world units, within the sphere. EG3D's faces have (0, 0, 0.2), the
+            middle of the head: the camera's turn is the same, its place on the sphere another one.
 
     Returns:
         Cameras [..., 25], on the device and of the floating dtype of the tensors given (float32 for numbers).
 
     Raises:
-        ValueError: an angle is not finite or lies outside ±90 degrees.
+        ValueError: an angle is not finite or lies outside ±90 degrees, or the pivot is outside of the sphere.
     """
+    if not math.hypot(*pivot) < radius:
+        raise ValueError(f"the pivot {tuple(pivot)} must lie within the cameras' sphere of radius {radius}")
     like = next((angle for angle in (yaw, pitch) if isinstance(angle, torch.Tensor)), None)
     device = "cpu" if like is None else like.device
     dtype = like.dtype if like is not None and like.is_floating_point() else torch.float32
@@ -64,7 +69,14 @@ def camera_from_pose(
     right = torch.stack([cos_a, zero, -sin_a], dim=-1)
     down = torch.stack([sin_a * sin_e, -cos_e, cos_a * sin_e], dim=-1)
     forward = torch.stack([-sin_a * cos_e, -sin_e, -cos_a * cos_e], dim=-1)
-    extrinsics = torch.stack([right, down, forward, -radius * forward], dim=-1)
+    position = -radius * forward
+    if any(pivot):
+        # Back from the pivot along the optical axis to the sphere: |pivot - s·forward| = radius.
+        centre = torch.tensor(pivot, dtype=dtype, device=device)
+        along = (forward * centre).sum(-1, keepdim=True)
+        distance = along + (along.square() - centre.square().sum() + radius**2).sqrt()
+        position = centre - distance * forward
+    extrinsics = torch.stack([right, down, forward, position], dim=-1)
     last_row = torch.stack([zero, zero, zero, one], dim=-1)
     intrinsics = torch.tensor([focal, 0, 0.5, 0, focal, 0.5, 0, 0, 1], dtype=dtype, device=device)
     return torch.cat([extrinsics.flatten(-2), last_row, intrinsics.expand(*n_x.shape, 9)], dim=-1)

@@ -40,6 +40,38 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a new folder beside `path`, which takes that name once the block ends without an error.
+
+    After an error inside the block, `path` is as it was before and the new folder is gone. Folders above `path` are
+    made.
+
+    Args:
+        path: of the folder.
+        overwrite: whether a folder that is there already is replaced; it goes once the new one has its name.
+
+    Raises:
+        FileExistsError: there is something of that name, and `overwrite` is off or it is no folder.
+    """
+    path = Path(path)
+    if path.exists() and not (overwrite and path.is_dir()):
+        raise FileExistsError(f"{path} exists already" + (" and is no folder" if overwrite else ""))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as place:
+        made, old = Path(place, "new"), Path(place, "old")
+        made.mkdir()
+        yield made
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(made, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+
+
 def check_output_file(path: str | os.PathLike) -> None:
     """Checks that a file can come to lie at `path`, before the work that its content takes.
 

@@ -35,8 +35,9 @@ from .models.eg3d import EG3DGenerator
 from .models.encoder import LatentEncoder
 from .models.identity import IdentityNetwork
 from .models.perceptual import LPIPS
+from .models.presets import preset_of
 from .models.stylegan2 import StyleGAN2Generator
-from .models.weights import check_computable
+from .models.weights import check_computable, unwrapped
 from .rendering import RenderingMixin
 
 StepCallback = Callable[[int, Image.Image, dict[str, float]], None]
@@ -158,13 +159,19 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
             )
 
     @property
+    def preset(self) -> str:
+        """How the auxiliary network is built and adapted: "paper", "extended" or "custom"; see `models.presets`."""
+        return preset_of(unwrapped(self.auxiliary))
+
+    @property
     def aligner(self) -> FaceAligner:
         """Finds and crops faces as this checkpoint's generator expects; made at the first use, shared by threads, and
         given up with the pipeline."""
-        settings = self.generator.config.image_size, self.config.crop_scale
+        config, known = self.generator.config, self._aligner
+        settings = config.image_size, self.config.crop_scale, tuple(config.get("camera_pivot", (0.0, 0.0, 0.0)))
         # Another generator may have been put in.
-        if self._aligner is None or (self._aligner.image_size, self._aligner.crop_scale) != settings:
-            self._aligner = FaceAligner(settings[0], crop_scale=settings[1])
+        if known is None or (known.image_size, known.crop_scale, known.pivot) != settings:
+            self._aligner = FaceAligner(settings[0], crop_scale=settings[1], pivot=settings[2])
         return self._aligner
 
     def __call__(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from PIL import Image
 
-from .cameras import camera_from_pose, pose_of_camera, view_path
+from .cameras import pose_of_camera, view_path
 from .editing import apply_edits
 from .export.images import tensor_to_image
 from .export.mesh import DEFAULT_RESOLUTION, DEFAULT_TEXTURE, HeadMesh, check_sizes, extract_mesh
@@ -33,7 +33,7 @@ class RenderingMixin:
     @property
     def has_viewpoints(self) -> bool:
         """Whether heads can be seen from other sides: not with a 2D generator."""
-        return not isinstance(unwrapped(self.generator), StyleGAN2Generator)
+        return unwrapped(self.generator).has_viewpoints
 
     @property
     def directions(self) -> dict[str, Direction]:
@@ -103,7 +103,7 @@ class RenderingMixin:
         camera = head.camera
         if yaw is not None or pitch is not None:
             photo_yaw, photo_pitch = (float(angle) for angle in pose_of_camera(camera))
-            camera = camera_from_pose(
+            camera = self.generator.camera_at(
                 photo_yaw if yaw is None else float(yaw),
                 photo_pitch if pitch is None else float(pitch),
                 radius=float(camera[[3, 7, 11]].norm()),

@@ -210,6 +210,21 @@ class LoopbackHub:
                 request.connection.shutdown(2)
 
 
+def use_hub(monkeypatch, hub, home):
+    """Makes a loopback Hub this process's own, with its cache in the folder `home`."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + template[template.index("/{repo_id}") :]
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "t")
+
+
 WORKER = """
 import json, sys, traceback
 out, sys.stdout = sys.stdout, sys.stderr

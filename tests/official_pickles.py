@@ -126,20 +126,27 @@ def snapshot(case=GENERATORS["2x"], source=SOURCE_TEXT, generator=None, **render
     )
     for network in networks:
         network.load_state_dict(hashed_weights(network.state_dict()))
+    return eg3d_contents(*networks, source, generator, **rendering), networks
+
+
+def eg3d_contents(network, judge, source=SOURCE_TEXT, generator=None, **rendering):
+    """Contents of an EG3D pickle with these networks, or with another `generator`. The super-resolution is of kind 2X,
+    the plane axes are the released ones."""
+    config = network.config
     dictionary = sys.modules["dnnlib.util"].EasyDict
     options = (
         dict(
-            image_resolution=case.image_size,
+            image_resolution=config.image_size,
             disparity_space_sampling=False,
             clamp_mode="softplus",
             superresolution_module="training.superresolution.SuperresolutionHybrid2X",
-            c_gen_conditioning_zero=not case.pose_conditioning,
-            c_scale=case.camera_scale,
+            c_gen_conditioning_zero=not config.pose_conditioning,
+            c_scale=config.camera_scale,
             decoder_lr_mul=1.0,
             superresolution_noise_mode="none",
-            sr_antialias=case.antialias,
-            depth_resolution=case.samples[0],
-            depth_resolution_importance=case.samples[1],
+            sr_antialias=config.super_resolution_antialias,
+            depth_resolution=config.depth_samples,
+            depth_resolution_importance=config.importance_samples,
             ray_start=2.25,
             ray_end=np.float64(3.3),
             box_warp=1,
@@ -148,22 +155,26 @@ def snapshot(case=GENERATORS["2x"], source=SOURCE_TEXT, generator=None, **render
     )
     options = dictionary(options)
     arguments = dictionary(
-        z_dim=512,
-        w_dim=512,
+        z_dim=config.z_dim,
+        w_dim=config.w_dim,
         c_dim=25,
-        img_resolution=case.image_size,
+        img_resolution=config.image_size,
         img_channels=3,
         conv_clamp=None,
         sr_num_fp16_res=0,
         rendering_kwargs=options,
     )
-    tensors = {official_generator_name(name): tensor for name, tensor in networks[0].state_dict().items()}
+    tensors = {official_generator_name(name): tensor for name, tensor in network.state_dict().items()}
     tensors |= {f"backbone.synthesis.b{r}.resample_filter": FILTER for r in (4, 256)}
     made = generator or module(
         "TriPlaneGenerator",
         tensors,
         {
-            "": {"_init_kwargs": arguments, "rendering_kwargs": options, "neural_rendering_resolution": 64},
+            "": {
+                "_init_kwargs": arguments,
+                "rendering_kwargs": options,
+                "neural_rendering_resolution": config.neural_resolution,
+            },
             "classes": {"superresolution": "SuperresolutionHybrid2X"},
         },
         source,
@@ -177,18 +188,43 @@ def snapshot(case=GENERATORS["2x"], source=SOURCE_TEXT, generator=None, **render
     )
     if generator is None:
         made.meta["state"]["_modules"]["renderer"] = renderer
-    judge = module(
+    discriminator = module(
         "DualDiscriminator",
-        {official_discriminator_name(name): tensor for name, tensor in networks[1].state_dict().items()},
-        {"": {"_init_kwargs": {"c_dim": 25, "img_resolution": case.image_size, "conv_clamp": 256}}},
+        {official_discriminator_name(name): tensor for name, tensor in judge.state_dict().items()},
+        {"": {"_init_kwargs": {"c_dim": 25, "img_resolution": config.image_size, "conv_clamp": 256}}},
     )
     return {
         "training_set_kwargs": dictionary(path="x.zip"),
         "G": made,
-        "D": judge,
+        "D": discriminator,
         "G_ema": made,
         "augment_pipe": None,
-    }, networks
+    }
+
+
+def stylegan2_contents(generator, judge):
+    """Contents of a pickle of stylegan2-ada-pytorch with these networks."""
+    tensors = {}
+    for name, tensor in generator.state_dict().items():
+        name = name.replace("mapping_network.layers.", "mapping.fc").replace("mapping_network.", "mapping.")
+        tensors[name.replace("backbone.", "synthesis.")] = tensor
+    config = generator.config
+    arguments = {
+        "z_dim": config.z_dim,
+        "c_dim": 0,
+        "w_dim": config.w_dim,
+        "img_resolution": config.image_size,
+        "img_channels": 3,
+        "synthesis_kwargs": {"conv_clamp": config.conv_clamp},
+    }
+    return {
+        "G_ema": module("Generator", tensors, {"": {"_init_kwargs": arguments}}),
+        "D": module(
+            "Discriminator",
+            {official_discriminator_name(name): tensor for name, tensor in judge.state_dict().items()},
+            {"": {"_init_kwargs": {"c_dim": 0, "img_resolution": config.image_size}}},
+        ),
+    }
 
 
 def write(path, data, protocol=4):

@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metaaux.adaptation import InnerLoop, InnerProblem, Tasks, adapt, gradient_step, make_tasks, predict_tasks
+from metaaux.adaptation import InnerLoop, InnerProblem, adapt, gradient_step
 from metaaux.cameras import mirror_camera
 from metaaux.losses import InversionLoss, LossWeights
 from metaaux.models.perceptual import DiscriminatorPerceptualDistance
 from metaaux.models.views import private_view
+from metaaux.tasks import Tasks, make_tasks, predict_tasks
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import concurrent.futures
+import io
+import json
 import re
 import struct
 import time
@@ -16,6 +20,9 @@ import torch
 from app_server import ROOT, running_app
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from jsonschema import Draft202012Validator
+from mcp import ClientSession
+from mcp.client.streamable_http import streamable_http_client
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -58,6 +65,12 @@ def invert(client, photo=PHOTO, **options):
     # Iterating ends without a word where a run has failed.
     job.result()
     return results
+
+
+def upload(app, path):
+    """Path on the server of an uploaded file."""
+    with open(path, "rb") as file:
+        return httpx.post(f"{app.url}gradio_api/upload", files={"files": file}).json()[0]
 
 
 @pytest.fixture(scope="module")
@@ -160,15 +173,97 @@ class TestEndpoints:
         (smile,) = client.predict(api_name="/directions")
         assert smile["name"] == "smile" and (smile["low"], smile["high"]) == (-3, 3)
 
-    def test_readmes_example_runs(self, app, tmp_path, monkeypatch):
-        blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    def test_documented_example_runs(self, app, tmp_path, monkeypatch):
+        blocks = re.findall(
+            r"^```python\n(.*?)^```", (ROOT / "docs/deploying.md").read_text(), re.MULTILINE | re.DOTALL
+        )
         (block,) = [block for block in blocks if "gradio_client" in block]
         code = block.replace("http://127.0.0.1:7860", app.url).replace('"photo.jpg"', repr(str(PHOTO)))
         assert code.count(app.url) == 1 and str(PHOTO) in code
         # The model of this test has but one direction.
         code = re.sub(r"edits=\{.*?\}", 'edits={"smile": 1.0}', code)
         monkeypatch.chdir(tmp_path)
-        exec(compile(code, "README.md", "exec"), {})
+        exec(compile(code, "deploying.md", "exec"), {})
+
+
+class TestMcp:
+    """The tools, used as an assistant does, with the protocol's own client."""
+
+    TOOLS = {"invert", "render", "turntable", "orbit", "mesh", "directions"}
+
+    @pytest.fixture
+    def use(self, app):
+        """Runs a function of a session."""
+
+        def use(function):
+            async def run():
+                async with (
+                    streamable_http_client(f"{app.url}gradio_api/mcp/") as (read, write, _),
+                    ClientSession(read, write) as session,
+                ):
+                    await session.initialize()
+                    return await function(session)
+
+            return asyncio.run(run())
+
+        return use
+
+    def test_tools_say_what_they_do_and_take(self, use):
+        tools = use(lambda session: session.list_tools()).tools
+        assert {tool.name for tool in tools} == self.TOOLS
+        for tool in tools:
+            assert len(tool.description) > 60 and "Returns:" in tool.description
+            Draft202012Validator.check_schema(tool.inputSchema)
+            # Clients refuse references, more so into nowhere.
+            assert "$ref" not in json.dumps(tool.inputSchema)
+            for name, argument in tool.inputSchema["properties"].items():
+                assert isinstance(argument["type"], str) and len(argument["description"]) > 20, (tool.name, name)
+            needed = {"photo"} if tool.name == "invert" else {"inversion"} if tool.name != "directions" else set()
+            assert set(tool.inputSchema.get("required", ())) == needed
+
+    def test_directions(self, use):
+        result = use(lambda session: session.call_tool("directions", {}))
+        assert not result.isError and "'name': 'smile'" in result.content[0].text
+
+    def test_from_a_photo_to_a_turned_head(self, app, use, inverter):
+        """Files go in and out by their addresses on this server."""
+        address = f"{app.url}gradio_api/file={upload(app, PHOTO)}"
+
+        async def visit(session):
+            async def progress(done, total, message):
+                pass
+
+            photos = {"photo": address, "more_photos": [address], "steps": 1}
+            inverted = await session.call_tool("invert", photos, progress_callback=progress)
+            assert not inverted.isError, inverted.content
+            texts = [content.text for content in inverted.content if content.type == "text"]
+            (head,) = [text for text in texts if text.endswith("inversion.safetensors")]
+            edited = {"inversion": head, "yaw": 20, "edits": {"smile": 1.5}}
+            rendered = await session.call_tool("render", edited)
+            grid = {"inversion": head, "yaws": [20], "pitches": [0], "size": 16}
+            return (
+                inverted,
+                texts,
+                head,
+                rendered,
+                await session.call_tool("turntable", grid, progress_callback=progress),
+            )
+
+        inverted, texts, head, rendered, grid = use(visit)
+        assert [content.type for content in inverted.content].count("image") == 2
+        assert "'faces_found': [1, 1]" in next(text for text in texts if "'mse'" in text)
+        path = Path(app.cache, *Path(head).parts[-2:])
+        picture = io.BytesIO(base64.b64decode(rendered.content[0].data))
+        assert same(picture, inverter.render(inverter.load_inversion(path), yaw=20, edits={"smile": 1.5}))
+        assert not grid.isError and Image.open(io.BytesIO(base64.b64decode(grid.content[0].data))).size == (16, 16)
+
+    @pytest.mark.parametrize(
+        "file",
+        ["gradio_api/file=/etc/passwd", f"gradio_api/file={PHOTO}", "gradio_api/file=nowhere.png", "static/x.png"],
+    )
+    def test_other_files_of_the_server_are_not_taken(self, app, use, file):
+        result = use(lambda session: session.call_tool("invert", {"photo": app.url + file}))
+        assert result.isError and re.search("not fetched|not uploaded", result.content[0].text)
 
 
 def png_header(width, height):
@@ -281,6 +376,24 @@ class TestBadInputs:
         answer = httpx.get(f"{url}/{event}", timeout=60).text
         assert answer.startswith("event: error") and "Traceback" not in answer and "root:" not in answer
         assert re.search("not uploaded|not allowed|not fetched|cannot move", answer, re.IGNORECASE), answer
+
+    @pytest.mark.parametrize("photo", [{"path": str(PHOTO)}, {"path": str(PHOTO), "meta": {}}])
+    def test_files_that_are_not_said_to_be_uploads_are_none(self, app, photo):
+        """Gradio looks at paths only where they are marked as a file's."""
+        url = f"{app.url}gradio_api/call/invert"
+        event = httpx.post(url, json={"data": [photo, 0, "automatic", None, None]}).json()["event_id"]
+        answer = httpx.get(f"{url}/{event}", timeout=60).text
+        assert answer.startswith("event: error") and "not uploaded" in answer
+
+    @pytest.mark.parametrize(
+        "photo", ["/etc/passwd", str(PHOTO), "http://127.0.0.1:1/huge.jpg", "data:,", {"path": "/"}]
+    )
+    def test_further_photos_are_uploads_too(self, app, client, photo):
+        uploaded = upload(app, PHOTO)
+        url = f"{app.url}gradio_api/call/invert"
+        first = {"path": uploaded, "meta": {"_type": "gradio.FileData"}}
+        event = httpx.post(url, json={"data": [first, 0, "automatic", [photo], None]}).json()["event_id"]
+        assert httpx.get(f"{url}/{event}", timeout=60).text.startswith("event: error")
 
     def test_the_server_lives_and_has_not_grown(self, app, client, inversion):
         for _ in range(3):

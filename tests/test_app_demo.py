@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 import time
 
@@ -49,6 +50,10 @@ class TestSettings:
             {"METAAUX_MODELS": "a/b, c", "METAAUX_MCP": "1", "METAAUX_WORKERS": "3", "METAAUX_DEVICE": "cpu"}
         )
         assert settings.models == ("a/b", "c") and settings.mcp and settings.workers == 3 and settings.device == "cpu"
+
+    def test_tools_are_offered_where_they_can_be(self):
+        assert Settings().mcp == (importlib.util.find_spec("mcp") is not None)
+        assert not Settings.from_environment({"METAAUX_MCP": "0"}).mcp
 
     @pytest.mark.parametrize(
         ("name", "value"), [("METAAUX_WORKERS", "0"), ("METAAUX_MAX_QUEUE", "x"), ("METAAUX_MODELS", " ,")]

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from metaaux.demo import Settings, build_demo, quota
-from metaaux.demo.handlers import Handlers
+from metaaux.demo.handlers import EXAMPLES, Handlers
 from metaaux.demo.heads import HeadCache, head_bytes
 from metaaux.demo.session import Session, SessionExpiredError, Visitor, show
 
@@ -222,6 +222,28 @@ class TestExamples:
         heads = [handlers.engine.inverter().load_inversion(one.session.path).w for one in (visitor, other)]
         assert heads[0].equal(heads[1])
         assert list(handlers.example(other, (0, []), handlers.settings.models[0])) == [(gr.skip(),) * 16]
+
+    def test_of_two_examples_the_last_one_counts(self, handlers):
+        """What was begun for the first ends at its next step, shows nothing more and makes room."""
+        model = handlers.settings.models[0]
+        visitor = handlers.kept_example(None, (0, []), model)[7]
+        first = handlers.example(visitor, (0, []), model)
+        next(first), next(first)
+        assert handlers.kept_example(visitor, (1, []), model)[7] is visitor
+        assert list(first) == [] and visitor.session is None
+        second = list(handlers.example(visitor, (1, []), model))
+        assert len(second) == handlers.engine.inverter().config.inner_steps + 3
+        assert visitor.session.example == (model, str(EXAMPLES[1]))
+
+    def test_a_head_that_is_opened_meanwhile_stays(self, handlers, tiny_inversion, tmp_path):
+        model = handlers.settings.models[0]
+        tiny_inversion.save(tmp_path / "head.safetensors")
+        visitor = handlers.kept_example(None, (0, []), model)[7]
+        run = handlers.example(visitor, (0, []), model)
+        next(run), next(run)
+        handlers.open_head(visitor, str(tmp_path / "head.safetensors"), model)
+        opened = visitor.session
+        assert list(run) == [] and visitor.session is opened and opened.example is None
 
     def test_results_outlive_the_visitors_files(self, handlers):
         visitor, _, _ = self.first(handlers)

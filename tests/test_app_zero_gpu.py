@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from app_server import ROOT, running_app
-from browser import CHROMIUM, SLOW, changed, running_browser, settled, upload, visitors
+from browser import CHROMIUM, changed, running_browser, upload, view, visitors
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
+from playwright.sync_api import expect
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from zero_gpu import environment, lent_gpus
@@ -118,22 +119,21 @@ def test_a_visit_asks_once_an_inversion_never_for_turning_and_once_for_edits(app
     with running_browser() as browser, visitors(app, browser) as open_page:
         page = open_page()
         upload(page, PHOTO)
+        stage = page.locator("#view .stage")
         before = len(lender.requested)
-        page.locator("#invert:not([disabled])").click(timeout=SLOW)
-        page.wait_for_selector("#view img", timeout=SLOW)
-        page.wait_for_selector("#view .stage[data-views='217']", timeout=SLOW)
-        first = settled(page)
+        page.locator("#invert:not([disabled])").click()
+        expect(stage).to_have_attribute("data-views", "217")
+        first = view(page)
         assert len(lender.requested) - before == 1
-        page.locator("#view .stage").focus()
-        for _ in range(5):
+        stage.focus()
+        turned = first
+        for _ in range(3):
             page.keyboard.press("ArrowRight")
-            page.wait_for_timeout(300)
-        turned = changed(page, first)
+            turned = changed(page, turned)
         assert len(lender.requested) - before == 1
         slider = page.locator("#edits input[type=range]").first
-        for amount in ("1", "2", "3"):
-            slider.fill(amount)
+        slider.fill("3")
         changed(page, turned)
-        page.wait_for_selector("#view .stage[data-views='217']", timeout=SLOW)
+        expect(stage).to_have_attribute("data-views", "217")
         assert len(lender.requested) - before == 2
         assert sum(lender.requested[before:]) <= 25 and lender.failed <= 1

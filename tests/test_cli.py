@@ -27,6 +27,7 @@ from metaaux.cli.options import ComparisonOptions, echo_json
 from metaaux.export.images import label_strip
 from metaaux.export.video import write_video
 from metaaux.faces import camera_from_pose
+from tests import warm
 
 RESULTS = {"aligned.png", "reconstruction.png", "steps.png", "inversion.safetensors", "report.json"}
 
@@ -230,10 +231,12 @@ class TestModelInfo:
         assert info["parameters"] == sum(part["parameters"] for part in info["components"].values())
         assert info["licence"] == "unknown"
         assert info["settings"]["inner_steps"] == 5
+        assert info["preset"] == "custom" and info["inner_loop"]["position_bias"] == 8
 
     def test_text(self, run, tiny_folder):
         code, out, _ = run("model-info", tiny_folder)
         assert code == 0 and "AuxiliaryNetwork" in out and "M parameters" in out and "weight_perceptual" in out
+        assert "preset       custom" in out
 
 
 class TestTrain:
@@ -331,10 +334,8 @@ class TestPrinting:
     @staticmethod
     def start(*arguments, **options):
         environment = os.environ | {"OMP_NUM_THREADS": "1", **options.pop("environment", {})}
-        command = [sys.executable, "-m", "metaaux", *map(str, arguments)]
-        return subprocess.Popen(
-            command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment, **options}
-        )
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment, **options}
+        return warm.Popen(["-m", "metaaux", *arguments], **options)
 
     @pytest.fixture
     def cyrillic_folder(self, tiny_folder, tmp_path):

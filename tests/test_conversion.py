@@ -12,11 +12,10 @@ from official_pickles import (
     Persistent,
     Runs,
     assert_refused,
-    module,
     module_state,
-    official_discriminator_name,
     official_names,  # noqa: F401 (a fixture)
     snapshot,
+    stylegan2_contents,
     write,
 )
 from safetensors.torch import save_file
@@ -164,27 +163,8 @@ def stylegan2_generator(**changes):
 class TestStyleGAN2:
     def test_pickle(self, tmp_path):
         generator = stylegan2_generator(conv_clamp=256.0)
-        tensors = {}
-        for name, tensor in generator.state_dict().items():
-            name = name.replace("mapping_network.layers.", "mapping.fc").replace("mapping_network.", "mapping.")
-            tensors[name.replace("backbone.", "synthesis.")] = tensor
         judge = DualDiscriminator(image_size=32, camera_dim=0, channel_base=256, channel_max=16, dual=False)
-        arguments = {
-            "z_dim": 16,
-            "c_dim": 0,
-            "w_dim": 24,
-            "img_resolution": 32,
-            "img_channels": 3,
-            "synthesis_kwargs": {"conv_clamp": 256},
-        }
-        contents = {
-            "G_ema": module("Generator", tensors, {"": {"_init_kwargs": arguments}}),
-            "D": module(
-                "Discriminator",
-                {official_discriminator_name(name): tensor for name, tensor in judge.state_dict().items()},
-                {"": {"_init_kwargs": {"c_dim": 0, "img_resolution": 32}}},
-            ),
-        }
+        contents = stylegan2_contents(generator, judge)
         convert_stylegan2(write(tmp_path / "model.pkl", contents), tmp_path / "out")
         made = StyleGAN2Generator.from_pretrained(tmp_path / "out" / "generator")
         assert all(torch.equal(made.state_dict()[n], t) for n, t in generator.state_dict().items())

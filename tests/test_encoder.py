@@ -249,6 +249,23 @@ class TestTraining:
             errors.append(trainer.step(images)["latent"].item())
         assert errors[-1] < 0.5 * errors[0]
 
+    def test_micro_batches_and_groups_of_rays_have_the_gradient_of_the_whole_batch(self, training_settings):
+        config = EncoderConfig(**nested(training_settings, compute__graphs=False))
+        trainer = EncoderTrainer(config, Accelerator(cpu=True))
+        trainer.load_data(0)
+        inputs = (*(trainer.sampler.sample_cameras(4) for _ in range(2)), *trainer.sampler.next())
+
+        def gradient():
+            torch.manual_seed(0)  # the same heads
+            return trainer.mixed_pass(None, *inputs)
+
+        expected, expected_figures = gradient()
+        config.compute.micro_batch, trainer.generator.rays_at_once = 4, 24  # 4 and 2 of 6 pictures
+        actual, actual_figures = gradient()
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        for name, value in expected_figures.items():
+            torch.testing.assert_close(actual_figures[name], value, rtol=1e-4, atol=1e-5)
+
     def test_a_stopped_run_is_resumed(self, training_settings, tmp_path):
         train(EncoderConfig(**nested(training_settings, run__total_images=32)), tmp_path)
         first = LatentEncoder.from_pretrained(tmp_path / "checkpoint-32" / "encoder_raw")

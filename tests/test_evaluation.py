@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ from metaaux.evaluation.report import comparison_picture
 from metaaux.export.images import image_to_tensor, tensor_to_image
 from metaaux.files import source_name
 from metaaux.models.identity import IdentityNetwork
+from tests import warm
 
 FAST = MethodOptions(latent=LatentSettings(steps=2), tuning_steps=2)
 METHOD_KEYS = {"mse", "perceptual", "identity", "frechet", "seconds", "failed", "n"}
@@ -154,7 +154,7 @@ class TestEvaluation:
         results = evaluation.summarize()
         assert results == json.loads((tmp_path / "results.json").read_text())
         assert results["methods"].keys() == {"encoder", "metaaux-0"} and results["complete"]
-        assert results["device"] == "cpu" and results["photos"] == 3
+        assert results["device"] == "cpu" and results["photos"] == 3 and results["preset"] == "custom"
         figures = results["methods"]["encoder"]
         assert figures.keys() == METHOD_KEYS
         images = tiny_inverter.generator.synthesize(tiny_inverter.encoder(batch[0]), batch[1]).image.clamp(-1, 1)
@@ -403,9 +403,7 @@ class TestCommand:
         ]
         file = tmp_path / "records" / "pti.1-of-1.jsonl"
         command = list(map(str, command))
-        first = subprocess.Popen(
-            [sys.executable, "-m", *command], stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        first = warm.Popen(["-m", *command], stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while not (file.exists() and file.read_bytes().count(b"\n")):
             assert first.poll() is None and time.monotonic() < deadline

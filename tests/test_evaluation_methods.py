@@ -117,7 +117,28 @@ class TestMethods:
         assert (three.label, zero.label) == ("Ours, 3 steps", "Ours, no adaptation")
         assert (three.settings()["steps"], zero.settings()["steps"]) == (3, 0)
 
-    @pytest.mark.parametrize("name", ["metaaux", "metaaux-0", "encoder", "without_auxiliary"])
+    def test_steps_on_a_part_of_the_tensors(self, tiny_inverter, batch):
+        names = ["full", "predicted_only", "free_only", "full-0"]
+        full, predicted, free, none = make_methods(names, tiny_inverter, MethodOptions(steps=1))
+        assert (predicted.settings()["moved"], free.settings()["moved"]) == ("predicted", "free")
+        moved = {name for name, rate in free.rates().items() if rate}
+        layers = [name.replace(".", "-") for name in tiny_inverter.auxiliary.layer_names]
+        assert moved == {f"hypernetworks.{layer}.bias" for layer in layers} | {
+            "offset_network.bias",
+            "offset_network.to_offsets.bias",
+        }
+        for name, rate in full.rates().items():
+            assert {predicted.rates()[name], free.rates()[name]} == {0.0, rate}
+        found = [method.invert(batch[0][:1], batch[1][:1])[0] for method in (full, predicted, free, none)]
+        layer, limit = "backbone.b8.conv0", tiny_inverter.auxiliary.config.hyper_rank
+        changes = [(one.weight_offsets[layer] - found[3].weight_offsets[layer]).flatten(1) for one in found[1:3]]
+        ranks = [torch.linalg.matrix_rank(change, rtol=1e-2).item() for change in changes]
+        # The predicted part is of low rank, and so is its change; D is not.
+        assert 0 < ranks[0] <= 2 * limit < ranks[1]
+        moves = [(one.image - found[3].image).abs().max() for one in found[:3]]
+        assert min(moves) > 0 and moves[0] not in moves[1:]
+
+    @pytest.mark.parametrize("name", ["metaaux", "metaaux-0", "encoder", "without_auxiliary", "free_only"])
     def test_batch_equals_photos_alone_and_own_view_is_the_image(self, tiny_inverter, batch, name):
         method = make_methods([name], tiny_inverter, MethodOptions(steps=2, generator_rate=1e-4))[0]
         together = method.invert(*batch)

@@ -1,15 +1,20 @@
-"""README, requirements, package metadata and CI say the same."""
+"""README, the pages of docs, the cards, requirements, package metadata and CI say the same."""
 
 from __future__ import annotations
 
 import ast
+import copy
+import importlib
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 
@@ -22,15 +27,75 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FRONT_MATTER, TEXT = README.split("---\n", 2)[1:]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+#: All that is written for readers, by path.
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "hub_configs").glob("*/README.md")),
+    )
+}
+#: Blocks that want a Hub repository, and the one that wants a running demo (tests/test_app_api.py).
+NOT_RUN_HERE = ("org/name", "gradio_client")
 
 
-def code_blocks(language, text=TEXT):
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+def code_blocks(language, text):
+    """The blocks of a language, also those within lists."""
+    blocks = re.findall(rf"^( *)```{language}\n(.*?)^\1```", text, re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(block) for _, block in blocks]
+
+
+def examples(page):
+    """A page's Python blocks that need nothing but the package."""
+    blocks = code_blocks("python", PAGES[page])
+    return [block for block in blocks if not any(name in block for name in NOT_RUN_HERE)]
+
+
+def examples_of_its_own(page):
+    """Those that are not README's."""
+    return set(examples(page)) - set(code_blocks("python", README))
+
+
+def metaaux_commands(text):
+    """What follows `python -m metaaux`, one text a command, without comments."""
+    lines = "".join(code_blocks("bash", text)).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].split("metaaux", 1)[1].strip() for line in lines if "python -m metaaux " in line]
+
+
+def links(text):
+    """Targets of a page's links and pictures that are no addresses."""
+    return re.findall(r"\]\((?!https?:)([^)]+)\)", text)
+
+
+def anchors(text):
+    """Names by which a page's headings can be linked to, as GitHub and the Hub make them."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
 
 
 def requirements(name):
     lines = (line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
     return {r.name: r for r in (Requirement(line) for line in lines if line and not line.startswith("-r"))}
+
+
+@pytest.fixture(scope="module")
+def headed_folder(tiny_components, tmp_path_factory):
+    """Folder of a tiny pipeline whose heads have a surface, with one editing direction."""
+    from metaaux import MetaAuxInverter
+    from metaaux.models.directions import Direction, LatentDirections
+
+    generator = copy.deepcopy(tiny_components["generator"])
+    generator.decoder.out.weight[0] *= 50
+    normal = torch.nn.functional.normalize(torch.arange(1.0, 17.0), dim=0)
+    smile = Direction("smile", "interfacegan", normal, 5.0, -3.0, 3.0, 0.9, "smiles more")
+    components = tiny_components | {
+        "generator": generator,
+        "latent_directions": LatentDirections.from_directions([smile]),
+    }
+    folder = tmp_path_factory.mktemp("headed-model") / "tiny"
+    MetaAuxInverter(**components, inner_steps=1).save_pretrained(folder)
+    return folder
 
 
 class TestSpace:
@@ -56,51 +121,124 @@ class TestCommands:
     def test_the_two_lines_stand_alone(self, line):
         assert README.splitlines().count(line) == 1
 
-    def test_python_examples_parse_and_use_public_names(self):
-        import metaaux
-
-        blocks = code_blocks("python")
-        assert len(blocks) >= 4
-        for block in blocks:
-            for node in ast.walk(ast.parse(block)):
-                if isinstance(node, ast.ImportFrom) and node.module == "metaaux":
-                    assert {alias.name for alias in node.names} <= set(metaaux.__all__)
-                if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "inverter":
-                    assert hasattr(metaaux.MetaAuxInverter, node.attr), node.attr
-
     def test_metaaux_commands_exist(self):
         from typer.main import get_command
 
         from metaaux.cli import app
 
         commands = get_command(app).commands
-        lines = re.findall(r"^python -m metaaux (.*)$", TEXT, re.MULTILINE)
+        lines = [line for text in PAGES.values() for line in metaaux_commands(text)]
         assert {line.split()[0] for line in lines} == set(commands)
         for line in lines:
-            words = line.split("#")[0].split()
+            words = line.split()
             command = commands[words[0]]
             if len(words) > 1:
                 command = getattr(command, "commands", {}).get(words[1], command)
             options = {option for parameter in command.params for option in parameter.opts}
             assert {word for word in words if word.startswith("--")} <= options, line
 
-    def test_configurations_exist_and_load(self):
-        import importlib
+    def test_scripts_exist(self):
+        scripts = {name for text in PAGES.values() for name in re.findall(r"python ([\w/]+\.py)", text)}
+        assert {"app.py", "docs/figures.py", "docs/screenshots/make.py"} <= scripts
+        assert all((ROOT / script).is_file() for script in scripts)
 
+    def test_configurations_exist_and_load(self):
         from metaaux.training.settings import load_settings
 
-        found = re.findall(r"train (\w+) --config (\S+)", TEXT)
+        found = {pair for text in PAGES.values() for pair in re.findall(r"train (\w+) --config (\S+)", text)}
         assert {part for part, _ in found} == {"generator", "encoder", "identity", "auxiliary", "directions"}
         for part, path in found:
             module = importlib.import_module(f"metaaux.training.{part}")
             load_settings(getattr(module, f"{part.capitalize()}Config"), ROOT / path)
-        assert {path for _, path in found} == {
-            str(path.relative_to(ROOT)) for path in (ROOT / "metaaux" / "configs" / "mini").glob("*.yaml")
+        mini = ROOT / "metaaux" / "configs" / "mini"
+        assert {path for _, path in found if "/mini/" in path} == {
+            str(path.relative_to(ROOT)) for path in mini.glob("*.yaml")
         }
 
-    def test_links_lead_somewhere(self):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT):
-            assert (ROOT / target).exists(), target
+
+class TestPythonExamples:
+    @pytest.mark.parametrize("page", PAGES)
+    def test_use_public_names(self, page):
+        import metaaux
+
+        for block in code_blocks("python", PAGES[page]):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom) and node.module == "metaaux":
+                    assert {alias.name for alias in node.names} <= set(metaaux.__all__)
+                elif isinstance(node, ast.ImportFrom) and node.module.startswith("metaaux."):
+                    module = importlib.import_module(node.module)
+                    assert all(hasattr(module, alias.name) for alias in node.names)
+                if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "inverter":
+                    assert hasattr(metaaux.MetaAuxInverter, node.attr), node.attr
+
+    @pytest.mark.parametrize("page", ["README.md", *(page for page in PAGES if examples_of_its_own(page))])
+    def test_run(self, page, headed_folder, tmp_path, monkeypatch):
+        """As they stand, one after the other, but for a model of seconds, which knows one edit, fewer views and a
+        coarse mesh."""
+        pytest.importorskip("mediapipe")
+        code = "\n".join(examples(page)).replace(".from_pretrained()", f".from_pretrained({str(headed_folder)!r})")
+        code = re.sub(r"edits=\{.+?\}", 'edits={"smile": 1.0}', code).replace("frames=60", "frames=3")
+        code = code.replace('"head.glb")', '"head.glb", resolution=32, texture=64)')
+        code = code.replace("turntable(inversion)", "turntable(inversion, yaws=(-20, 0, 20))")
+        for name in set(re.findall(r"[\w-]+\.jpg", code)):
+            shutil.copy(ROOT / "examples" / "eileen_collins.jpg", tmp_path / name)
+        (tmp_path / "hub_configs").symlink_to(ROOT / "hub_configs")
+        monkeypatch.chdir(tmp_path)
+        exec(compile(code, page, "exec"), {})
+        for name in re.findall(r"(?:export_mesh|save)\(.*?\"(.+?)\"", code):
+            assert (tmp_path / name).stat().st_size > 0
+
+    def test_quick_start_is_the_same_everywhere(self):
+        quick_start = examples("README.md")[0]
+        assert "from_pretrained()" in quick_start and "invert(" in quick_start
+        assert quick_start in code_blocks("python", PAGES["hub_configs/metaaux-mini/README.md"])
+
+
+class TestLinks:
+    @pytest.mark.parametrize("page", PAGES)
+    def test_lead_somewhere(self, page):
+        for link in links(PAGES[page]):
+            target, _, anchor = link.partition("#")
+            path = ((ROOT / page).parent / target).resolve() if target else ROOT / page
+            assert path.exists(), link
+            if anchor:
+                assert anchor in anchors(path.read_text(encoding="utf-8")), link
+            if page.startswith("hub_configs"):
+                assert path.is_relative_to((ROOT / page).parent), f"{link} does not come along to the Hub"
+
+    @pytest.mark.parametrize("page", PAGES)
+    def test_named_paths_exist(self, page):
+        named = re.findall(r"`((?:metaaux|docs|tests|hub_configs|examples)/[\w./-]+)`", PAGES[page])
+        assert [path for path in named if not (ROOT / path).exists()] == []
+
+    def test_every_page_can_be_reached_from_readme(self):
+        reached, waiting = set(), ["README.md"]
+        while waiting:
+            page = waiting.pop()
+            reached.add(page)
+            targets = {((ROOT / page).parent / link.partition("#")[0]).resolve() for link in links(PAGES[page])}
+            waiting += {str(path.relative_to(ROOT)) for path in targets} & PAGES.keys() - reached
+        assert reached == PAGES.keys()
+
+    def test_pictures_are_used_and_small(self):
+        pictures = {path for end in ("png", "jpg", "webp") for path in (ROOT / "docs").rglob(f"*.{end}")}
+        shown = {((ROOT / page).parent / link).resolve() for page, text in PAGES.items() for link in links(text)}
+        assert pictures <= shown
+        assert max(path.stat().st_size for path in pictures) <= 600_000
+        assert max(path.stat().st_size for path in (ROOT / "docs" / "screenshots").glob("*.png")) <= 250_000
+
+
+class TestDeploying:
+    def test_lists_every_setting(self):
+        page = PAGES["docs/deploying.md"]
+        # Read, not imported, for Gradio's sake.
+        source = (ROOT / "metaaux" / "demo" / "settings.py").read_text(encoding="utf-8")
+        names = re.compile(r"METAAUX_[A-Z_]*[A-Z]")
+        assert set(names.findall(page)) == set(names.findall(source))
+        numbers = re.findall(r"^\| `METAAUX_(\w+)` \| (\d+) \|", page, re.MULTILINE)
+        assert len(numbers) >= 6
+        defaults = dict(re.findall(r"^    (\w+): \w+ = (\w+)$", source, re.MULTILINE))
+        assert all(int(value) == ast.literal_eval(defaults[name.lower()]) for name, value in numbers)
 
 
 def equations(text):
@@ -114,7 +252,7 @@ class TestTour:
 
     ROWS = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in TEXT.split("## From the paper to the code")[1].split("\n## ")[0].splitlines()
+        for line in PAGES["docs/paper-to-code.md"].splitlines()
         if line.startswith("| ")
     ][1:]
 
@@ -128,8 +266,8 @@ class TestTour:
     @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
     def test_files_speak_of_the_equations_that_they_are_named_for(self, row):
         paths = re.findall(r"\]\((.*?)\)", row[2])
-        assert paths and all((ROOT / path).exists() for path in paths)
-        texts = [(ROOT / path).read_text(encoding="utf-8") for path in paths if path.endswith(".py")]
+        assert paths and all((ROOT / "docs" / path).exists() for path in paths)
+        texts = [(ROOT / "docs" / path).read_text(encoding="utf-8") for path in paths if path.endswith(".py")]
         assert equations(row[0]) <= equations(" ".join(texts))
 
 

@@ -17,7 +17,8 @@ from tests.conftest import TINY_AUXILIARY, TINY_ENCODER
 pytest.importorskip("mediapipe")
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Train\n")[1].split("\n## ")[0]
+SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Study it\n")[1].split("\n## ")[0]
+PUT_TOGETHER = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").split("\n## Put together\n")[1]
 SHORT = {"run.total_images": 4, "run.interval_images": 4, "run.trackers": []}
 #: In place of the configurations' sizes and lengths; nothing that says where a part reads from.
 TINY = {
@@ -87,17 +88,18 @@ TINY = {
 }
 
 
+def commands_of(text):
+    """Words of the commands of a text's first block, without `python -m metaaux`."""
+    block = re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1].replace("\\\n", " ")
+    return [shlex.split(line, comments=True)[3:] for line in block.splitlines()]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:no direction:UserWarning")
+@pytest.mark.filterwarnings("error:the auxiliary network's inner learning rates")
 def test_the_chain_runs_as_written(tmp_path, monkeypatch):
     from metaaux import MetaAuxInverter
     from metaaux.cli import app
-    from metaaux.models.auxiliary import AuxiliaryNetwork
-    from metaaux.models.directions import LatentDirections
-    from metaaux.models.discriminator import DualDiscriminator
-    from metaaux.models.eg3d import EG3DGenerator
-    from metaaux.models.encoder import LatentEncoder
-    from metaaux.models.identity import IdentityNetwork
 
     shutil.copytree(ROOT / "metaaux" / "configs", tmp_path / "metaaux" / "configs")
     for folder in ("photos", "held-out", "data"):
@@ -108,8 +110,7 @@ def test_the_chain_runs_as_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("metaaux.training.identity.IdentityTrainer.EVALUATED", 50)
 
-    chain = re.search(r"```bash\n(.*?)```", SECTION, re.DOTALL)[1]
-    commands = [shlex.split(line, comments=True)[3:] for line in chain.splitlines()]
+    commands = commands_of(SECTION)
     trained = [Path(command[-1]).stem for command in commands if command[0] == "train"]
     assert trained == list(TINY) and len(commands) == 8
     for command in commands:
@@ -120,18 +121,13 @@ def test_the_chain_runs_as_written(tmp_path, monkeypatch):
         result = CliRunner().invoke(app, [*command, *overrides], catch_exceptions=False)
         assert result.exit_code == 0, result.output
 
-    runs = tmp_path / "runs"
-    parts = {
-        "generator": (EG3DGenerator, "mini-generator/latest/generator"),
-        "discriminator": (DualDiscriminator, "mini-generator/latest/discriminator"),
-        "identity": (IdentityNetwork, "mini-identity/latest/identity"),
-        "encoder": (LatentEncoder, "mini-encoder/latest/encoder"),
-        "auxiliary": (AuxiliaryNetwork, "mini-meta/latest/auxiliary_average"),
-        "latent_directions": (LatentDirections, "mini-directions/latent_directions"),
-    }
-    networks = {name: cls.from_pretrained(runs / folder) for name, (cls, folder) in parts.items()}
-    assert networks["auxiliary"].config.offset_bias_resolution == 16
-    inverter = MetaAuxInverter(**networks)
+    (assemble,) = [command for command in commands_of(PUT_TOGETHER) if command[0] == "assemble"]
+    result = CliRunner().invoke(app, assemble, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    inverter = MetaAuxInverter.from_pretrained(tmp_path / assemble[1])
+    assert inverter.auxiliary.config.offset_bias_resolution == 16
+    weights = yaml.safe_load((ROOT / "metaaux" / "configs" / "mini" / "meta.yaml").read_text())["inner"]["loss"]
+    assert inverter.config.weight_perceptual == weights["perceptual"]
     inverter.set_progress_bar_config(disable=True)
     inversion = inverter.invert(tmp_path / "photos" / "eileen_collins.jpg", steps=1)
     assert [step["step"] for step in inversion.steps] == [-1, 0, 1]

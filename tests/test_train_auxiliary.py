@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from metaaux.adaptation import InnerLoop, InnerProblem, Tasks, adapt, predict_tasks
+from metaaux.adaptation import InnerLoop, InnerProblem, adapt
 from metaaux.losses import InversionLoss, LossWeights
 from metaaux.models.auxiliary import AuxiliaryNetwork
 from metaaux.models.discriminator import DualDiscriminator
 from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.perceptual import DiscriminatorPerceptualDistance
 from metaaux.models.views import private_view
+from metaaux.tasks import Tasks, predict_tasks
 from metaaux.training.auxiliary import AuxiliaryConfig, train
 from metaaux.training.calibration import calibrate_rates
 from metaaux.training.loading import FrozenNetworks
@@ -211,6 +212,42 @@ def test_second_order_gradient_equals_finite_differences_and_first_order_does_no
     assert deviations["first"] > 10 * deviations["second"] and deviations["first"] > 1e-3
 
 
+@pytest.mark.parametrize("momentum, rays_at_once", [(0.0, None), (0.4, 6)])
+def test_checkpointed_second_order_gradient_equals_the_one_without_and_finite_differences(
+    smooth_problem, folders, tiny_components, momentum, rays_at_once
+):
+    networks, auxiliary, tasks = smooth_problem
+    auxiliary.register_to_config(inner_momentum=momentum, inner_max_gradient_norm=0.3 if momentum else None)
+    config = tiny_config(folders, tiny_components, inner__steps=2, outer__multi_step_weight=0.5 * momentum)
+    parameters = [*auxiliary.adaptable_parameters().values(), auxiliary.log_inner_rates]
+
+    def objective():
+        return meta_objective(networks, auxiliary, tasks, config.inner, config.outer)
+
+    expected = objective()
+    expected_gradients = torch.autograd.grad(expected[0], parameters)
+    config.inner.checkpoint = True
+    networks.generator.rays_at_once = rays_at_once
+    actual = objective()
+    gradients = torch.autograd.grad(actual[0], parameters)
+    assert list(actual[1]) == list(expected[1])
+    for name, value in actual[1].items():
+        torch.testing.assert_close(value, expected[1][name], rtol=1e-12, atol=0)
+    largest = max(gradient.abs().max() for gradient in expected_gradients).item()
+    for gradient, value in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, value, rtol=1e-9, atol=1e-12 * largest)
+
+    directions = [gradient / torch.cat([g.flatten() for g in gradients]).norm() for gradient in gradients]
+    slope = sum((gradient * direction).sum() for gradient, direction in zip(gradients, directions, strict=True))
+    values = []
+    for step in (1e-6, -2e-6):
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.add_(step * direction)
+            values.append(objective()[0].item())
+    assert slope.item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4)
+
+
 def test_tasks_side_by_side_come_out_as_alone(networks, tasks, tiny_components):
     """The batched inner loop of training and `adapt` of inference are the same algorithm."""
     auxiliary = private_view(tiny_components["auxiliary"])
@@ -281,6 +318,30 @@ def test_plain_objective_is_the_loss_of_the_prediction(networks, tasks, tiny_com
     expected = networks.outer_loss(view.image, view.image_raw, tasks.image, tasks.camera)
     torch.testing.assert_close(objective, expected["total"].mean())
     torch.testing.assert_close(figures["mse"], (view.image - tasks.image).square().mean())
+
+
+@pytest.mark.parametrize("rays_at_once", [None, 6])
+def test_micro_batches_have_the_gradient_of_the_whole_batch(smooth_problem, rays_at_once):
+    """Batch statistics too are those of the whole batch."""
+    networks, auxiliary, tasks = smooth_problem
+    auxiliary.train()
+    # Parts of one picture would be rendered by another formula, which rounds otherwise.
+    camera, w = (torch.cat([tensor, tensor.flip(0)]) for tensor in (tasks.camera, tasks.w))
+    four = Tasks(torch.cat([tasks.image, tasks.image.flip(-2)]), camera, w, networks.generator.planes(w))
+
+    def gradients(**options):
+        objective, figures = plain_objective(networks, auxiliary, four, **options)
+        return torch.autograd.grad(objective, list(auxiliary.adaptable_parameters().values())), figures
+
+    expected, expected_figures = gradients()
+    networks.generator.rays_at_once = rays_at_once
+    actual, actual_figures = gradients(micro_batch=2)
+    largest = max(gradient.abs().max() for gradient in expected).item()
+    assert math.isfinite(largest) and largest > 0
+    for gradient, value in zip(actual, expected, strict=True):
+        torch.testing.assert_close(gradient, value, rtol=1e-9, atol=1e-10 * largest)
+    for name, value in expected_figures.items():
+        torch.testing.assert_close(actual_figures[name], value, rtol=1e-12, atol=0)
 
 
 def test_inner_loop_with_a_generator_in_half_precision(networks, tasks, tiny_components):
@@ -403,6 +464,13 @@ def test_configuration_errors(folders, tiny_components, tmp_path):
     for wrong in ({"phase": "both"}, {"inner__order": "third"}, {"compute__precision": "fp16"}, {"inner__steps": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong)).replace("__", ".")):
             tiny_config(folders, tiny_components, **wrong)
+    for wrong in (
+        {"inner__checkpoint": True},
+        {"compute__rays_at_once": 64},
+        {"compute__graphs": False, "compute__micro_batch": 2},
+    ):
+        with pytest.raises(ValueError, match="compute.graphs: false|graphs: false|tasks_per_pass divides"):
+            tiny_config(folders, tiny_components, phase="meta", **wrong)
     with pytest.raises(ValueError, match="tasks_per_pass"):
         train(tiny_config(folders, tiny_components, phase="meta", batch=3), tmp_path / "run")
 
@@ -412,6 +480,7 @@ def test_configuration_errors(folders, tiny_components, tmp_path):
     [
         "mini/plain.yaml",
         "mini/meta.yaml",
+        "mini/meta-paper.yaml",
         "baselines/plain-without-2d.yaml",
         "baselines/plain-without-3d.yaml",
     ],

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import weakref
 import zipfile
 from types import SimpleNamespace
 
@@ -12,8 +13,10 @@ import torch
 from PIL import Image
 
 from metaaux.cameras import camera_from_pose, mirror_camera, pose_of_camera
+from metaaux.data import memory
 from metaaux.data.dataset import FaceDataset
 from metaaux.data.sampler import FaceSampler, _EndlessSampler
+from metaaux.evaluation.photos import open_photos
 from metaaux.training.augment import AdaptiveAugmentation
 from metaaux.training.cuda_graphs import CapturedFunction
 from metaaux.training.distributed import FlatGradients
@@ -105,6 +108,23 @@ class TestFaceDataset:
         assert images.shape == (260, 3, 8, 8) and images.nbytes == dataset.decoded_bytes
         assert torch.equal(images[258], dataset[258][0])
 
+    def test_few_are_held_while_all_are_decoded(self, tmp_path, monkeypatch):
+        dataset = FaceDataset(write_dataset(tmp_path / "a.zip", count=1_000, size=4), 4)
+        decode, alive, most = FaceDataset._decode, weakref.WeakSet(), []
+
+        class Decoded(np.ndarray):  # which, unlike its base class, can be hashed by identity
+            __hash__ = object.__hash__
+
+        def counted(self, *file):
+            array = decode(self, *file).view(Decoded)
+            alive.add(array)
+            most.append(len(alive))
+            return array
+
+        monkeypatch.setattr(FaceDataset, "_decode", counted)
+        assert len(dataset.load()) == len(most) == 1_000
+        assert max(most) <= 512
+
     def test_spawned_workers_read_it(self, tmp_path):
         """As on macOS and Windows; this process has the zip open."""
         dataset = FaceDataset(write_dataset(tmp_path / "a.zip"), 16)
@@ -113,6 +133,107 @@ class TestFaceDataset:
         images, cameras = next(iter(loader))
         assert torch.equal(images, dataset.load()) and torch.equal(cameras, dataset.cameras)
         assert torch.equal(dataset[0][0], first)
+
+
+class TestEG3DLayout:
+    """FFHQ and CelebA-HQ as EG3D's own preprocessing leaves them."""
+
+    def write(self, path, names, pictures=None):
+        """A folder with labels of `names`, of which the cameras' yaws are 10, 11, …, and these `pictures`."""
+        labels = [[name, camera_from_pose(10.0 + i, 0.0).tolist()] for i, name in enumerate(names)]
+        for i, name in enumerate(names if pictures is None else pictures):
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (10 * i, 0, 0)).save(path / name)
+        (path / "dataset.json").write_text(json.dumps({"labels": labels}))
+        return path
+
+    @pytest.mark.parametrize("folder", ["", "00000/"])
+    @pytest.mark.parametrize("zipped", [False, True])
+    def test_mirrored_copies_may_be_left_out(self, tmp_path, folder, zipped):
+        originals = [f"{folder}img{i:08d}.png" for i in range(3)]
+        path = self.write(tmp_path / "set", [*originals, *(name[:-4] + "_mirror.png" for name in originals)])
+        if zipped:
+            with zipfile.ZipFile(tmp_path / "set.zip", "w") as file:
+                for name in path.rglob("*.*"):
+                    file.write(name, name.relative_to(path))
+            path = tmp_path / "set.zip"
+        whole, half = FaceDataset(path, 16), FaceDataset(path, 16, mirrored_copies=False)
+        assert len(whole) == 6 and whole.left_out == 0 and half.left_out == 3
+        assert half.names == originals and torch.equal(half.cameras, whole.cameras[:3])
+        assert torch.equal(half.load(), whole.load()[:3]) and half[2][0][0, 0, 0] == 20
+
+    def test_a_mirrored_copy_without_its_picture_stays(self, tmp_path):
+        path = self.write(tmp_path, ["1_mirror.png", "2.png", "_mirror.png"])
+        assert FaceDataset(path, 16, mirrored_copies=False).names == ["1_mirror.png", "2.png", "_mirror.png"]
+
+    def test_labels_without_pictures_are_left_out(self, tmp_path):
+        path = self.write(tmp_path, ["0.png", "1.png", "2.png"], ["1.png"])
+        with pytest.warns(UserWarning, match="2 of 3 labels are of pictures that are not there, such as 0.png"):
+            dataset = FaceDataset(path, 16)
+        assert dataset.names == ["1.png"] and dataset.left_out == 2
+        assert pose_of_camera(dataset.cameras)[0].item() == pytest.approx(11, abs=1e-3)
+        (path / "1.png").unlink()
+        with pytest.raises(FileNotFoundError, match="none of the 3 pictures .* such as 0.png"):
+            FaceDataset(path, 16)
+
+    @pytest.mark.parametrize("text", [None, '{"labels": null}'])
+    def test_pictures_of_a_2d_generator_need_no_labels(self, tmp_path, text):
+        path = self.write(tmp_path / "set", ["b.png", "a/c.png", "a/c_mirror.png"])
+        (path / "dataset.json").unlink()
+        (path / "LICENSE.txt").write_text("free")
+        if text is not None:
+            (path / "dataset.json").write_text(text)
+        dataset = FaceDataset(path, 16, labelled=False, mirrored_copies=False)
+        assert dataset.names == ["a/c.png", "b.png"] and dataset.load().shape == (2, 3, 16, 16)
+        assert torch.equal(dataset.cameras, camera_from_pose(0.0, 0.0).expand(2, -1))
+        with pytest.raises((FileNotFoundError, ValueError), match="dataset.json"):
+            FaceDataset(path, 16)
+        with pytest.raises(FileNotFoundError, match="holds no pictures"):
+            (tmp_path / "empty").mkdir()
+            FaceDataset(tmp_path / "empty", 16, labelled=False)
+
+    def test_labels_count_where_there_are_any(self, tmp_path):
+        path = self.write(tmp_path, ["0.png"])
+        assert torch.equal(FaceDataset(path, 16, labelled=False).cameras, FaceDataset(path, 16).cameras)
+
+    def test_evaluation_takes_each_photo_once(self, tmp_path):
+        path = self.write(tmp_path, ["0.png", "1.png"])
+        before = open_photos(path, 16).digest
+        self.write(tmp_path, ["0.png", "0_mirror.png", "1.png", "1_mirror.png"])
+        photos = open_photos(path, 16)
+        assert photos.names == ["0.png", "1.png"] and photos.digest != before
+        assert photos[1].name == "1.png" and pose_of_camera(photos[1].camera)[0].item() == pytest.approx(12, abs=1e-3)
+
+
+class TestMemory:
+    def test_a_containers_limit_counts(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(memory, "CGROUP", tmp_path)
+        device, host = torch.device("cpu"), memory.psutil.virtual_memory()
+        monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: host)
+        assert memory.free_memory(device) == host.available
+        (tmp_path / "memory.current").write_text("5000\n")
+        (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 3000\n")
+        (tmp_path / "memory.max").write_text("max\n")
+        assert memory.free_memory(device) == host.available
+        (tmp_path / "memory.max").write_text("12000\n")
+        assert memory.free_memory(device) == 10_000  # files that were read can be dropped
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+        assert memory.free_memory(device) == 2_500
+
+    def test_the_gpu_is_taken_before_the_host_and_neither_where_both_are_full(self, monkeypatch):
+        free = {"cuda": 300, "cpu": 3_000}
+        monkeypatch.setattr(memory, "free_memory", lambda device: free[device.type])
+        gpu, host = torch.device("cuda:0"), torch.device("cpu")
+        assert [memory.place_for(size, gpu) for size in (100, 101, 1_000, 1_001)] == [gpu, host, host, None]
+        assert [memory.place_for(size, host) for size in (1_000, 1_001)] == [host, None]
+
+    def test_workers_share_the_cores(self, monkeypatch):
+        monkeypatch.setattr(memory.os, "sched_getaffinity", lambda process: range(24), raising=False)
+        counts = []
+        for processes in (1, 2, 4, 48):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+            counts.append(memory.default_workers())
+        assert counts == [8, 8, 6, 1]
 
 
 class TestFaceSampler:
@@ -148,9 +269,27 @@ class TestFaceSampler:
         dataset = FaceDataset(write_dataset(tmp_path / "a.zip"), 16)
         assert FaceSampler(dataset, 2, "cpu", in_memory="auto").images is not None
         free = SimpleNamespace(available=2 * dataset.decoded_bytes)
-        monkeypatch.setattr("metaaux.data.sampler.psutil.virtual_memory", lambda: free)
+        monkeypatch.setattr("metaaux.data.memory.psutil.virtual_memory", lambda: free)
         sampler = FaceSampler(dataset, 2, "cpu", in_memory="auto", workers=1)
         assert sampler.images is None and sampler.next()[0].shape == (2, 3, 16, 16)
+
+    def test_what_is_asked_for_and_does_not_fit_is_refused(self, tmp_path, monkeypatch):
+        dataset = FaceDataset(write_dataset(tmp_path / "a.zip"), 16)
+        monkeypatch.setattr("metaaux.data.sampler.free_memory", lambda device: 1e3)
+        with pytest.raises(ValueError, match="6 decoded pictures of 16² take .* GB, of which .* free on cpu.*false"):
+            FaceSampler(dataset, 2, "cpu", in_memory=True)
+
+    def test_no_more_is_decoded_than_is_shown(self, tmp_path, monkeypatch):
+        """Of a set that does not fit into memory: 300 pictures, of which 8 are shown."""
+        dataset = FaceDataset(write_dataset(tmp_path / "a.zip", count=300, size=8), 8)
+        decoded, decode = [], FaceDataset._decode
+        monkeypatch.setattr(FaceDataset, "_decode", lambda self, *file: decoded.append(file) or decode(self, *file))
+        monkeypatch.setattr("metaaux.data.sampler.place_for", lambda size, device: None)
+        sampler = FaceSampler(dataset, 4, "cpu", workers=0)
+        assert decoded == []
+        sampler.next()
+        sampler.next()
+        assert len(decoded) == 8
 
     @pytest.mark.parametrize("in_memory", [True, False])
     def test_goes_on_where_another_was(self, tmp_path, in_memory):

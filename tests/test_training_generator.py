@@ -1,10 +1,8 @@
 """The generator's trainer and the loop that all trainers share, on a tiny model."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from metaaux.training.generator import GeneratorConfig, GeneratorTrainer, train
 from metaaux.training.schedules import faded, update_average
 from metaaux.training.settings import load_settings
 from metaaux.training.trainer import TrainingRun
+from tests import warm
 from tests.test_training_data import write_dataset
 
 GENERATOR = dict(
@@ -198,10 +197,7 @@ class TestRun:
             "    train(tiny_config(here, run={'total_images': 1_000_000}), here / 'run', resume=True)\n"
         )
         run = tmp_path / "run"
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-        process = subprocess.Popen(
-            [sys.executable, script, tmp_path], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+        process = warm.Popen([script, tmp_path], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         deadline = time.monotonic() + 120
         while not list(run.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)

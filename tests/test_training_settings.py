@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from metaaux.models.auxiliary import AuxiliaryNetwork
+from metaaux.models.eg3d import EG3DGenerator
+from metaaux.models.encoder import LatentEncoder
 from metaaux.training.auxiliary import AuxiliaryConfig
 from metaaux.training.directions import DirectionsConfig
 from metaaux.training.encoder import EncoderConfig
@@ -22,11 +26,25 @@ CLASSES = {
     "mini/encoder": EncoderConfig,
     "mini/plain": AuxiliaryConfig,
     "mini/meta": AuxiliaryConfig,
+    "mini/meta-paper": AuxiliaryConfig,
     "mini/directions": DirectionsConfig,
     "baselines/psp": EncoderConfig,
     "baselines/styletransformer": EncoderConfig,
     "baselines/plain-without-2d": AuxiliaryConfig,
     "baselines/plain-without-3d": AuxiliaryConfig,
+    "ffhq/encoder": EncoderConfig,
+    "ffhq/psp": EncoderConfig,
+    "ffhq/styletransformer": EncoderConfig,
+    "ffhq/plain": AuxiliaryConfig,
+    "ffhq/plain-without-2d": AuxiliaryConfig,
+    "ffhq/plain-without-3d": AuxiliaryConfig,
+    "ffhq/meta-paper": AuxiliaryConfig,
+    "ffhq/meta-extended": AuxiliaryConfig,
+    "ffhq/directions": DirectionsConfig,
+    "stylegan2/encoder": EncoderConfig,
+    "stylegan2/plain": AuxiliaryConfig,
+    "stylegan2/meta": AuxiliaryConfig,
+    "stylegan2/directions": DirectionsConfig,
 }
 
 
@@ -35,6 +53,50 @@ def test_every_shipped_configuration_loads():
     assert found == set(CLASSES)
     for name, cls in CLASSES.items():
         assert isinstance(load_settings(cls, CONFIGS / f"{name}.yaml"), cls)
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name.startswith(("ffhq/", "stylegan2/"))])
+def test_full_size_has_the_papers_losses_and_fits_the_published_shape(name):
+    """Sec. 4.1: LPIPS 0.8, ArcFace 0.1, adversarial 0.005; and the networks of hub_configs/metaaux-ffhq."""
+    cls = CLASSES[name]
+    config = load_settings(cls, CONFIGS / f"{name}.yaml")
+    folder = "metaaux-ffhq" if name.startswith("ffhq") else "metaaux-stylegan2"
+    if cls is DirectionsConfig:
+        assert (config.generator, config.identity) == (f"{folder}/generator", f"{folder}/identity")
+        return
+    assert config.networks.perceptual == f"{folder}/perceptual" and config.networks.identity == f"{folder}/identity"
+    if cls is EncoderConfig:
+        assert (config.loss.mse, config.loss.perceptual, config.loss.identity) == (1.0, 0.8, 0.1)
+    else:
+        paper = {"mse": 1.0, "perceptual": 0.8, "identity": 0.1, "adversarial": 0.005}
+        assert config.inner.loss == config.outer.loss == paper and config.inner.steps == 5
+        assert config.networks.encoder == f"runs/{name.split('/')[0]}-encoder/latest/encoder"
+        assert config.batch % config.inner.tasks_per_pass == 0
+        assert config.preset == ("extended" if "extended" in name else "paper")
+
+
+def test_full_size_trains_the_published_networks():
+    published = CONFIGS.parents[1] / "hub_configs" / "metaaux-ffhq"
+    encoder = load_settings(EncoderConfig, CONFIGS / "ffhq/encoder.yaml")
+    plain = load_settings(AuxiliaryConfig, CONFIGS / "ffhq/plain.yaml")
+    with torch.device("meta"):
+        generator = EG3DGenerator.from_config(EG3DGenerator.load_config(published / "generator"))
+        networks = {
+            "encoder": LatentEncoder(num_ws=generator.num_ws, **encoder.encoder),
+            "auxiliary": AuxiliaryNetwork(**AuxiliaryNetwork.config_for(generator, **plain.auxiliary.arguments)),
+        }
+    for name, network in networks.items():
+        config = type(network).load_config(published / name)
+        different = {key for key in config if key[0] != "_" and _plain(network.config[key]) != _plain(config[key])}
+        different -= {"offset_bias_resolution", "inner_training"}  # which make_auxiliary adds
+        assert different == set()
+
+
+def _plain(value):
+    """Tuples as lists, as JSON has them."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def sections(cls: type[Settings], seen: set | None = None) -> set[type[Settings]]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from ..adaptation import InnerLoop, InnerProblem, Tasks, adapt, make_tasks, predict_tasks
+from ..adaptation import InnerLoop, InnerProblem, adapt
 from ..files import source_name
 from ..losses import InversionLoss
 from ..models.auxiliary import AuxiliaryNetwork
 from ..models.encoder import LatentEncoder
+from ..tasks import Tasks, make_tasks, predict_tasks
 from .base import Generator, InversionMethod, Reconstruction, weights_of
 from .registry import MethodRequest, register
 
@@ -57,6 +58,14 @@ class AuxiliaryAdaptation(InversionMethod):
             "loss": weights_of(self.loss),
         }
 
+    def rates(self) -> dict[str, float]:
+        """α of Eq. 5 for each tensor."""
+        rates = self.auxiliary.inner_rates()
+        if self.learning_rate is not None:
+            return dict.fromkeys(rates, self.learning_rate)
+        # Read at once: one by one, each would make the host wait for a GPU.
+        return dict(zip(rates, torch.stack(list(rates.values())).tolist(), strict=True))
+
     def invert(self, image: torch.Tensor, camera: torch.Tensor) -> list[Reconstruction]:
         if len(image) > 1:
             return self._invert_batch(image, camera)
@@ -73,7 +82,7 @@ class AuxiliaryAdaptation(InversionMethod):
             w,
             camera,
             steps=self.steps,
-            learning_rate=self.learning_rate,
+            learning_rates=self.rates(),
         )
         final = result.image[0].detach().clamp(-1, 1)
         return Reconstruction(final, w, camera, self.generator, result.weight_offsets, result.offset_planes)
@@ -82,9 +91,7 @@ class AuxiliaryAdaptation(InversionMethod):
         generator, auxiliary = self.generator, self.auxiliary
         tasks = make_tasks(generator, self.encoder, image, camera)
         parameters = {name: p.detach().requires_grad_() for name, p in auxiliary.adaptable_parameters().items()}
-        inner = InnerLoop.of(auxiliary, self.steps)
-        if self.learning_rate is not None:
-            inner.rates = dict.fromkeys(inner.rates, torch.tensor(self.learning_rate, device=image.device))
+        inner = InnerLoop.of(auxiliary, self.steps, rates=self.rates())
         with torch.enable_grad():
             adapted, _ = InnerProblem(generator, auxiliary, self.loss, tasks, inner).run(parameters)
         with torch.no_grad():
@@ -102,13 +109,16 @@ class AuxiliaryAdaptation(InversionMethod):
         return Reconstruction(output.image[0].clamp(-1, 1), w, camera, self.generator, weight_offsets, offset_planes)
 
 
+Adaptation = TypeVar("Adaptation", bound=AuxiliaryAdaptation)
+
+
 @register("full", "Ours (full)", stepped=True)
 @register("metaaux", "Ours", stepped=True)
-def make_metaaux(request: MethodRequest) -> AuxiliaryAdaptation:
+def make_metaaux(request: MethodRequest, cls: type[Adaptation] = AuxiliaryAdaptation) -> Adaptation:
     """The checkpoint's own auxiliary network; "full" in tables of ablations."""
     inverter = request.inverter
     rate = inverter.config.inner_learning_rate
-    return make_adaptation(request, inverter.auxiliary, request.steps, rate, "pipeline")
+    return make_adaptation(request, inverter.auxiliary, request.steps, rate, "pipeline", cls)
 
 
 def make_from_folder(request: MethodRequest, steps: int) -> AuxiliaryAdaptation:
@@ -123,10 +133,11 @@ def make_adaptation(
     steps: int,
     learning_rate: float | None,
     source: str,
-) -> AuxiliaryAdaptation:
+    cls: type[Adaptation] = AuxiliaryAdaptation,
+) -> Adaptation:
     """An auxiliary network with the checkpoint's generator, encoder and loss."""
     inverter = request.inverter
-    return AuxiliaryAdaptation(
+    return cls(
         request.name,
         request.label,
         inverter.generator,

@@ -144,7 +144,8 @@ def make_methods(
     """The methods of these names on a pipeline's generator.
 
     "metaaux" and "full" are the same, the latter for tables of ablations. "metaaux-N" takes N steps whatever `options`
-    say, and so do "full-N", "without_meta-N", "without_2d-N" and "without_3d-N"; with N = 0 it is the prediction.
+    say, and so do "full-N", "predicted_only-N", "free_only-N", "without_meta-N", "without_2d-N" and "without_3d-N";
+    with N = 0 it is the prediction.
 
     Raises:
         ValueError: an unknown or repeated name, a method whose folder is not given, or a network that does not fit.

@@ -11,7 +11,23 @@ import sys
 import typer
 
 # Not their functions: a module of this package would be hidden by a function of its name.
-from . import benchmark, compare_flip, convert, evaluate, grow, invert, mesh, model_info, orbit, prepare, render, train
+from . import (
+    assemble,
+    benchmark,
+    benchmark_training,
+    compare_flip,
+    convert,
+    evaluate,
+    grow,
+    invert,
+    mesh,
+    model_info,
+    orbit,
+    prepare,
+    push,
+    render,
+    train,
+)
 from .options import echo, one_line, prepare_streams
 
 app = typer.Typer(
@@ -31,7 +47,10 @@ for command in (
     train.train,
     grow.grow,
     prepare.prepare,
+    assemble.assemble,
+    push.push,
     benchmark.benchmark,
+    benchmark_training.benchmark_training,
     compare_flip.compare_flip,
 ):
     app.command()(command)

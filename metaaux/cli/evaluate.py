@@ -23,6 +23,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..evaluation.editing import EditingEvaluation
+    from ..evaluation.processes import EvaluationProcesses
     from ..evaluation.reconstruction import ReconstructionEvaluation
 
 app = typer.Typer(
@@ -65,7 +66,8 @@ def evaluate(
     ] = None,
     pose: Annotated[bool, typer.Option("--pose", help="Detect the poses of turned heads too (MediaPipe).")] = False,
 ) -> None:
-    """Invert photos with several methods and compare.
+    """Invert photos with several methods and compare. Under `accelerate launch -m metaaux evaluate ...` several GPUs
+    share the photos.
 
     Writes results.json, table.md, comparison.png, every reconstruction and every photo's figures into DIR.
     """
@@ -74,9 +76,11 @@ def evaluate(
     options.check()
     from ..evaluation.frechet import load_feature_extractor
     from ..evaluation.metrics import ReconstructionMetrics
+    from ..evaluation.processes import EvaluationProcesses
     from ..evaluation.reconstruction import ReconstructionEvaluation
 
-    inverter, methods, photos = options.load()
+    processes = EvaluationProcesses(options.out)
+    inverter, methods, photos = options.load(processes.device)
     evaluation = ReconstructionEvaluation(
         inverter,
         methods,
@@ -86,10 +90,11 @@ def evaluate(
         features=None if features is None else load_feature_extractor(features, inverter.device),
         batch=batch,
         timed_photos=timed,
-        shard=options.part(),
+        shard=processes.shard(options.part()),
         pose=pose,
+        progress=processes.is_main,
     )
-    _run(evaluation, options.out)
+    _run(evaluation, processes, options.out)
 
 
 @app.command()
@@ -178,10 +183,12 @@ def editing(
     options.check()
     attributes = required(attributes, "--attributes")
     from ..evaluation.editing import EditingEvaluation
+    from ..evaluation.processes import EvaluationProcesses
     from ..models.age_gender import AgeGenderNetwork
 
     network = AgeGenderNetwork.from_file(attributes)
-    inverter, methods, photos = options.load()
+    processes = EvaluationProcesses(options.out)
+    inverter, methods, photos = options.load(processes.device)
     evaluation = EditingEvaluation(
         inverter,
         methods,
@@ -189,17 +196,21 @@ def editing(
         network,
         options.out,
         measures=split_names(measures),
-        shard=options.part(),
+        shard=processes.shard(options.part()),
+        progress=processes.is_main,
     )
-    _run(evaluation, options.out)
+    _run(evaluation, processes, options.out)
 
 
-def _run(evaluation: ReconstructionEvaluation | EditingEvaluation, out: Path) -> None:
+def _run(evaluation: ReconstructionEvaluation | EditingEvaluation, processes: EvaluationProcesses, out: Path) -> None:
     try:
         evaluation.run()
+        processes.wait()
     except KeyboardInterrupt:
         echo(f"stopped; the same command goes on where it was, {out} has the figures so far", error=True)
         evaluation.summarize()
         raise typer.Exit(130) from None
+    if not processes.is_main:
+        return
     evaluation.summarize()
     echo((out / "table.md").read_text(encoding="utf-8").rstrip("\n"))

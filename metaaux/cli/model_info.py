@@ -26,6 +26,7 @@ def model_info(
         f"model        {info['model']}",
         f"fingerprint  {info['fingerprint']}",
         f"licence      {info['licence']}",
+        f"preset       {info['preset']}",
         f"images       {info['image_size']} pixels{rays}, w {info['w_dim']}",
     ]
     for name, part in info["components"].items():
@@ -34,12 +35,14 @@ def model_info(
     lines.append(f"{'in all':<38} {info['parameters'] / 1e6:9.3f} M parameters {info['bytes'] / 1e6:9.2f} MB")
     if info["directions"]:
         lines.append(f"directions   {', '.join(info['directions'])}")
-    lines += [f"{name:<24} {value}" for name, value in info["settings"].items()]
+    lines += [f"{name:<24} {value}" for name, value in (info["inner_loop"] | info["settings"]).items()]
     echo("\n".join(lines))
 
 
 def _info(inverter: MetaAuxInverter) -> dict[str, Any]:
     from ..hub.card import licence_of
+    from ..models.presets import inner_loop_of
+    from ..models.weights import unwrapped
 
     config = inverter.generator.config
     components = {
@@ -55,6 +58,8 @@ def _info(inverter: MetaAuxInverter) -> dict[str, Any]:
         "model": inverter.name_or_path,
         "licence": licence_of(inverter.card),
         "fingerprint": inverter.fingerprint,
+        "preset": inverter.preset,
+        "inner_loop": inner_loop_of(unwrapped(inverter.auxiliary)),
         "image_size": config.image_size,
         "neural_resolution": getattr(config, "neural_resolution", None),
         "w_dim": config.w_dim,

@@ -61,8 +61,8 @@ class ComparisonOptions:
         str,
         typer.Option(
             help="Separated by commas: metaaux (or full), metaaux-N (with N steps; 0: before any), encoder, w, w+, "
-            "pti, without_auxiliary; and, each with its folder's option, psp, styletransformer, hyperinverter, "
-            "without_meta, without_2d, without_3d."
+            "pti, without_auxiliary, predicted_only, free_only; and, each with its folder's option, psp, "
+            "styletransformer, hyperinverter, without_meta, without_2d, without_3d."
         ),
     ] = "metaaux,metaaux-0,encoder,pti"
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many photos.")] = None
@@ -70,7 +70,11 @@ class ComparisonOptions:
     device: DeviceOption = None
     steps: StepsOption = None
     shard: Annotated[
-        str, typer.Option(metavar="I/N", help="Do part I of N, so that N processes share the photos; same --out.")
+        str,
+        typer.Option(
+            metavar="I/N",
+            help="Do part I of N, so that N processes share the photos; same --out. `accelerate launch` needs none.",
+        ),
     ] = "1/1"
     psp: Annotated[Path | None, typer.Option("--psp", metavar="FOLDER", help="W+ encoder.")] = None
     styletransformer: Annotated[
@@ -112,13 +116,13 @@ class ComparisonOptions:
             raise typer.BadParameter(f"{self.shard!r} is not of the form I/N with 1 <= I <= N", param_hint="--shard")
         return int(number), int(count)
 
-    def load(self) -> tuple[MetaAuxInverter, list[InversionMethod], PhotoSet]:
-        """Pipeline, methods and photos."""
+    def load(self, device: str | None = None) -> tuple[MetaAuxInverter, list[InversionMethod], PhotoSet]:
+        """Pipeline, methods and photos; on `device` unless `--device` names one."""
         from ..baselines import MethodOptions, make_methods
         from ..baselines.optimization import LatentSettings
         from ..evaluation.photos import open_photos
 
-        inverter = load_inverter(self.model, self.device, progress=False)
+        inverter = load_inverter(self.model, self.device or device, progress=False)
         options = MethodOptions(
             steps=self.steps,
             psp=self.psp,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..cameras import CAMERA_RADIUS
 from ..models.discriminator import DualDiscriminator
 from ..models.eg3d import EG3DGenerator
 from .folders import ConversionSummary, Converted, convert_file, load_tensors
@@ -145,7 +146,16 @@ def generator_config(source: Record, notes: list[str]) -> dict[str, Any]:
         "ray_end": number(rendering, "ray_end", float),
         "super_resolution_kind": kind,
         "super_resolution_antialias": number(rendering, "sr_antialias", bool, True),
+        "camera_radius": number(rendering, "avg_camera_radius", float, CAMERA_RADIUS),
+        "camera_pivot": _pivot(rendering),
     }
+
+
+def _pivot(rendering: Mapping[str, Any]) -> list[float]:
+    value = rendering.get("avg_camera_pivot", [0.0, 0.0, 0.0])
+    if not isinstance(value, (list, tuple)) or len(value) != 3:
+        raise ConversionError(f"its avg_camera_pivot is {str(value)[:40]!r}, expected three numbers")
+    return [number({"avg_camera_pivot": part}, "avg_camera_pivot", float) for part in value]
 
 
 def discriminator_config(

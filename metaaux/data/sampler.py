@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
-import psutil
 import torch
 
 from ..cameras import mirror_camera, pose_of_camera
 from .dataset import FaceDataset, to_signed
-
-#: Share of a device's free memory that decoded pictures may take by themselves.
-MEMORY_SHARE = 1 / 3
+from .memory import default_workers, free_memory, place_for
 
 
 class _EndlessSampler(torch.utils.data.Sampler):
@@ -45,13 +42,15 @@ class FaceSampler:
         seed: of the order; give each process another.
         mirror: mirror half of them, picture and camera together.
         balance_turned: show those turned beyond 12° twice and beyond 20° four times as often.
-        in_memory: keep all decoded pictures on `device` (11,847 of 128² take 0.6 GB); otherwise worker processes
-            decode them as they are asked for. "auto": where they take no more than `MEMORY_SHARE` of what is free.
-        workers: of these; 0 decodes in this process.
+        in_memory: True keeps all decoded pictures on `device` (11,847 of 128² take 0.6 GB, 70,000 of 512² 55 GB); with
+            False worker processes decode them as they are asked for, and no more are held than are about to be shown.
+            "auto" keeps them where they take no more than `memory.MEMORY_SHARE` of what is free: on `device`, else in
+            the host's memory, else nowhere.
+        workers: of these; 0 decodes in this process. Default: `memory.default_workers`.
         repeats: {source: times} by which pictures of a source, as their attributes name it, are shown more often.
 
     Raises:
-        ValueError: `repeats` names a source that no picture has.
+        ValueError: `repeats` names a source that no picture has, or `in_memory` is True and memory does not suffice.
     """
 
     def __init__(
@@ -62,12 +61,12 @@ class FaceSampler:
         seed: int = 0,
         mirror: bool = True,
         balance_turned: bool = True,
-        in_memory: bool | Literal["auto"] = True,
-        workers: int = 8,
+        in_memory: bool | Literal["auto"] = "auto",
+        workers: int | None = None,
         repeats: Mapping[str, int] | None = None,
     ):
         self.dataset, self.batch, self.device, self.mirror = dataset, batch, torch.device(device), mirror
-        self.seed, self.workers = seed, workers
+        self.seed, self.workers = seed, default_workers() if workers is None else workers
         self.generator = torch.Generator(self.device).manual_seed(seed)
         counts = torch.ones(len(dataset), dtype=torch.long)
         if balance_turned:
@@ -83,16 +82,21 @@ class FaceSampler:
         self.order = torch.repeat_interleave(torch.arange(len(dataset)), counts).to(self.device)
         self.cameras = dataset.cameras.to(self.device)
         self.batches_streamed = 0
-        in_memory = in_memory is True or (in_memory == "auto" and self._fits())
-        self.images = dataset.load(self.device) if in_memory else None
+        place = self._place(in_memory)
+        self.images = None if place is None else dataset.load(place)
         self.loader = None
 
-    def _fits(self) -> bool:
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-        else:
-            free = psutil.virtual_memory().available
-        return self.dataset.decoded_bytes <= MEMORY_SHARE * free
+    def _place(self, in_memory: bool | Literal["auto"]) -> torch.device | None:
+        """Where decoded pictures are kept; `None` where they are streamed."""
+        size = self.dataset.decoded_bytes
+        if in_memory == "auto":
+            return place_for(size, self.device)
+        if in_memory and size > (free := free_memory(self.device)):
+            raise ValueError(
+                f"{len(self.dataset)} decoded pictures of {self.dataset.image_size}² take {size / 1e9:.1f} GB, of "
+                f"which {free / 1e9:.1f} GB are free on {self.device}: let them be streamed (in_memory auto or false)"
+            )
+        return self.device if in_memory else None
 
     def _stream(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches decoded by workers, from the next one on."""
@@ -140,7 +144,8 @@ class FaceSampler:
         """The next batch."""
         if self.images is not None:
             index = self._draw(self.batch)
-            images, cameras = self.images[index], self.cameras[index]
+            images = self.images[index.to(self.images.device)].to(self.device)
+            cameras = self.cameras[index]
         else:
             if self.loader is None:
                 self.loader = self._stream()

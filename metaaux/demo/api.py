@@ -14,7 +14,7 @@ import gradio as gr
 from ..export.turntable import PITCHES, YAWS
 from .engine import VIEWS, Engine
 from .settings import Settings
-from .uploads import FileInput, PhotoInput, new_file, save_picture
+from .uploads import Amounts, Angles, ApiFiles, FileInput, PhotoInput, new_file, save_picture
 from .validation import (
     FLIP_CHOICES,
     MAX_PITCH,
@@ -34,7 +34,8 @@ MAX_VIEWS = 512
 
 
 class Api:
-    """The endpoints' functions; their docstrings are what `view_api` and MCP clients show.
+    """The endpoints' functions; their docstrings are what `view_api` and MCP clients show. Gradio reads of an argument
+    or a result the line that begins with its name, and no further one.
 
     Args:
         engine: computes.
@@ -53,20 +54,21 @@ class Api:
         more_photos: list[str] | None = None,
         model: str | None = None,
     ) -> Iterator[tuple]:
-        """Turns the face of a photo into a 3D head. Yields one result a step: the encoder alone, step 0 (the auxiliary
-        network's prediction), then each gradient step; the last result holds the inversion's file.
+        """Turns the face of a photo into a 3D head. Start here: render, turntable, orbit and mesh take the inversion
+        file that this returns. Yields one result a step: the encoder alone, step 0 (the auxiliary network's
+        prediction), then each gradient step; the last result holds the file.
 
         Args:
-            photo: picture file with a face; of several faces the largest is taken.
-            steps: gradient steps, from 0; 5 is the paper's number. Default: the model's.
+            photo: picture file with a face, such as a JPEG or PNG; of several faces the largest is taken.
+            steps: gradient steps, a whole number from 0; more fit the photo closer. Default: the model's, usually 5.
             flip: "on", "off" or "automatic": whether the far side of a turned head shall resemble the mirrored photo.
-            more_photos: further photos of the same person.
+            more_photos: further photos of the same person from other sides, at most four.
             model: one of the models that this demo offers. Default: its first.
 
         Returns:
             reconstruction: PNG of the head as the photo shows it.
             report: step, its losses, seconds, the photo's camera (yaw and pitch in degrees) and faces found.
-            inversion: safetensors file for /render, /turntable, /orbit and /mesh, with the last result only.
+            inversion: safetensors file for render, turntable, orbit and mesh, with the last result only.
             aligned: PNG of the photo as it was cropped.
         """
         with explained():
@@ -98,13 +100,13 @@ class Api:
         edits: dict | None = None,
         model: str | None = None,
     ) -> Any:
-        """Renders an inverted head from any side, edited or not.
+        """Renders a picture of a head that invert has made, from any side, edited or not.
 
         Args:
-            inversion: file that /invert returned.
-            yaw: degrees of the head; above 0 the nose points to the picture's right. Default: the photo's.
-            pitch: degrees of the head; above 0 it nods down. Default: the photo's.
-            edits: amounts by name of a direction, for example {"smile": 1.0}; /directions lists them.
+            inversion: safetensors file that invert returned.
+            yaw: degrees of the head, -45 to 45; above 0 the nose points to the picture's right. Default: the photo's.
+            pitch: degrees of the head, -30 to 30; above 0 it nods down. Default: the photo's.
+            edits: amounts by name of an editing direction, such as {"smile": 1.0}; directions lists names and ranges.
             model: the model that made the inversion. Default: the demo's first.
 
         Returns:
@@ -125,15 +127,15 @@ class Api:
         edits: dict | None = None,
         model: str | None = None,
     ) -> str:
-        """Makes a video of the camera circling an inverted head.
+        """Makes a video of a head that invert has made, with the camera circling in front of it.
 
         Args:
-            inversion: file that /invert returned.
-            frames: views of the loop, at 30 a second.
-            yaw_range: degrees to either side.
-            pitch_range: degrees up and down.
-            edits: as for /render.
-            model: as for /render.
+            inversion: safetensors file that invert returned.
+            frames: views of the loop, a whole number from 1, shown at 30 a second.
+            yaw_range: degrees to either side, 0 to 45.
+            pitch_range: degrees up and down, 0 to 30.
+            edits: amounts by name of an editing direction, such as {"smile": 1.0}; directions lists names and ranges.
+            model: the model that made the inversion. Default: the demo's first.
 
         Returns:
             MP4 file (H.264).
@@ -160,15 +162,16 @@ class Api:
         edits: dict | None = None,
         model: str | None = None,
     ) -> tuple[str, dict]:
-        """Renders an inverted head from many sides into one picture, a grid that a page can turn without a request.
+        """Renders a head that invert has made from many sides into one picture: a grid of views, which a page can turn
+        without a further request.
 
         Args:
-            inversion: file that /invert returned.
-            yaws: degrees of the grid's columns, at most 64. Default: -45 to 45 in steps of 3.
-            pitches: degrees of the grid's rows, at most 64. Default: -30 to 30 in steps of 10.
-            size: side of one view in pixels, up to the model's. Default: the model's, but not above 256.
-            edits: as for /render.
-            model: as for /render.
+            inversion: safetensors file that invert returned.
+            yaws: degrees of the grid's columns, each -45 to 45, at most 64. Default: -45 to 45 in steps of 3.
+            pitches: degrees of the grid's rows, each -30 to 30, at most 64. Default: -30 to 30 in steps of 10.
+            size: side of one view in pixels, a whole number from 16. Default: the model's, but not above 256.
+            edits: amounts by name of an editing direction, such as {"smile": 1.0}; directions lists names and ranges.
+            model: the model that made the inversion. Default: the demo's first.
 
         Returns:
             grid: PNG; row r, column c, each `size` pixels wide, shows the head at pitches[r] and yaws[c].
@@ -192,13 +195,13 @@ class Api:
         return path, table.angles
 
     def mesh(self, inversion: str, resolution: int = 160, edits: dict | None = None, model: str | None = None) -> str:
-        """Extracts the head's surface as a mesh with a texture.
+        """Extracts the surface of a head that invert has made, as a mesh with a texture.
 
         Args:
-            inversion: file that /invert returned.
-            resolution: cells along each side of the sampled cube.
-            edits: as for /render.
-            model: as for /render.
+            inversion: safetensors file that invert returned.
+            resolution: cells along each side of the sampled cube, a whole number from 32; more is finer and slower.
+            edits: amounts by name of an editing direction, such as {"smile": 1.0}; directions lists names and ranges.
+            model: the model that made the inversion. Default: the demo's first.
 
         Returns:
             GLB file (binary glTF).
@@ -213,14 +216,14 @@ class Api:
         return path
 
     def directions(self, model: str | None = None) -> list[dict]:
-        """Lists the editing directions of a model, which `edits` of the other endpoints may name.
+        """Lists the editing directions of a model, such as age or smile, which `edits` of the other tools may name.
+        Takes no file and no GPU.
 
         Args:
             model: one of the models that this demo offers. Default: its first.
 
         Returns:
-            for each direction its name, kind, low and high (the range of sensible amounts; 1 is a clearly visible
-            change), accuracy and meaning.
+            directions: each with name, kind, accuracy, meaning, low and high (sensible amounts; 1 is clearly seen).
         """
         with explained():
             directions = self.engine.inverter(model).directions
@@ -239,7 +242,7 @@ def add_endpoints(engine: Engine, settings: Settings) -> None:
     def head(*between: gr.components.Component) -> list:
         """Inputs of an endpoint that takes an inversion: its file, `between`, then edits and model."""
         file = FileInput(label="inversion", type="filepath")
-        return [file, *between, gr.JSON(label="edits", value={}), _model_input(settings)]
+        return [file, *between, Amounts(label="edits", value={}), _model_input(settings)]
 
     with gr.Column(visible=False):
         trigger = gr.Button()
@@ -248,7 +251,7 @@ def add_endpoints(engine: Engine, settings: Settings) -> None:
         add(api.render, head(*angles), [gr.Image(label="view", format="png")], VIEWS)
         path = gr.Number(60, label="frames"), gr.Number(25, label="yaw_range"), gr.Number(10, label="pitch_range")
         add(api.orbit, head(*path), [gr.File(label="video")], heavy)
-        grid = gr.JSON(label="yaws"), gr.JSON(label="pitches"), gr.Number(label="size")
+        grid = Angles(label="yaws"), Angles(label="pitches"), gr.Number(label="size")
         add(api.turntable, head(*grid), [gr.Image(label="grid", format="png"), gr.JSON(label="angles")], heavy)
         add(api.mesh, head(gr.Number(160, label="resolution")), [gr.File(label="mesh")], heavy)
         add(api.directions, [_model_input(settings)], [gr.JSON(label="directions")], {"concurrency_limit": None})
@@ -263,7 +266,7 @@ def _invert_inputs(settings: Settings) -> list:
         PhotoInput(label="photo", type="filepath"),
         gr.Number(label="steps"),
         gr.Dropdown(list(FLIP_CHOICES), value="automatic", label="flip"),
-        FileInput(label="more_photos", type="filepath", file_count="multiple"),
+        ApiFiles(label="more_photos", type="filepath"),
         _model_input(settings),
     ]
 

@@ -93,14 +93,15 @@ def _connect_run(page: Page, handlers: Handlers, heavy: dict) -> None:
         shown = {"outputs": page.run_outputs, "show_progress": "hidden", **VIEWS, **_PRIVATE}
         # It takes the place of what is still running.
         kept = photo.examples.click(handlers.kept_example, inputs, cancels=runs, **shown)
-        runs.append(kept.then(handlers.example, inputs, **running))
+        # One that is still running ends by itself, and must not keep the next one from being asked for.
+        runs.append(kept.then(handlers.example, inputs, trigger_mode="multiple", **running))
         _then_sheets(kept, page, handlers)
         starts.append(photo.examples.click)
     for run in runs:
         _then_sheets(run, page, handlers)
-        run.then(lambda: (gr.update(visible=True), gr.update(visible=False)), outputs=buttons, **_AT_ONCE)
-        run.failure(lambda: "", outputs=fit.status, **_AT_ONCE)
-    photo.cancel.click(handlers.cancelled, None, [*buttons, fit.status], cancels=runs, **_AT_ONCE)
+        run.then(handlers.ended, None, buttons, **_AT_ONCE)
+        run.failure(handlers.failed, fit.status, fit.status, **_AT_ONCE)
+    photo.cancel.click(handlers.cancelling, None, [photo.cancel, fit.status], cancels=runs, **_AT_ONCE)
     opened = photo.head_upload.upload(
         handlers.open_head,
         [page.visitor, photo.head_upload, photo.model],

@@ -44,6 +44,8 @@ VIEWPOINT_PARTS = 3
 NAMED_SLIDERS, FURTHER_SLIDERS = 8, 8
 EDIT_SLIDERS = NAMED_SLIDERS + FURTHER_SLIDERS
 
+_CANCELLING = progress_bar("Cancelling", 0.0)
+
 
 @dataclass
 class RunView:
@@ -203,10 +205,12 @@ class Handlers:
     def _run(
         self, visitor: Visitor | None, aligned: AlignedPhotos, steps: int, flip: bool | None, key: Key | None = None
     ) -> Iterator[tuple]:
-        """An inversion step by step; kept as the example `key` if it is one."""
+        """An inversion step by step, until its visitor asks for another head; kept as the example `key` if it is
+        one."""
         model = aligned.model
         self.forget(visitor)
         visitor = visitor or Visitor()
+        head = visitor.heads
         yield RunView(True, progress_bar("Starting", 0.02), visitor).values
 
         crops = [face.image for face in aligned.faces]
@@ -219,6 +223,8 @@ class Handlers:
         run = self.engine.invert(model, crops, cameras, steps, flip, new_file("head.safetensors"), grid)
         with explained(), closing(run) as results:
             for result in results:
+                if visitor.heads != head:
+                    return
                 picture = save_picture(result.image, "step.png")
                 images.append((picture, _step_name(result.step)))
                 losses.append(result.losses)
@@ -236,14 +242,32 @@ class Handlers:
                     self._keep_example(visitor.shown, crop, images, losses)
                     yield finished
 
-    def cancelled(self) -> tuple:
-        """*Cancel* was pressed; the run itself ends at its next step.
+    def cancelling(self) -> tuple:
+        """*Cancel* was pressed; the run ends at its next step. Until then the page would not start another one.
 
         Returns:
-            the *Invert* button, the *Cancel* button, the status.
+            the *Cancel* button, the status.
         """
-        status = progress_bar("Cancelled", 0.0, busy=False)
-        return gr.update(visible=True), gr.update(visible=False), status
+        return gr.update(interactive=False), _CANCELLING
+
+    def failed(self, status: str | None) -> str:
+        """A run has ended before its time.
+
+        Args:
+            status: what the page shows.
+
+        Returns:
+            the status: nothing beside the message that an error shows itself.
+        """
+        return progress_bar("Cancelled", 0.0, busy=False) if status == _CANCELLING else ""
+
+    def ended(self) -> tuple:
+        """A run has ended, one way or another.
+
+        Returns:
+            the *Invert* button, the *Cancel* button.
+        """
+        return gr.update(visible=True), gr.update(visible=False, interactive=True)
 
     def open_head(self, visitor: Visitor | None, path: str | None, model: str) -> tuple:
         """A head file was dropped in."""

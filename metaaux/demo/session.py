@@ -114,6 +114,8 @@ class Visitor:
         shown: what their page shows of it; None before the first view.
         waiting_for: the example whose inversion they wait for.
         making_sheets: for which `shown` sheets are being made.
+        heads: counts their heads, those that are being made included: an inversion whose visitor has asked for another
+            head since has nothing to show any more.
     """
 
     def __init__(self) -> None:
@@ -121,6 +123,7 @@ class Visitor:
         self.shown: Shown | None = None
         self.waiting_for: tuple[str, str] | None = None
         self.making_sheets: Shown | None = None
+        self.heads = 0
         self._newest = 0
         self._lock = threading.Lock()
         self._turn = threading.Lock()
@@ -134,6 +137,7 @@ class Visitor:
         date from now on."""
         with self._lock:
             self._newest += 1
+            self.heads += 1
             before, self.session = self.session, session
             self.shown = self.waiting_for = None
         return before

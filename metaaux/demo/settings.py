@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from ..hub.loading import EMBEDDED_MODEL
@@ -25,7 +26,8 @@ class Settings:
         max_heads_mb: memory for what views of visitors' heads share, on the models' device, in megabytes; the longest
             unused goes first and is computed anew when it is needed (`METAAUX_MAX_HEADS_MB`).
         max_sessions: visitors whose heads are kept at once; the longest unused goes first (`METAAUX_MAX_SESSIONS`).
-        mcp: whether the API is offered as MCP tools too; needs `pip install "gradio[mcp]"` (`METAAUX_MCP=1`).
+        mcp: whether the API is offered as MCP tools too. Default: where `gradio[mcp]` is installed (`METAAUX_MCP=0`
+            turns it off).
         max_file_mb: largest photo in megabytes (`METAAUX_MAX_FILE_MB`); a head's file may have what its model needs.
         max_megapixels: largest photo (`METAAUX_MAX_MEGAPIXELS`).
         max_photos: photos of one person.
@@ -41,7 +43,7 @@ class Settings:
     session_minutes: int = 30
     max_heads_mb: int = 2000
     max_sessions: int = 100
-    mcp: bool = False
+    mcp: bool = field(default_factory=lambda: find_spec("mcp") is not None)
     max_file_mb: int = 20
     max_megapixels: int = 64
     max_photos: int = 5

@@ -2,6 +2,8 @@
 // before anyone drags. The server is asked for the exact view only once the head rests, and after edits.
 //
 // props.value: {version, view, yaw, pitch, sheets: [{picture, yaws, pitches, size}]}; see session.py.
+// The stage's class `live` says that a sheet's view is shown, `exact` that it is the exact one of the angles and edits
+// at hand; data-views counts the views that are here.
 const DEGREES_PER_WIDTH = 90, KEY_STEP = 3, REST = 250, REST_EDITS = 500, REST_TILT = 600;
 const stage = element.querySelector(".stage"), picture = stage.querySelector("img"), canvas = stage.querySelector("canvas");
 const tiltButton = stage.querySelector(".tilt"), fullButton = stage.querySelector(".full");
@@ -10,11 +12,12 @@ const panel = element.closest("#turn") ?? element.parentElement;
 const input = (axis) => panel.querySelector(`#${axis} input[type=range]`);
 
 let version = 0, viewUrl = null, exact = null, pose = { yaw: 0, pitch: 0 };
-let sheets = [], wanted = [], drag = null, writing = false, frame = 0, timer = 0;
+let sheets = [], wanted = [], drag = null, writing = false, asking = false, frame = 0, timer = 0;
 
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 const canTurn = () => input("yaw") !== null && viewUrl !== null;
 const same = (a, b) => a !== null && Math.abs(a.yaw - b.yaw) < 0.3 && Math.abs(a.pitch - b.pitch) < 0.3;
+const mark = () => stage.classList.toggle("exact", drag === null && timer === 0 && !asking && same(exact, pose));
 
 // The nearest view of all sheets that are here.
 function nearest() {
@@ -71,6 +74,7 @@ function turnTo(yaw, pitch, rest) {
   writeSlider("yaw");
   writeSlider("pitch");
   describe();
+  mark();
   frame ||= requestAnimationFrame(draw);
   if (rest !== null) settle(rest);
   // Before the first sheet is here, views are asked for while the head is being turned, one after the other.
@@ -82,8 +86,10 @@ function settle(delay, restart = true) {
   clearTimeout(timer);
   timer = setTimeout(() => {
     timer = 0;
+    asking = true;
     trigger("release");
   }, delay);
+  mark();
 }
 
 async function load(sheet) {
@@ -121,6 +127,8 @@ async function showView(value) {
   picture.src = url;
   picture.hidden = false;
   exact = next;
+  asking = false;
+  mark();
   frame ||= requestAnimationFrame(draw);
 }
 
@@ -136,6 +144,8 @@ function update() {
   const next = { yaw: value.yaw, pitch: value.pitch };
   const moved = drag !== null || timer !== 0;
   viewUrl = value.view.url;
+  asking = true; // Until it is shown.
+  mark();
   if (!moved || value.head !== stage.dataset.head) {
     pose = next;
     describe();
@@ -165,6 +175,7 @@ for (const name of ["pointerup", "pointercancel"])
     drag = null;
     stage.classList.remove("turning");
     if (!same(exact, pose)) settle(0);
+    mark();
     loadSheets();
   });
 

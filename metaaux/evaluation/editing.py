@@ -186,6 +186,7 @@ class EditingEvaluation:
             "device": device_name(self.inverter.device),
             "model": source_name(self.inverter.name_or_path),
             "fingerprint": self.inverter.fingerprint,
+            "preset": self.inverter.preset,
             "directions": {
                 name: {"scale": self.directions[name].scale, "gain": self.directions[name].gain} for name in self.names
             },

@@ -64,7 +64,7 @@ def most_turned(path: str | os.PathLike, image_size: int, count: int) -> list[Tu
         FileNotFoundError: there is no such data set.
         ValueError: its labels or pictures are damaged.
     """
-    data = FaceDataset(path, image_size)
+    data = FaceDataset(path, image_size, mirrored_copies=False)
     yaws = pose_of_camera(data.cameras)[0].abs()
     faces = []
     for index in yaws.argsort(descending=True, stable=True)[:count].tolist():

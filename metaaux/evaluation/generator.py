@@ -164,7 +164,7 @@ def _measure_heads(
 def _random_heads(generator: EG3DGenerator, settings: GeneratorSettings) -> Iterator[tuple[int, torch.Tensor]]:
     """Codes [B, num_ws, w_dim] of random heads, conditioned on a frontal camera, with the number of the first."""
     random = torch.Generator().manual_seed(settings.seed)
-    frontal = camera_from_pose(0.0, 0.0).to(generator.device)
+    frontal = generator.camera_at(0.0, 0.0).to(generator.device)
     for start in range(0, settings.samples, settings.batch):
         count = min(settings.batch, settings.samples - start)
         # One head after the other, so that the heads do not depend on the batch.
@@ -191,7 +191,7 @@ class _Figures:
         """Takes in heads of codes [B, num_ws, w_dim]; the first `most_poses` are looked at for their pose."""
         generator = inverter.generator
         planes = generator.planes(ws)
-        cameras = {yaw: camera_from_pose(yaw, 0.0).to(ws.device).expand(len(ws), -1) for yaw in POSE_YAWS}
+        cameras = {yaw: generator.camera_at(yaw, 0.0).to(ws.device).expand(len(ws), -1) for yaw in POSE_YAWS}
 
         def view(yaw: float, jitter: bool = False) -> GeneratorOutput:
             return generator.synthesize(ws, cameras[yaw], planes=planes, jitter=jitter)

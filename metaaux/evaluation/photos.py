@@ -69,8 +69,8 @@ def open_photos(
     """The photos of an EG3D data set (zip or folder with `dataset.json`), or of any folder.
 
     Args:
-        path: the zip or folder. Of a folder without `dataset.json`, all pictures in it and below are taken that
-            [`~metaaux.faces.photos.load_photo`] reads.
+        path: the zip or folder. Of a data set, EG3D's mirrored copies are left out. Of a folder without
+            `dataset.json`, all pictures in it and below are taken that [`~metaaux.faces.photos.load_photo`] reads.
         image_size: side of the crops.
         make_aligner: called at the first photo that needs alignment; the data sets' crops need none.
         limit: take only the first so many.
@@ -88,14 +88,16 @@ def open_photos(
         return _open_folder(path, image_size, make_aligner, limit)
     if path.is_file() and not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is neither a folder nor a zip; put a single photo into a folder")
-    dataset = FaceDataset(path, image_size)
-    digest = hashlib.sha256(dataset.read("dataset.json")).hexdigest()
+    dataset = FaceDataset(path, image_size, mirrored_copies=False)
+    digest = hashlib.sha256(dataset.read("dataset.json"))
+    if dataset.left_out:
+        digest.update("\n".join(dataset.names).encode())
 
     def read(index: int) -> Photo:
         pixels, camera = dataset[index]
         return Photo(index, dataset.names[index], pixels, camera)
 
-    return PhotoSet(dataset.names[:limit], digest, False, read)
+    return PhotoSet(dataset.names[:limit], digest.hexdigest(), False, read)
 
 
 def _open_folder(folder, image_size, make_aligner, limit) -> PhotoSet:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..baselines import InversionMethod, Reconstruction
-from ..cameras import camera_from_pose, pose_of_camera
+from ..cameras import pose_of_camera
 from ..devices import device_name
 from ..export.images import image_to_tensor, save_image, tensor_to_image
 from ..files import source_name, write_json, write_text
@@ -171,7 +171,8 @@ class ReconstructionEvaluation:
         if not self.inverter.has_viewpoints:
             return {"identity_turned": None}
         _, pitch = pose_of_camera(reconstruction.camera[0].cpu())
-        cameras = torch.stack([camera_from_pose(yaw, float(pitch)) for yaw in TURNED_YAWS]).to(self.device)
+        view = self.inverter.generator.camera_at
+        cameras = torch.stack([view(yaw, float(pitch)) for yaw in TURNED_YAWS]).to(self.device)
         views = reconstruction.views(cameras)
         similarity = self.metrics.similarity(views, target, cameras, reconstruction.camera[0])
         figures: dict[str, Any] = {"identity_turned": similarity.item()}
@@ -220,6 +221,7 @@ class ReconstructionEvaluation:
             "device": device_name(self.device),
             "model": self.settings["model"],
             "fingerprint": self.inverter.fingerprint,
+            "preset": self.inverter.preset,
             "versions": {"metaaux": __version__, "torch": torch.__version__},
         }
         write_json(results, self.folder / "results.json")

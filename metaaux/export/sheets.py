@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from ..cameras import camera_from_pose
 from ..models.eg3d import EG3DGenerator
 from .images import tensor_to_image
 
@@ -34,9 +33,9 @@ def head_sheet(
     planes = generator.planes(ws)
     columns = []
     for yaw in yaws:
-        camera = camera_from_pose(float(yaw), pitch).to(ws.device).expand(len(ws), -1)
+        camera = generator.camera_at(float(yaw), pitch).to(ws.device).expand(len(ws), -1)
         columns.append(generator.synthesize(ws, camera, planes=planes).image.clamp(-1, 1))
-    depth = generator.render(planes, camera_from_pose(0.0, 0.0).to(ws.device).expand(len(ws), -1)).depth
+    depth = generator.render(planes, generator.camera_at(0.0, 0.0).to(ws.device).expand(len(ws), -1)).depth
     depth = torch.nn.functional.interpolate(depth_to_image(depth), size=(size, size), mode="nearest")
     heads = torch.stack([*columns, depth], dim=1)
     rows = [heads[i : i + 2].flatten(0, 1) for i in range(0, len(heads), 2)]

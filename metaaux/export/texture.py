@@ -13,7 +13,7 @@ from scipy import ndimage
 from scipy.sparse import csr_array, diags_array, eye_array
 from scipy.sparse.linalg import splu
 
-from ..cameras import camera_from_pose, project_points
+from ..cameras import project_points
 from ..head import Head
 from ..models.eg3d import EG3DGenerator
 from .raster import rasterize, render_mesh
@@ -60,7 +60,7 @@ def colour_vertices(
     Raises:
         ValueError: no view shows any of the surface.
     """
-    cameras = [(_camera(head, yaw, pitch), 1.0) for yaw, pitch in _VERTEX_VIEWS]
+    cameras = [(_camera(generator, head, yaw, pitch), 1.0) for yaw, pitch in _VERTEX_VIEWS]
     views = _render_views(generator, head, surface, cameras, progress)
     return _to_bytes(_vertex_colours(views, surface))
 
@@ -131,7 +131,10 @@ def bake(
     Raises:
         ValueError: no view shows any of the surface.
     """
-    cameras = [(head.camera.cpu(), _PHOTO), *((_camera(head, yaw, pitch), 1.0) for yaw, pitch in _TEXTURE_VIEWS)]
+    cameras = [
+        (head.camera.cpu(), _PHOTO),
+        *((_camera(generator, head, yaw, pitch), 1.0) for yaw, pitch in _TEXTURE_VIEWS),
+    ]
     views = _render_views(generator, head, surface, cameras, lambda share: progress(0.8 * share))
     spread = _vertex_colours(views, surface)
     fragments = rasterize(atlas.uv, atlas.faces, size)
@@ -146,10 +149,10 @@ def bake(
     return texture[tuple(nearest)], _to_bytes(spread)
 
 
-def _camera(head: Head, yaw: float, pitch: float) -> torch.Tensor:
+def _camera(generator: EG3DGenerator, head: Head, yaw: float, pitch: float) -> torch.Tensor:
     """At the distance and focal length of the photo's."""
     camera = head.camera
-    return camera_from_pose(float(yaw), float(pitch), float(camera[[3, 7, 11]].norm()), float(camera[16]))
+    return generator.camera_at(float(yaw), float(pitch), float(camera[[3, 7, 11]].norm()), float(camera[16]))
 
 
 @torch.no_grad()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ..cameras import CAMERA_FOCAL, CAMERA_RADIUS, camera_from_pose
+from ..cameras import CAMERA_FOCAL, CAMERA_RADIUS, camera_from_pose, project_points
 from .canonical import canonical_face
 from .detection import DetectedFace, FaceDetector, FaceTooSmallError, NoFaceError, sample_square
 from .photos import MAX_PIXELS, Photo, load_photo
@@ -72,6 +73,8 @@ class FaceAligner:
             FFHQ crops show more around the face: about 0.93.
         min_face_size: faces whose box has a longer side below this many pixels are refused.
         max_pixels: photos with more pixels are refused.
+        pivot: point [3] that the generator's cameras look at (`cameras.camera_from_pose`), which falls on the middle
+            of the crops.
 
     Raises:
         ValueError: `image_size` or `crop_scale` is not positive.
@@ -83,6 +86,7 @@ class FaceAligner:
         crop_scale: float = 1.0,
         min_face_size: float = 48,
         max_pixels: int = MAX_PIXELS,
+        pivot: Sequence[float] = (0.0, 0.0, 0.0),
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
@@ -92,6 +96,7 @@ class FaceAligner:
         self.crop_scale = crop_scale
         self.min_face_size = min_face_size
         self.max_pixels = max_pixels
+        self.pivot = tuple(pivot)
         self._detector = FaceDetector()
 
     def __enter__(self) -> FaceAligner:
@@ -131,10 +136,11 @@ class FaceAligner:
                 f"{self.min_face_size:g} are needed; use a photo taken closer or with more pixels"
             )
         pose = _fit_head(face)
-        crop_to_photo = self._crop_to_photo(pose)
+        camera = camera_from_pose(pose.yaw, pose.pitch, pivot=self.pivot)
+        crop_to_photo = self._crop_to_photo(pose, camera)
         return AlignedFace(
             image=sample_square(image, crop_to_photo, self.image_size),
-            camera=camera_from_pose(pose.yaw, pose.pitch),
+            camera=camera,
             yaw=pose.yaw,
             pitch=pose.pitch,
             roll=pose.roll,
@@ -155,19 +161,27 @@ class FaceAligner:
             RuntimeError: this process was forked from one that had used MediaPipe.
         """
         faces = self._detector.detect(load_photo(image, self.max_pixels))
-        if not faces:
-            return None
-        pose = _fit_head(faces[0])
-        return pose.yaw, pose.pitch
+        return head_pose(faces[0]) if faces else None
 
-    def _crop_to_photo(self, pose: _HeadPose) -> np.ndarray:
-        side = pose.scale * CAMERA_RADIUS / CAMERA_FOCAL / self.crop_scale
+    def _crop_to_photo(self, pose: _HeadPose, camera: torch.Tensor) -> np.ndarray:
+        depth, centre = CAMERA_RADIUS, np.full(2, 0.5)
+        if any(self.pivot):
+            positions, depths = project_points(torch.zeros(1, 3), camera)
+            depth, centre = float(depths), centre + self.crop_scale * (positions[0].double().numpy() - centre)
+        side = pose.scale * depth / CAMERA_FOCAL / self.crop_scale
         step = side / self.image_size
         roll = np.radians(pose.roll)
         linear = step * np.array([[np.cos(roll), -np.sin(roll)], [np.sin(roll), np.cos(roll)]])
-        # As in the training crops, the origin falls on the centre of pixel (size / 2, size / 2).
-        centre = np.full(2, (self.image_size + 1) / 2)
+        # As in the training crops, the origin falls on the centre of pixel (size / 2, size / 2), or as far beside it
+        # as the camera sees it beside the pivot.
+        centre = self.image_size * centre + 0.5
         return np.column_stack([linear, pose.origin - linear @ centre])
+
+
+def head_pose(face: DetectedFace) -> tuple[float, float]:
+    """Yaw and pitch in degrees of a face, as `FaceAligner` reports them."""
+    pose = _fit_head(face)
+    return pose.yaw, pose.pitch
 
 
 def _fit_head(face: DetectedFace) -> _HeadPose:

@@ -22,19 +22,22 @@ Network = TypeVar("Network", bound=ModelMixin)
 EMBEDDED_MODEL = "metaaux-mini"
 
 
-def embedded_model_folder() -> Path:
+def embedded_model_folder(name: str = EMBEDDED_MODEL) -> Path:
     """Folder of the checkpoint that comes with the package, installed or run from its repository.
+
+    Args:
+        name: of another one of the package's, such as "metaaux-ffhq", which has no weights.
 
     Raises:
         FileNotFoundError: it is not there, as in an installation from incomplete sources.
     """
     package = Path(__file__).resolve().parent.parent
-    candidates = [parent / "hub_configs" / EMBEDDED_MODEL for parent in (package, package.parent)]
+    candidates = [parent / "hub_configs" / name for parent in (package, package.parent)]
     for folder in candidates:
         if (folder / INDEX).is_file():
             return folder
     raise FileNotFoundError(
-        f"the embedded checkpoint {EMBEDDED_MODEL} is missing (looked for {' and '.join(map(str, candidates))}); "
+        f"the embedded checkpoint {name} is missing (looked for {' and '.join(map(str, candidates))}); "
         "reinstall the package or name a model"
     )
 

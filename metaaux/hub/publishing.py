@@ -7,20 +7,31 @@ import importlib
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..files import forget_origin, write_json, write_text
 from ..models.weights import ORIGIN, cast, check_finite, origin_of, unwrapped, without_wrappers
-from .card import CARD, card_of, updated_card
-from .download import check_subfolder
-from .layout import CONFIG, INDEX, NETWORKS, PIPELINE, WEIGHTS, read_json, variant_files
+from .card import CARD, PLACEHOLDER, card_of, updated_card
+from .download import check_subfolder, is_hub_id
+from .layout import (
+    CONFIG,
+    INDEX,
+    NETWORKS,
+    PIPELINE,
+    WEIGHTS,
+    check_components,
+    check_model_index,
+    has_variant,
+    read_json,
+    variant_files,
+)
 
 _VARIANT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -34,6 +45,7 @@ class PublishingMixin:
         variant: str | None = None,
         max_shard_size: int | str | None = None,
         safe_serialization: bool = True,
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         """Saves every component, the index and the model card.
@@ -46,12 +58,13 @@ class PublishingMixin:
             variant: names the weight files; "fp16" and "bf16" also store them in that precision, in half the bytes.
             max_shard_size: weights larger than this are split into files of at most this size, for example "15MB".
             safe_serialization: must stay True: other weight files are pickles.
+            dtype: precision of the weights in the files. Default: as `variant` says, else the pipeline's own.
             **kwargs: see [`~diffusers.DiffusionPipeline.save_pretrained`].
 
         Raises:
             ValueError: a component's class is not of this package, so that nothing could load it again, or it has
                 weights that are not finite.
-            OverflowError: a weight is too large for "fp16".
+            OverflowError: a weight is too large for the precision.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization must stay True: other weight files are pickles, which can run code")
@@ -65,7 +78,7 @@ class PublishingMixin:
                     raise ValueError(f"the {name}'s weights are offloaded: call remove_all_hooks() before saving")
                 check_finite(network, name)
         origin = origin_of(self.generator)
-        pipeline = self._to_be_saved(_VARIANT_DTYPES.get(variant))
+        pipeline = self._to_be_saved(dtype or _VARIANT_DTYPES.get(variant))
         folder = Path(os.path.expanduser(save_directory))
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
@@ -129,7 +142,19 @@ class PublishingMixin:
             write_text(card, Path(folder, CARD))
             message = commit_message or f"Upload {type(self).__name__}"
             subfolder = subfolder and str(check_subfolder(subfolder))
-            return _commit(HfApi(token=token), folder, repo_id, revision, subfolder, message, private, create_pr)
+            api = HfApi(token=token)
+
+            def upload(repo_id: str) -> CommitInfo:
+                return api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    path_in_repo=subfolder,
+                    revision=revision,
+                    commit_message=message,
+                    create_pr=create_pr,
+                )
+
+            return _commit(api, upload, repo_id, revision, private)
 
     def _to_be_saved(self, dtype: torch.dtype | None):
         """A pipeline like this one, its networks without wrappers and, where a precision is given, copies in it."""
@@ -147,6 +172,83 @@ class PublishingMixin:
         return pipeline
 
 
+#: Of a pipeline's folder beside its components: what its card may show.
+_PICTURES = (".gif", ".jpg", ".jpeg", ".png", ".webp")
+#: A component's weights of all variants, and the indices of those in several files.
+_ANY_WEIGHTS = re.compile(rf"{WEIGHTS}[\w.-]*(\.safetensors|\.index[\w.]*\.json)")
+
+
+def files_to_push(folder: str | os.PathLike, variant: str | None = None) -> list[str]:
+    """What a pipeline's folder holds of a pipeline, as paths inside of it: index, card, licence, configurations,
+    weights, and the card's pictures. Whatever else lies there stays out.
+
+    Args:
+        folder: of the pipeline.
+        variant: of the weights only those of this variant, where a component has it. Default: all.
+
+    Raises:
+        FileNotFoundError: index, configurations or weights are missing; no component has the variant.
+        ValueError: it is another kind of pipeline, or `variant` is no word.
+    """
+    folder = Path(folder)
+    names = list(check_model_index(folder))
+    check_components(folder, names)
+    if variant is not None and not any(has_variant(folder / name, variant) for name in names):
+        raise FileNotFoundError(f"{folder} has no weights of the variant {variant!r} ({variant_files(variant)[0]})")
+    found = [folder / INDEX, folder / CARD, *sorted(folder.glob("LICENSE*"))]
+    for place in (folder, *(path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in names)):
+        found += [path for path in sorted(place.iterdir()) if path.suffix.lower() in _PICTURES]
+    for name in names:
+        place = folder / name
+        weights = _weights_of(variant if has_variant(place, variant) else None) if variant else _ANY_WEIGHTS
+        found += [path for path in sorted(place.iterdir()) if path.name == CONFIG or weights.fullmatch(path.name)]
+    return [path.relative_to(folder).as_posix() for path in found if path.is_file()]
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+) -> str:
+    """Publishes a saved pipeline as it stands, in one commit; makes the repository if there is none.
+
+    Of its card, which must be there, only the name that an unpublished one has is replaced by `repo_id`.
+
+    Args:
+        folder: of the pipeline; which of its files are published is for `files_to_push` to say.
+        repo_id: Hub id, "organisation/name".
+        variant: see `files_to_push`.
+        revision, commit_message, private, token: as `PublishingMixin.push_to_hub` takes them.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        FileNotFoundError, ValueError: as `files_to_push`, there is no card, or `repo_id` is none.
+        OSError: the Hub cannot be reached or refuses; nothing has been committed.
+    """
+    if not is_hub_id(repo_id):
+        raise ValueError(f"ids on the Hub have the form organisation/name, got {repo_id!r}")
+    folder, files = Path(folder), files_to_push(folder, variant)
+    if CARD not in files:
+        raise FileNotFoundError(f"{folder} has no model card ({CARD}), which says what its weights may be used for")
+    card = (folder / CARD).read_text(encoding="utf-8").replace(f'"{PLACEHOLDER}"', f'"{repo_id}"').encode("utf-8")
+    api = HfApi(token=token)
+
+    def upload(repo_id: str) -> CommitInfo:
+        # Made at each call: huggingface_hub allows an operation one commit.
+        operations = [CommitOperationAdd(name, card if name == CARD else folder / name) for name in files]
+        message = commit_message or "Upload MetaAuxInverter"
+        return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+
+    return _commit(api, upload, repo_id, revision, private)
+
+
 def _check_class(name: str, cls: type) -> None:
     module = cls.__module__
     if not module.startswith(NETWORKS) or getattr(importlib.import_module(module), cls.__name__, None) is not cls:
@@ -156,6 +258,12 @@ def _check_class(name: str, cls: type) -> None:
             f"metaaux.models can be saved. Put its weights into a {base} first, or save it by itself and give it to "
             f"from_pretrained(…, {name}=…)"
         )
+
+
+def _weights_of(variant: str | None) -> re.Pattern[str]:
+    """Names of a component's files of one variant; `None`: those without a variant's name."""
+    marks = rf"\.{re.escape(variant)}" if variant else ""
+    return re.compile(rf"{WEIGHTS}({marks}(-\d+-of-\d+)?\.safetensors|\.safetensors\.index{marks}\.json)")
 
 
 def _amend(path: Path, entries: Mapping[str, Any]) -> None:
@@ -171,8 +279,7 @@ def _move_into(source: Path, folder: Path, variant: str | None) -> None:
     # The index last: where it is new, so is everything it speaks of.
     for path in sorted(written, key=lambda path: path.name == INDEX):
         os.replace(source / path, folder / path)
-    marks = rf"\.{re.escape(variant)}" if variant else ""
-    same = re.compile(rf"{WEIGHTS}({marks}(-\d+-of-\d+)?\.safetensors|\.safetensors\.index{marks}\.json)")
+    same = _weights_of(variant)
     for place in {path.parent for path in written if path.parent != Path()}:
         for old in (folder / place).iterdir():
             if same.fullmatch(old.name) and place / old.name not in written:
@@ -180,28 +287,14 @@ def _move_into(source: Path, folder: Path, variant: str | None) -> None:
 
 
 def _commit(
-    api: HfApi,
-    folder: str,
-    repo_id: str,
-    revision: str | None,
-    subfolder: str | None,
-    message: str,
-    private: bool | None,
-    create_pr: bool,
+    api: HfApi, upload: Callable[[str], CommitInfo], repo_id: str, revision: str | None, private: bool | None
 ) -> str:
-    """Uploads a folder in one commit, making repository and branch if need be; returns the commit's address."""
+    """Uploads in one commit, making repository and branch if need be; returns the commit's address."""
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            path_in_repo=subfolder,
-            revision=revision,
-            commit_message=message,
-            create_pr=create_pr,
-        )
+        commit = upload(repo_id)
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         cause = " ".join(str(error).split())[:300] or type(error).__name__
         raise OSError(f"{repo_id} could not be published: {cause}; nothing was committed") from error

@@ -27,6 +27,8 @@ from .stylegan2 import KERNEL_SIZE, LRELU_SLOPE, MappingNetwork, StyleGAN2Genera
 from .weights import constructor_arguments, unwrapped
 
 BACKBONE_STRIDE = 32
+#: Names of the 3D module's last biases: one a position, and the last convolution's.
+_POSITION_BIAS, _OFFSET_BIAS = "offset_network.bias", "offset_network.to_offsets.bias"
 
 
 @dataclass
@@ -137,7 +139,7 @@ class OffsetPlaneNetwork(nn.Module):
         image_plane_features: channels of each plane of image features.
         resolution: side of the prediction, a power of two times `in_resolution`.
         bias_resolution: side r of the offset planes and of the bias that each position has; the prediction is
-            interpolated to it.
+            interpolated to it. 0: there is no such bias, and the planes are as large as the prediction.
         bound: |Δp| never exceeds it; world units.
     """
 
@@ -178,7 +180,7 @@ class OffsetPlaneNetwork(nn.Module):
         self.to_offsets = nn.Conv2d(channels, 9, 3, padding=1)
         # A bias a position, for the reason given for D in `HyperNetwork`. Of all that gradient steps move it counts
         # most, so it may be finer than the prediction.
-        self.bias = nn.Parameter(torch.zeros(9, bias_resolution, bias_resolution))
+        self.bias = nn.Parameter(torch.zeros(9, bias_resolution, bias_resolution)) if bias_resolution else None
         nn.init.zeros_(self.to_offsets.weight)
         nn.init.zeros_(self.to_offsets.bias)
 
@@ -195,9 +197,11 @@ class OffsetPlaneNetwork(nn.Module):
         x = F.leaky_relu(self.compare(x), LRELU_SLOPE)
         x = F.leaky_relu(self.refine(x), LRELU_SLOPE)
         predicted = self.to_offsets(x).float()
-        if predicted.shape[-2:] != self.bias.shape[-2:]:
-            predicted = F.interpolate(predicted, self.bias.shape[-2:], mode="bilinear", align_corners=False)
-        vectors = (predicted + self.bias).unflatten(1, (3, 3))
+        if self.bias is not None:
+            if predicted.shape[-2:] != self.bias.shape[-2:]:
+                predicted = F.interpolate(predicted, self.bias.shape[-2:], mode="bilinear", align_corners=False)
+            predicted = predicted + self.bias
+        vectors = predicted.unflatten(1, (3, 3))
         # Each plane's vector is kept shorter than a third of the bound. Bilinear weights sum to at most one, so
         # the sum of the three look-ups (Eq. 4) stays within the bound. Unlike a norm this has all derivatives at 0.
         return vectors * torch.rsqrt(1 + vectors.square().sum(dim=2, keepdim=True)) * (self.bound / 3)
@@ -230,7 +234,8 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         plane_resolution: side R of the generator's planes.
         offset_resolution: side of the predicted offsets, a divisor of `plane_resolution`.
         offset_bias_resolution: side r of the offset planes, to which the prediction is interpolated and at which it
-            has a bias a position, for gradient steps to move; at least `offset_resolution`. `None`: the same.
+            has a bias a position, for gradient steps to move; at least `offset_resolution`. `None`: the same; 0: no
+            such bias.
         offset_channels: width of the 3D module.
         offset_image_features: channels of each plane of image features.
         camera_channels: length of the camera's style vector.
@@ -241,6 +246,8 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         inner_momentum: μ of the steps' momentum; 0: Eq. 5 itself.
         inner_loss: `losses.InversionLoss.describe` of the loss for which training set its inner rates; `None` where
             that is not known.
+        inner_training: how it was meta-learnt, {"steps": K, "order": "first" or "second", "multi_step_weight": the
+            share of the losses on the way}; `None` where it was not or that is not known.
 
     Raises:
         ValueError: sizes do not fit together, both modules are switched off, or one of `full_kernel_layers` begins no
@@ -276,6 +283,7 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         inner_max_gradient_norm: float | None = None,
         inner_momentum: float = 0.0,
         inner_loss: dict[str, Any] | None = None,
+        inner_training: dict[str, Any] | None = None,
     ):
         super().__init__()
         self._check_config()
@@ -300,7 +308,8 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         self.offset_network = None
         if use_offset_planes:
             channels = (offset_channels, camera_channels, plane_features, offset_image_features)
-            sides = (offset_resolution, offset_bias_resolution or offset_resolution)
+            bias_resolution = offset_resolution if offset_bias_resolution is None else offset_bias_resolution
+            sides = (offset_resolution, bias_resolution)
             self.offset_network = OffsetPlaneNetwork(
                 neck_channels, image_size // BACKBONE_STRIDE, *channels, *sides, offset_bound * box_size
             )
@@ -361,23 +370,44 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         """α of Eq. 5 for each adaptable parameter, scalars; differentiable, as meta-training learns them."""
         return dict(zip(self.adaptable_parameters(), self.log_inner_rates.exp().unbind(), strict=True))
 
+    def _log_rates(self) -> dict[str, torch.Tensor]:
+        return dict(zip(self.adaptable_parameters(), self.log_inner_rates.unbind(), strict=True))
+
+    def free_parameters(self) -> frozenset[str]:
+        """Names of those adaptable parameters that are added to the offsets as they are, whatever the photo shows: the
+        biases of the last layers, of the kernels' taps and of the offset planes' positions."""
+        names = {f"hypernetworks.{_module_name(layer)}.bias" for layer in self.layer_names}
+        names |= {_POSITION_BIAS, _OFFSET_BIAS}
+        return frozenset(names & self.adaptable_parameters().keys())
+
     @torch.no_grad()
     def with_offset_bias_resolution(self, resolution: int) -> AuxiliaryNetwork:
         """A copy whose offset planes have another side, with the bias interpolated and its learning rate adjusted.
 
         The gradient of the loss with regard to one of s² times as many positions is s² times smaller; with a rate s²
-        times larger a step moves smooth offsets as far as before.
+        times larger a step moves smooth offsets as far as before. Where there was no bias a position, the new one is
+        zero and has the rate of the last convolution's bias, likewise adjusted.
+
+        Args:
+            resolution: at least the prediction's; 0 takes the bias away, whose mean goes into that of the last
+                convolution.
 
         Raises:
             ValueError: there is no 3D module, or `resolution` is below the prediction's.
         """
         if self.offset_network is None:
             raise ValueError("this auxiliary network has no 3D module, so there is no offset bias to refine")
-        name = "offset_network.bias"
-        old = self.get_parameter(name)
-        bias = F.interpolate(old[None].float(), (resolution, resolution), mode="bilinear", align_corners=False)
-        factor = (resolution / old.shape[-1]) ** 2
-        return self._with({"offset_bias_resolution": resolution}, {name: (bias[0], factor)})
+        old, log_rates, changed = self.offset_network.bias, self._log_rates(), {}
+        if old is None and resolution:
+            bias = torch.zeros(9, resolution, resolution, device=self.device)
+            changed[_POSITION_BIAS] = bias, log_rates[_OFFSET_BIAS] + 2 * math.log(resolution)
+        elif old is not None and resolution:
+            bias = F.interpolate(old[None].float(), (resolution, resolution), mode="bilinear", align_corners=False)
+            changed[_POSITION_BIAS] = bias[0], log_rates[_POSITION_BIAS] + 2 * math.log(resolution / old.shape[-1])
+        elif old is not None:
+            mean = self.get_parameter(_OFFSET_BIAS) + old.mean((1, 2))
+            changed = {_POSITION_BIAS: None, _OFFSET_BIAS: (mean, log_rates[_OFFSET_BIAS])}
+        return self._with({"offset_bias_resolution": resolution}, changed)
 
     @torch.no_grad()
     def with_full_kernels(self, prefixes: Sequence[str]) -> AuxiliaryNetwork:
@@ -389,23 +419,28 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         Raises:
             ValueError: a prefix matches no layer.
         """
-        changed = {}
+        changed, log_rates = {}, self._log_rates()
         for layer in self.layer_names:
             name = f"hypernetworks.{_module_name(layer)}.bias"
             old = self.get_parameter(name)
             if layer.startswith(tuple(prefixes)) and old.ndim == 2:
-                changed[name] = old[..., None, None].repeat(1, 1, KERNEL_SIZE, KERNEL_SIZE), KERNEL_SIZE
+                kernels = old[..., None, None].repeat(1, 1, KERNEL_SIZE, KERNEL_SIZE)
+                changed[name] = kernels, log_rates[name] + math.log(KERNEL_SIZE)
         return self._with({"full_kernel_layers": sorted({*self.config.full_kernel_layers, *prefixes})}, changed)
 
-    def _with(self, config: dict[str, Any], parameters: dict[str, tuple[torch.Tensor, float]]) -> AuxiliaryNetwork:
-        """A copy with another configuration, and parameters by name with the factor of each one's inner rate."""
+    def _with(
+        self, config: dict[str, Any], parameters: dict[str, tuple[torch.Tensor, torch.Tensor] | None]
+    ) -> AuxiliaryNetwork:
+        """A copy with another configuration, and parameters by name with the logarithms of their rates; `None`: left
+        out."""
         copy = AuxiliaryNetwork(**constructor_arguments(self, **config)).to(self.device)
-        state = self.state_dict()
-        state["log_inner_rates"] = state["log_inner_rates"].clone()
-        names = list(self.adaptable_parameters())
-        for name, (value, factor) in parameters.items():
-            state[name] = value.to(state[name].dtype)
-            state["log_inner_rates"][names.index(name)] += math.log(factor)
+        state, log_rates = self.state_dict(), self._log_rates()
+        for name, changed in parameters.items():
+            if changed is None:
+                del state[name]
+            else:
+                state[name], log_rates[name] = changed[0].to(self.dtype), changed[1]
+        state["log_inner_rates"] = torch.stack([log_rates[name] for name in copy.adaptable_parameters()])
         copy.load_state_dict(state)
         return copy.to(self.dtype).train(self.training)
 

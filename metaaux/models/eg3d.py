@@ -7,7 +7,7 @@ is a method of its own, so that a new camera reuses the planes. Weight offsets a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +17,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from ..cameras import CAMERA_RADIUS
 from . import renderer
+from .recomputation import recomputed
 from .stylegan2 import (
     FullyConnected,
     LatentCodes,
@@ -119,11 +121,18 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
             renderings with few samples flicker half as much; EG3D's are not.
         ray_start, ray_end: distances between which rays are sampled, world units.
         super_resolution_kind: "2X", "4X", "8X" or "8XDC"; super_resolution_antialias as EG3D's `sr_antialias`.
+        camera_radius, camera_pivot: distance of its training's cameras from the origin, and the point [3] that they
+            looked at, world units (EG3D's `avg_camera_radius` and `avg_camera_pivot`); see `camera_at`.
     """
 
     config_name = "config.json"
-    # An attribute, so that a training run can compile its own generator's.
+    #: Whether what it makes can be seen from other sides.
+    has_viewpoints = True
+    # Attributes, so that a training run can set its own generator's.
     shade = staticmethod(shade)
+    #: Where it is set and there are gradients, no more rays of each picture are marched at a time, and what their
+    #: derivative needs is computed again in the backward pass (`recomputation`).
+    rays_at_once: int | None = None
 
     @register_to_config
     def __init__(
@@ -155,6 +164,8 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
         ray_end: float = 3.3,
         super_resolution_kind: str = "8XDC",
         super_resolution_antialias: bool = True,
+        camera_radius: float = CAMERA_RADIUS,
+        camera_pivot: Sequence[float] = (0.0, 0.0, 0.0),
     ):
         super().__init__()
         for axes in plane_axes:
@@ -271,40 +282,43 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
         depths = renderer.stratified_depths(
             origins, rays, config.ray_start, config.ray_end, config.depth_samples, jitter
         )
-        march = partial(self._march, origins=origins, lookup=lookup, dtype=dtype, jitter=jitter)
-        if planes.device.type == "cpu" and dtype == torch.float32 and lookup == "auto":
+        march = partial(self._march, lookup=lookup, dtype=dtype, jitter=jitter)
+        size = self.rays_at_once if torch.is_grad_enabled() else None
+        if planes.device.type == "cpu" and dtype == torch.float32 and lookup == "auto" and size is None:
             planes = renderer.PlaneTable.of(planes)
             offset_planes = None if offset_planes is None else renderer.PlaneTable.of(offset_planes.float())
-        if isinstance(planes, renderer.PlaneTable) and not torch.is_grad_enabled():
-            # A group of rays at a time, so that what is made of its samples stays in the processor's cache.
+            if not torch.is_grad_enabled():
+                # A group of rays at a time, so that what is made of its samples stays in the processor's cache.
+                size = RAYS_AT_ONCE
+        if size is None:
+            colours, distance, opacity = march(planes, offset_planes, origins, directions, depths)
+        else:
             uniform = (
-                torch.rand(batch, rays, config.importance_samples, dtype=torch.float32, device=depths.device)
+                torch.rand(batch, rays, config.importance_samples, dtype=torch.float32, device=cameras.device)
                 if jitter
                 else None
             )
-            limits = torch.stack((depths.min(), depths.max()))
+            march = partial(march, limits=torch.stack((depths.min(), depths.max())))
+            if torch.is_grad_enabled():
+                march = partial(recomputed, march)
             parts = [
                 march(
                     planes,
-                    offset_planes=offset_planes,
-                    directions=directions[:, start:end],
-                    depths=depths[:, start:end],
-                    uniform=None if uniform is None else uniform[:, start:end],
-                    limits=limits,
+                    offset_planes,
+                    origins,
+                    directions[:, start:end],
+                    depths[:, start:end],
+                    None if uniform is None else uniform[:, start:end],
                 )
-                for start, end in _spans(rays, RAYS_AT_ONCE)
+                for start, end in _spans(rays, size)
             ]
             colours, distance, opacity = (torch.cat(part, dim=1) for part in zip(*parts))
-        else:
-            colours, distance, opacity = march(
-                planes, offset_planes=offset_planes, directions=directions, depths=depths
-            )
         # Not by contiguous(): at a batch of one it is content with strides that convolutions do not recognise.
         features = (colours * 2 - 1).unflatten(1, (side, side)).permute(0, 3, 1, 2)
         return Rendering(features, distance.reshape(batch, 1, side, side), opacity.reshape(batch, 1, side, side))
 
     def _march(
-        self, planes, offset_planes, origins, directions, depths, lookup, dtype, jitter, uniform=None, limits=None
+        self, planes, offset_planes, origins, directions, depths, uniform=None, *, lookup, dtype, jitter, limits=None
     ):
         """Samples and composites rays: colours [B, M, C] in about [0, 1], distance [B, M], opacity [B, M]."""
         config = self.config

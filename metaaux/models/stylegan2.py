@@ -17,6 +17,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from ..cameras import CAMERA_FOCAL, CAMERA_RADIUS, camera_from_pose
 from .modulation import modulated_conv2d
 from .resampling import blur2d, upsample2d
 from .weights import full_dtype, note_origin
@@ -318,6 +319,24 @@ class LatentCodes:
         """Mean of w [w_dim], towards which truncation pulls."""
         return self.mapping_network.w_avg
 
+    def camera_at(
+        self,
+        yaw: float | torch.Tensor,
+        pitch: float | torch.Tensor,
+        radius: float | None = None,
+        focal: float = CAMERA_FOCAL,
+    ) -> torch.Tensor:
+        """Camera [..., 25] of a view of its heads, as its training's cameras stood (`cameras.camera_from_pose`). A 2D
+        generator has no use for it, but identity networks may.
+
+        Args:
+            yaw, pitch: degrees of the head in the picture.
+            radius: distance from the origin. Default: the training's.
+            focal: focal length in units of the image side.
+        """
+        radius = self.config.get("camera_radius", CAMERA_RADIUS) if radius is None else radius
+        return camera_from_pose(yaw, pitch, radius, focal, self.config.get("camera_pivot", (0.0, 0.0, 0.0)))
+
     def _truncated(self, w: torch.Tensor, truncation_psi: float, truncation_cutoff: int | None) -> torch.Tensor:
         """w [B, w_dim] → ws [B, num_ws, w_dim], the first `truncation_cutoff` (all) of them pulled to the average."""
         ws = w[:, None].repeat(1, self.num_ws, 1)
@@ -371,6 +390,8 @@ class StyleGAN2Generator(LatentCodes, ModelMixin, ConfigMixin):
     """
 
     config_name = "config.json"
+    #: Whether what it makes can be seen from other sides.
+    has_viewpoints = False
 
     @register_to_config
     def __init__(

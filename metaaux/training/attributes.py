@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from math import nan
 
 import numpy as np
 import torch
@@ -29,9 +30,13 @@ def _detector():
 
 
 def _measure_picture(pixels: np.ndarray) -> list[float]:
-    """Measures of the largest face of an RGB picture [S, S, 3], not-a-numbers where there is none."""
+    """Measures, yaw and pitch of the largest face of an RGB picture [S, S, 3], not-a-numbers where there is none."""
+    from ..faces.alignment import head_pose
+
     faces = _detector().detect(Image.fromarray(pixels))
-    return list(face_measures(faces[0].landmarks).values()) if faces else [float("nan")] * len(MEASURES)
+    if not faces:
+        return [float("nan")] * (len(MEASURES) + 2)
+    return [*face_measures(faces[0].landmarks).values(), *head_pose(faces[0])]
 
 
 class Attributes:
@@ -62,18 +67,24 @@ class Attributes:
         return (*(NETWORK_ATTRIBUTES if self.network else ()), *(MEASURES if self.landmarks else ()))
 
     @torch.no_grad()
-    def start(self, images: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Begins to measure images [B, 3, S, S] in [-1, 1]; what it returns waits for the values [B, attributes],
-        float32 on the CPU, not-a-numbers where no face is found. Rendering may go on in the meantime."""
+    def start(self, images: torch.Tensor) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        """Begins to measure images [B, 3, S, S] in [-1, 1]; what it returns waits for the values [B, attributes] and
+        the heads' yaws and pitches [B, 2] in degrees, float32 on the CPU, not-a-numbers where no face is found.
+        Rendering may go on in the meantime."""
         columns = []
         if self.network is not None:
             columns = [column.float().cpu()[:, None] for column in self.network(images)]
         if not self.landmarks:
-            return lambda: torch.cat([*columns, torch.empty(len(images), 0)], dim=1)
+            return lambda: (torch.cat([*columns, torch.empty(len(images), 0)], 1), torch.full((len(images), 2), nan))
         pixels = (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         pictures = list(pixels.permute(0, 2, 3, 1).cpu().numpy())
         measured = self._pool.map(_measure_picture, pictures) if self._pool else map(_measure_picture, pictures)
-        return lambda: torch.cat([*columns, torch.tensor(list(measured)).float()], dim=1)
+
+        def wait() -> tuple[torch.Tensor, torch.Tensor]:
+            found = torch.tensor(list(measured)).float()
+            return torch.cat([*columns, found[:, :-2]], dim=1), found[:, -2:]
+
+        return wait
 
     def close(self) -> None:
         """Ends the worker processes."""

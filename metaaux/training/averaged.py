@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..data.sampler import FaceSampler
-from ..models.eg3d import EG3DGenerator
+from ..tasks import Generator
 from .distributed import FlatGradients, average_buffers, batch_statistics, broadcast_module
-from .loading import load_network
+from .loading import load_generator, sample_cameras
 from .loop import Trainer, averaged_copy, per_process, set_learning_rates
+from .micro_batches import in_parts, pictures_at_once
 from .schedules import average_decay, update_average
 from .trainer import TrainingRun
 
@@ -22,9 +23,13 @@ from .trainer import TrainingRun
 class SampleSource:
     """Endless pictures of the frozen generator with their latent codes."""
 
-    def __init__(self, generator: EG3DGenerator, sampler: FaceSampler, min_truncation: float, dtype: torch.dtype):
+    def __init__(self, generator: Generator, sampler: FaceSampler, min_truncation: float, dtype: torch.dtype):
         """sampler: of the photos, whose cameras give the views and the mapping's conditions."""
         self.generator, self.sampler, self.min_truncation, self.dtype = generator, sampler, min_truncation, dtype
+
+    def cameras(self, count: int) -> torch.Tensor:
+        """Cameras [count, 25], to condition the mapping or to see heads by; see `loading.sample_cameras`."""
+        return sample_cameras(self.generator, self.sampler, count)
 
     @torch.no_grad()
     def latents(self, conditions: torch.Tensor) -> torch.Tensor:
@@ -45,8 +50,11 @@ class SampleSource:
         Draw the cameras apart from the mapping's `conditions`, so that a code does not tell its view.
         """
         w = self.latents(conditions)
-        image = self.generator.synthesize(w, cameras, resolution=resolution, dtype=self.dtype).image
-        return w, image.clamp(-1, 1)
+
+        def picture(w: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
+            return self.generator.synthesize(w, cameras, resolution=resolution, dtype=self.dtype).image
+
+        return w, in_parts(picture, pictures_at_once(self.generator.config.image_size), w, cameras).clamp(-1, 1)
 
 
 class AveragedTrainer(Trainer):
@@ -64,7 +72,7 @@ class AveragedTrainer(Trainer):
         super().__init__(config, accelerator)
         self.batch_photos = per_process(config.batch.photos, accelerator)
         self.batch_samples = per_process(config.batch.samples, accelerator)
-        self.generator = load_network(EG3DGenerator, config.networks.generator).to(self.device)
+        self.generator = load_generator(config.networks.generator).to(self.device)
 
     def adopt(self, network: nn.Module) -> None:
         """Make `network` the one that is trained; every process starts from the main one's."""
@@ -82,6 +90,11 @@ class AveragedTrainer(Trainer):
         )
         self.models = {self.name: self.average, f"{self.name}_raw": self.network}
         self.optimizers = {self.name: self.optimizer}
+
+    @property
+    def needs_cameras(self) -> bool:
+        """Not for a 2D generator."""
+        return self.generator.has_viewpoints
 
     @property
     def image_size(self) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 
-from ..adaptation import InnerLoop, InnerProblem, Tasks, predict_tasks
+from ..adaptation import InnerLoop, InnerProblem
 from ..models.auxiliary import AuxiliaryNetwork
+from ..tasks import Tasks, predict_tasks
 from .loading import FrozenNetworks
 
 

@@ -21,6 +21,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from tqdm.auto import tqdm
@@ -30,12 +31,13 @@ from ..faces.measures import MEASURES
 from ..files import atomic_path, write_text
 from ..inversion import generator_fingerprint
 from ..models.directions import Direction, LatentDirections
-from ..models.eg3d import EG3DGenerator
 from ..models.identity import IdentityNetwork
+from ..models.recogniser import FaceRecogniser
+from ..tasks import Generator
 from .attributes import NETWORK_ATTRIBUTES, Attributes
 from .distributed import check_shared_folder, on_main_process, start_processes
-from .head_samples import Samples, SamplingSettings, frontal_views
-from .loading import check_packages, load_network
+from .head_samples import Samples, SamplingSettings, frontal_cameras, frontal_views
+from .loading import check_packages, load_generator, load_identity
 from .settings import Settings, Share
 
 MEANINGS = {
@@ -127,7 +129,7 @@ def train(config: DirectionsConfig, run_folder: str | os.PathLike, resume: bool 
     accelerator = start_processes(config.timeout_minutes)
     folder = Path(run_folder)
     check_shared_folder(accelerator, folder)
-    generator = load_network(EG3DGenerator, config.generator).to(accelerator.device)
+    generator = load_generator(config.generator).to(accelerator.device)
     attributes = Attributes(config.attributes, config.sampling.workers, accelerator.device)
     samples = Samples(folder / "samples", generator, attributes, config.sampling)
     sources = {"generator": config.generator, "attributes": config.attributes}
@@ -242,7 +244,12 @@ def principal_components(w: np.ndarray, count: int) -> tuple[np.ndarray, np.ndar
 
 
 def _pose_normals(w: np.ndarray, pose: np.ndarray) -> list[np.ndarray]:
-    """Unit normals of yaw and pitch: of their regression on w. Empty where w does not know the pose."""
+    """Unit normals of yaw and pitch: of their regression on w. Empty where w does not know the pose [N, 2], or nobody
+    does."""
+    known = np.isfinite(pose).all(1)
+    if not known.any():
+        return []
+    w, pose = w[known], pose[known]
     centred, target = w - w.mean(0), pose - pose.mean(0)
     gram = centred.T @ centred
     solution = np.linalg.solve(gram + 1e-3 * np.trace(gram) / len(gram) * np.eye(len(gram)), centred.T @ target)
@@ -257,9 +264,9 @@ class _Movable:
     """Heads that are moved along directions: their codes w [M, w_dim], and measured values [M, attributes] and
     identity vectors [M, D] (or `None`) at rest; `distance` is the mean one between two samples' codes."""
 
-    generator: EG3DGenerator
+    generator: Generator
     attributes: Attributes
-    identity: IdentityNetwork | None
+    identity: IdentityNetwork | FaceRecogniser | None
     config: DirectionsConfig
     w: torch.Tensor
     distance: float
@@ -273,8 +280,9 @@ class _Movable:
         images = torch.cat([frontal_views(self.generator, part, resolution) for part in w.split(batch)])
         vectors = None
         if self.identity is not None:
-            vectors = torch.cat([self.identity(part) for part in images.clamp(-1, 1).split(batch)])
-        return self.attributes.start(images)(), vectors
+            parts = images.clamp(-1, 1).split(batch)
+            vectors = torch.cat([self.identity(part, frontal_cameras(self.generator, len(part))) for part in parts])
+        return self.attributes.start(images)()[0], vectors
 
     def effect(self, column: int, shift: torch.Tensor) -> dict[str, float]:
         """Of adding `shift` [w_dim] to w: mean `change` of the attribute in that column, share of the faces still
@@ -286,7 +294,7 @@ class _Movable:
             "found": float((~(values.isnan() & ~before.isnan())).float().mean()),
         }
         if vectors is not None:
-            entry["identity"] = float((vectors * self.vectors).sum(1).mean())
+            entry["identity"] = float(F.cosine_similarity(vectors, self.vectors, dim=1).mean())
         return entry
 
 
@@ -344,7 +352,9 @@ class _Search:
         self.samples, self.config = samples, config
         self.names = samples.attributes.names
         self.w, pose, self.values = samples.load()
-        self.poses = _pose_normals(self.w, pose) if samples.generator.config.pose_conditioning else []
+        # The code of a 3D generator knows the pose that it was conditioned on, that of a 2D one the picture's.
+        knows_pose = not samples.generator.has_viewpoints or samples.generator.config.pose_conditioning
+        self.poses = _pose_normals(self.w, pose) if knows_pose else []
         self.report = {
             "config": config.model_dump(mode="json"),
             "samples": len(self.w),
@@ -373,7 +383,7 @@ class _Search:
             return []
         identity = None
         if self.config.identity is not None:
-            identity = load_network(IdentityNetwork, self.config.identity).to(self.heads.device)
+            identity = load_identity(self.config.identity).to(self.heads.device)
         # Of independent samples, the mean squared distance is twice the sum of the variances.
         distance = float(np.sqrt(2 * self.w.var(0).sum()))
         samples = self.samples
@@ -444,7 +454,7 @@ def _finish(samples: Samples, config: DirectionsConfig, folder: Path) -> None:
 
 @torch.no_grad()
 def _sheet(
-    generator: EG3DGenerator, component: LatentDirections, heads: torch.Tensor, resolution: int | None
+    generator: Generator, component: LatentDirections, heads: torch.Tensor, resolution: int | None
 ) -> Image.Image:
     """One line a direction: each of `heads` [N, w_dim] at -2, -1, 0, 1 and 2."""
     rows = []

@@ -18,24 +18,24 @@ from accelerate import Accelerator
 from PIL import Image
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationInfo, field_validator
 
-from ..cameras import camera_from_pose, mirror_camera
+from ..cameras import mirror_camera
 from ..data.dataset import FaceDataset, to_signed
 from ..export.sheets import grid
 from ..losses import InversionLoss, LossWeights, perceptual_distance
 from ..models.discriminator import DualDiscriminator
-from ..models.eg3d import EG3DGenerator
 from ..models.encoder import ImageEncoder, LatentEncoder
-from ..models.identity import IdentityNetwork
 from ..models.psp import PSPEncoder
+from ..tasks import Generator
 from . import loop
 from .averaged import AveragedTrainer, SampleSource
 from .cuda_graphs import CapturedFunction
-from .loading import load_network, load_perceptual
+from .loading import load_identity, load_network, load_perceptual
 from .loop import per_process
+from .micro_batches import accumulated, in_parts, pictures_at_once
 from .settings import (
     AverageSettings,
-    ComputeSettings,
     DataSettings,
+    FrozenGeneratorCompute,
     OptimiserSettings,
     RunSettings,
     Settings,
@@ -95,7 +95,8 @@ class EncoderCurriculum(Settings):
     latent_only_images: NonNegativeInt = 150_000
     """So long all images are samples, learnt by regression alone."""
     coarse_images: NonNegativeInt = 400_000
-    """So long renderings have `coarse_resolution` rays a side, not the generator's own number."""
+    """So long renderings have `coarse_resolution` rays a side, not the generator's own number; a 2D generator has no
+    rays to spare."""
     coarse_resolution: PositiveInt = 32
     """Rays a side."""
 
@@ -125,7 +126,7 @@ class EncoderConfig(Settings):
     """AdamW."""
     average: AverageSettings = AverageSettings(half_life_images=10_000)
     """The averaged encoder."""
-    compute: ComputeSettings = ComputeSettings()
+    compute: FrozenGeneratorCompute = FrozenGeneratorCompute()
     """Precision."""
     run: RunSettings
     """Length and folder."""
@@ -148,7 +149,7 @@ class LatentDistribution:
     # Axes with less than this share of the largest variance count as having that share: they hold rounding errors.
     VARIANCE_FLOOR = 1e-3
 
-    def __init__(self, generator: EG3DGenerator, cameras: torch.Tensor, samples: int = 16384, seed: int = 0):
+    def __init__(self, generator: Generator, cameras: torch.Tensor, samples: int = 16384, seed: int = 0):
         """Draws `samples` codes conditioned on random ones of cameras [N, 25]; one seed gives one fit."""
         device = cameras.device
         random = torch.Generator(device="cpu").manual_seed(seed)
@@ -184,7 +185,7 @@ def reconstruction_loss(config: EncoderConfig, device: torch.device, dtype: torc
     elif weights.perceptual:
         raise ValueError("loss.perceptual needs networks.discriminator or networks.perceptual; give one, or weight 0")
     if networks.identity:
-        identity = load_network(IdentityNetwork, networks.identity).to(device)
+        identity = load_identity(networks.identity).to(device)
     weights = LossWeights(
         mse=weights.mse,
         perceptual=weights.perceptual,
@@ -212,30 +213,44 @@ class EncoderEvaluation:
         device = samples.generator.device
         self.generator, self.dtype = samples.generator, samples.dtype
         self.distribution, self.loss = distribution, loss
+        self.at_once = pictures_at_once(samples.generator.config.image_size)
         shown = range(min(self.PHOTOS, len(dataset)))
         self.photos = to_signed(torch.stack([dataset[i][0] for i in shown])).to(device)
         self.cameras = dataset.cameras[: len(self.photos)].to(device)
-        conditions, cameras = (samples.sampler.sample_cameras(self.PHOTOS) for _ in range(2))
+        conditions, cameras = (samples.cameras(self.PHOTOS) for _ in range(2))
         self.w, self.samples = samples.pictures(conditions, cameras, None)
 
     @torch.no_grad()
     def figures(self, encoder: ImageEncoder) -> dict[str, float]:
         """Losses on the photos, their codes' `mahalanobis`, and the `latent` error on samples."""
-        predicted = encoder(self.photos)
-        image = self.generator.synthesize(predicted, self.cameras, dtype=self.dtype).image
-        terms = self.loss(image, None, self.photos, self.cameras)
-        figures = {name: terms[name].mean().item() for name in (*self.loss.terms, "total")}
+        predicted = in_parts(encoder, self.at_once, self.photos)
+        names = (*self.loss.terms, "total")
+
+        def compare(w, camera, photo):
+            terms = self.loss(self.picture(w, camera), None, photo, camera)
+            return torch.stack([terms[name] for name in names], dim=1)
+
+        means = in_parts(compare, self.at_once, predicted, self.cameras, self.photos).mean(0)
+        figures = dict(zip(names, means.tolist(), strict=True))
         figures["mahalanobis"] = self.distribution.mahalanobis(predicted).mean().item()
-        figures["latent"] = latent_error(encoder(self.samples), self.w, self.distribution.w_std).item()
+        predicted = in_parts(encoder, self.at_once, self.samples)
+        figures["latent"] = latent_error(predicted, self.w, self.distribution.w_std).item()
         return figures
+
+    def picture(self, w: torch.Tensor, camera: torch.Tensor) -> torch.Tensor:
+        """Heads [B, 3, S, S] of codes w [B, …] seen by cameras [B, 25]."""
+        return self.generator.synthesize(w, camera, dtype=self.dtype).image
 
     @torch.no_grad()
     def sheet(self, encoder: ImageEncoder, columns: int = 16) -> Image.Image:
-        """`columns` photos, their reconstructions, and those with the head turned by 25 degrees."""
+        """`columns` photos, their reconstructions, and, if there are other views, these with the head turned by 25
+        degrees."""
         photos, cameras = self.photos[:columns], self.cameras[:columns]
-        w = encoder(photos)
-        turned = camera_from_pose(25.0, 0.0).to(cameras).expand_as(cameras)
-        return grid([photos] + [self.generator.synthesize(w, c, dtype=self.dtype).image for c in (cameras, turned)])
+        w = in_parts(encoder, self.at_once, photos)
+        views = [cameras]
+        if self.generator.has_viewpoints:
+            views.append(self.generator.camera_at(25.0, 0.0).to(cameras).expand_as(cameras))
+        return grid([photos] + [in_parts(self.picture, self.at_once, w, view) for view in views])
 
 
 class EncoderTrainer(AveragedTrainer):
@@ -252,6 +267,7 @@ class EncoderTrainer(AveragedTrainer):
         self.loss = reconstruction_loss(config, self.device, self.dtype)
         cameras = torch.cat([self.dataset.cameras, mirror_camera(self.dataset.cameras)]).to(self.device)
         self.distribution = LatentDistribution(self.generator, cameras, seed=config.run.seed)
+        self.generator.rays_at_once = config.compute.rays_at_once
         architecture = ARCHITECTURES[config.architecture]
         if config.initial is None:
             generator = self.generator
@@ -297,8 +313,12 @@ class EncoderTrainer(AveragedTrainer):
 
         rendered = len(photos) + self.rendered_samples
         views = torch.cat([photo_cameras, cameras[: self.rendered_samples]])
-        image = self.generator.synthesize(predicted[:rendered], views, resolution=resolution, dtype=self.dtype).image
-        terms = self.loss(image, None, images[:rendered], views)
+
+        def compare(w, camera, target):
+            image = self.generator.synthesize(w, camera, resolution=resolution, dtype=self.dtype).image
+            return self.loss(image, None, target, camera)
+
+        terms = accumulated(compare, config.compute.micro_batch, predicted[:rendered], views, images[:rendered])
         loss = terms["total"].mean() + config.loss.latent * latent + config.loss.prior * prior
         figures = {name: terms[name][: len(photos)] for name in self.loss.terms}
         return self._gradient(loss, figures | {"latent": latent, "mahalanobis": distance, "prior": prior})
@@ -310,7 +330,8 @@ class EncoderTrainer(AveragedTrainer):
     def _prepare(self, images: int) -> bool:
         """Choose the phase's pass, captured anew at each change; whether it takes photos."""
         curriculum = self.config.curriculum
-        resolution = curriculum.coarse_resolution if images < curriculum.coarse_images else None
+        coarse = images < curriculum.coarse_images and self.generator.has_viewpoints
+        resolution = curriculum.coarse_resolution if coarse else None
         with_photos = images >= curriculum.latent_only_images
         if self.phase != (with_photos, resolution):
             self.phase = (with_photos, resolution)
@@ -322,7 +343,7 @@ class EncoderTrainer(AveragedTrainer):
         """Flat gradient and figures of the pass that is due."""
         with_photos = self._prepare(images)
         count = self.batch_samples if with_photos else self.batch_photos + self.batch_samples
-        conditions, cameras = (self.sampler.sample_cameras(count) for _ in range(2))
+        conditions, cameras = (self.samples.cameras(count) for _ in range(2))
         photos = self.sampler.next() if with_photos else ()
         return self.captured(conditions, cameras, *photos)
 

@@ -26,7 +26,7 @@ from pydantic import (
 )
 from torch import nn
 
-from ..cameras import camera_from_pose, project_points
+from ..cameras import project_points
 from ..export.sheets import head_sheet
 from ..faces.canonical import canonical_face
 from ..models.discriminator import DualDiscriminator
@@ -448,7 +448,7 @@ class GeneratorTrainer(Trainer):
         """`heads` fixed random heads of the averaged generator, five yaws and depth (see `sheets.head_sheet`)."""
         generator = torch.Generator().manual_seed(1)
         z = torch.randn(heads, self.average.config.z_dim, generator=generator).to(self.device)
-        cameras = camera_from_pose(torch.zeros(heads), torch.zeros(heads)).to(self.device)
+        cameras = self.average.camera_at(torch.zeros(heads), torch.zeros(heads)).to(self.device)
         # Other shapes than the steps' are not worth a compilation.
         with torch.compiler.set_stance("force_eager"):
             return head_sheet(self.average, self.average.mapping(z, cameras, truncation_psi))

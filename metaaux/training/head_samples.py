@@ -12,9 +12,8 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from ..cameras import camera_from_pose
 from ..files import atomic_path, write_json
-from ..models.eg3d import EG3DGenerator
+from ..tasks import Generator
 from .attributes import Attributes
 from .settings import Settings, Share
 
@@ -28,7 +27,8 @@ class SamplingSettings(Settings):
     """Of their codes."""
     max_yaw: NonNegativeFloat = 20.0
     """Degrees to either side from which the yaw that the mapping is conditioned on is drawn, so that the pose's own
-    direction is known. All heads are rendered from the front."""
+    direction is known. All heads are rendered from the front. A 2D generator's heads are turned as their codes have
+    it, which landmarks tell."""
     max_pitch: NonNegativeFloat = 12.0
     """Likewise, the pitch."""
     resolution: PositiveInt | None = None
@@ -43,10 +43,14 @@ class SamplingSettings(Settings):
     """Of the codes."""
 
 
-def frontal_views(generator: EG3DGenerator, ws: torch.Tensor, resolution: int | None) -> torch.Tensor:
-    """Heads [B, w_dim] seen from the front, [B, 3, S, S]."""
-    camera = camera_from_pose(0.0, 0.0).to(ws.device).expand(len(ws), -1)
-    return generator.synthesize(ws, camera, resolution=resolution).image
+def frontal_cameras(generator: Generator, count: int) -> torch.Tensor:
+    """[count, 25]."""
+    return generator.camera_at(0.0, 0.0).to(generator.device).expand(count, -1)
+
+
+def frontal_views(generator: Generator, ws: torch.Tensor, resolution: int | None) -> torch.Tensor:
+    """Heads [B, w_dim] seen from the front, or in the one view that a 2D generator has of them, [B, 3, S, S]."""
+    return generator.synthesize(ws, frontal_cameras(generator, len(ws)), resolution=resolution).image
 
 
 class Samples:
@@ -59,7 +63,7 @@ class Samples:
         settings: see there.
     """
 
-    def __init__(self, folder: Path, generator: EG3DGenerator, attributes: Attributes, settings: SamplingSettings):
+    def __init__(self, folder: Path, generator: Generator, attributes: Attributes, settings: SamplingSettings):
         self.folder, self.generator, self.attributes, self.settings = folder, generator, attributes, settings
 
     def _path(self, index: int) -> Path:
@@ -111,19 +115,26 @@ class Samples:
         settings, generator = self.settings, self.generator
         random = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
         z = torch.randn(settings.shard, generator.config.z_dim, generator=random)
-        limits = torch.tensor([settings.max_yaw, settings.max_pitch])
-        pose = (torch.rand(settings.shard, 2, generator=random) * 2 - 1) * limits
-        conditions = camera_from_pose(*pose.T).to(generator.device)
+        pose = conditions = None
+        if generator.has_viewpoints:
+            limits = torch.tensor([settings.max_yaw, settings.max_pitch])
+            pose = (torch.rand(settings.shard, 2, generator=random) * 2 - 1) * limits
+            conditions = generator.camera_at(*pose.T).to(generator.device)
         ws = generator.mapping(z.to(generator.device), conditions, settings.truncation)[:, 0]
         pending = []
         for part in ws.split(settings.batch):
             pending.append(self.attributes.start(frontal_views(generator, part, settings.resolution)))
             bar.update(len(part))
-        values = torch.cat([wait() for wait in pending])
-        return {"w": ws.float().cpu().contiguous(), "pose": pose, "values": values}
+        values, found = (torch.cat(parts) for parts in zip(*(wait() for wait in pending), strict=True))
+        return {
+            "w": ws.float().cpu().contiguous(),
+            "pose": found.contiguous() if pose is None else pose,
+            "values": values,
+        }
 
     def load(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Codes [N, w_dim], poses [N, 2] and attributes [N, attributes], float64."""
+        """Codes [N, w_dim], poses [N, 2] in degrees, which no code need know, and attributes [N, attributes], float64;
+        not-a-numbers where no face was found."""
         shards = [load_file(self._path(index)) for index in range(self.shards)]
         joined = (torch.cat([shard[key] for shard in shards]) for key in ("w", "pose", "values"))
         return tuple(tensor[: self.settings.heads].double().numpy() for tensor in joined)

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from pydantic import AfterValidator, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from ..cameras import camera_from_pose
 from ..data.dataset import to_signed
 from ..export.sheets import grid
 from ..models.identity import IdentityNetwork
@@ -130,18 +129,18 @@ def contrastive_loss(first: torch.Tensor, second: torch.Tensor, temperature: flo
         first, second: unit vectors [N, D]; row i of both is one person, all else others. N is the same on every
             process.
         temperature: divides the cosines.
-        accelerator: other processes' vectors serve as further negatives, without a gradient to them.
+        accelerator: other processes' vectors count like one's own, but for their gradient: the sum of the processes'
+            gradients is that of the whole batch.
     """
     own = torch.cat([first, second])
     rank, count = accelerator.process_index, len(own)
     # gather() concatenates in order of rank; this process' part is put back with its gradient.
     everyone = accelerator.gather(own.detach())
     everyone = torch.cat([everyone[: rank * count], own, everyone[(rank + 1) * count :]])
-    cosines = own @ everyone.T
-    rows = torch.arange(count, device=own.device)
-    itself = F.one_hot(rows + rank * count, len(everyone)).bool()
-    logits = (cosines / temperature).masked_fill(itself, -torch.inf)
-    return F.cross_entropy(logits, rank * count + (rows + len(first)) % count)
+    rows = torch.arange(len(everyone), device=own.device)
+    logits = (everyone @ everyone.T / temperature).masked_fill(F.one_hot(rows).bool(), -torch.inf)
+    partners = rows // count * count + (rows + len(first)) % count
+    return F.cross_entropy(logits, partners)
 
 
 def verification_figures(first: torch.Tensor, second: torch.Tensor) -> dict[str, float]:
@@ -177,6 +176,11 @@ class IdentityTrainer(AveragedTrainer):
 
     def __init__(self, config: IdentityConfig, accelerator: Accelerator):
         super().__init__(config, accelerator)
+        if not self.generator.has_viewpoints:
+            raise ValueError(
+                f"{config.networks.generator} is a 2D generator, which cannot show a person twice: train the identity "
+                "network on a 3D generator of crops framed alike, or convert one (metaaux convert arcface)"
+            )
         self.adopt(IdentityNetwork(**config.identity))
 
     @property
@@ -196,13 +200,13 @@ class IdentityTrainer(AveragedTrainer):
     @torch.no_grad()
     def generated_pairs(self, batch: int, resolution: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Two pictures [batch, 3, S, S] of each of `batch` random heads, each from a camera of its own."""
-        w = self.samples.latents(self.sampler.sample_cameras(batch))
+        w = self.samples.latents(self.samples.cameras(batch))
         planes = self.generator.planes(w, dtype=self.dtype)
         limits = torch.tensor([self.config.max_yaw, self.config.max_pitch])
         pictures = []
         for _ in range(2):
             yaw, pitch = ((torch.rand(batch, 2) * 2 - 1) * limits).unbind(dim=1)
-            cameras = camera_from_pose(yaw, pitch).to(self.device, non_blocking=True)
+            cameras = self.generator.camera_at(yaw, pitch).to(self.device, non_blocking=True)
             output = self.generator.synthesize(w, cameras, planes=planes, resolution=resolution, dtype=self.dtype)
             pictures.append(output.image.clamp(-1, 1))
         return tuple(pictures)
@@ -226,7 +230,8 @@ class IdentityTrainer(AveragedTrainer):
             "cosine_generated": cosine[: self.batch_samples],
             "cosine_photos": cosine[self.batch_samples :],
         }
-        return self.gradients[0].flatten(loss), figures
+        # The processes' gradients will be averaged.
+        return self.gradients[0].flatten(loss * self.accelerator.num_processes), figures
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:

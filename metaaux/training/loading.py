@@ -13,14 +13,17 @@ import torch
 from accelerate.tracking import get_available_trackers
 from torch import nn
 
-from ..adaptation import Tasks, make_tasks
 from ..data.dataset import FaceDataset
 from ..data.sampler import FaceSampler
 from ..hub.loading import load_component
 from ..losses import InversionLoss
 from ..models.eg3d import EG3DGenerator
 from ..models.encoder import LatentEncoder
+from ..models.identity import IdentityNetwork
 from ..models.perceptual import LPIPS
+from ..models.recogniser import FaceRecogniser
+from ..models.stylegan2 import StyleGAN2Generator
+from ..tasks import Generator, Tasks, make_tasks
 from .settings import DataSettings
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -39,13 +42,27 @@ def find_folder(path: str | os.PathLike) -> Path:
     return found
 
 
-def load_network(cls: type[Network], path: str | os.PathLike) -> Network:
+def load_network(cls: type[Network] | tuple[type[Network], ...], path: str | os.PathLike) -> Network:
     """A network in float32, in eval mode and frozen, from its folder: safetensors only, and never from the Hub.
+
+    Args:
+        cls: its class, or several of which the folder's configuration names one.
+        path: the folder.
 
     Raises:
         FileNotFoundError, OSError, ValueError: as `hub.loading.load_component`.
     """
     return load_component(cls, find_folder(path))
+
+
+def load_generator(path: str | os.PathLike) -> Generator:
+    """EG3D's or, for the 2D variant (Sec. 4.5), StyleGAN2's; otherwise as `load_network`."""
+    return load_network((EG3DGenerator, StyleGAN2Generator), path)
+
+
+def load_identity(path: str | os.PathLike) -> IdentityNetwork | FaceRecogniser:
+    """R of Eq. 11 of either kind; otherwise as `load_network`."""
+    return load_network((IdentityNetwork, FaceRecogniser), path)
 
 
 def load_perceptual(path: str | os.PathLike) -> LPIPS:
@@ -66,7 +83,7 @@ class FrozenNetworks:
         outer_loss: of the objective.
     """
 
-    generator: EG3DGenerator
+    generator: Generator
     encoder: LatentEncoder
     inner_loss: InversionLoss
     outer_loss: InversionLoss
@@ -89,6 +106,17 @@ def make_sampler(data: DataSettings, dataset: FaceDataset, batch: int, device: t
         workers=data.workers,
         repeats=data.repeats,
     )
+
+
+def sample_cameras(generator: Generator, sampler: FaceSampler, count: int) -> torch.Tensor:
+    """Cameras [count, 25] for pictures that the generator makes: those of random photos.
+
+    A 2D generator decides its heads' poses itself and tells nobody: its pictures get the frontal camera, the mean of
+    all that they may be, by which identity networks that need a camera cut out the face.
+    """
+    if generator.has_viewpoints:
+        return sampler.sample_cameras(count)
+    return generator.camera_at(0.0, 0.0).to(sampler.device).expand(count, -1)
 
 
 def check_packages(modules: Iterable[str] = (), trackers: Iterable[str] = ()) -> None:

@@ -44,6 +44,7 @@ class Trainer(ABC):
         state: JSON values that are saved along, and restored.
         packages: modules that this part imports late.
         check_every: steps after which it is looked whether to stop.
+        needs_cameras: whether photos must come with cameras; those for a 2D generator need none.
     """
 
     models: dict[str, nn.Module]
@@ -51,6 +52,7 @@ class Trainer(ABC):
     gradients: list[FlatGradients]
     packages: tuple[str, ...] = ()
     check_every = 16
+    needs_cameras = True
 
     def __init__(self, config: Any, accelerator: Accelerator):
         self.config, self.accelerator, self.device = config, accelerator, accelerator.device
@@ -76,7 +78,14 @@ class Trainer(ABC):
     @functools.cached_property
     def dataset(self) -> FaceDataset:
         """The photos."""
-        return FaceDataset(self.config.data.path, self.image_size, least_sharp=self.config.data.least_sharp)
+        data = self.config.data
+        return FaceDataset(
+            data.path,
+            self.image_size,
+            least_sharp=data.least_sharp,
+            mirrored_copies=not data.mirror,
+            labelled=self.needs_cameras,
+        )
 
     def load_data(self, images: int) -> None:
         """Reads the photos and starts this process's random streams for a run that has seen `images`; all that is
@@ -95,7 +104,13 @@ class Trainer(ABC):
         """Up to `limit` photos that are not trained on, or training photos where the settings name no others."""
         if not self.config.data.validation:
             return self.dataset
-        return FaceDataset(self.config.data.validation, self.image_size, limit=limit)
+        return FaceDataset(
+            self.config.data.validation,
+            self.image_size,
+            limit=limit,
+            mirrored_copies=False,
+            labelled=self.needs_cameras,
+        )
 
     def before_saving(self, run: TrainingRun) -> None:
         """What belongs into each checkpoint; called in every process."""
@@ -139,7 +154,7 @@ def train(part: type[Trainer], config: Any, folder: str | os.PathLike, resume: b
     """
     # 1. Processes, and precision of the GPU.
     check_packages(part.packages, config.run.trackers)
-    accelerator = _start(config.run, folder)
+    accelerator = start(config.run, folder)
 
     # 2. Networks: the same in every process.
     set_seed(config.run.seed)
@@ -170,7 +185,8 @@ def train(part: type[Trainer], config: Any, folder: str | os.PathLike, resume: b
     return run
 
 
-def _start(settings: RunSettings, folder: str | os.PathLike) -> Accelerator:
+def start(settings: RunSettings, folder: str | os.PathLike) -> Accelerator:
+    """Processes and precision of a run in `folder`."""
     places = ProjectConfiguration(project_dir=str(folder), logging_dir=os.path.join(folder, "trackers"))
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

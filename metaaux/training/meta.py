@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 
-from ..adaptation import InnerLoop, InnerProblem, Tasks, predict_tasks, synthesize_tasks
+from ..adaptation import InnerLoop, InnerProblem
 from ..models.auxiliary import AuxiliaryNetwork
+from ..tasks import Tasks, predict_tasks, synthesize_tasks
 from .cuda_graphs import CapturedFunction
 from .loading import FrozenNetworks
 from .phases import AuxiliaryConfig, AuxiliaryTrainer, InnerSettings, OuterSettings
@@ -47,6 +48,7 @@ def meta_objective(
         resolution=inner.resolution,
         differentiable=inner.order == "second",
         losses=outer.multi_step_weight > 0,
+        checkpoint=inner.checkpoint,
         dtype=dtype,
     )
     problem = InnerProblem(networks.generator, auxiliary, networks.inner_loss, tasks, loop)

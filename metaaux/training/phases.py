@@ -3,27 +3,36 @@ figures. `plain` and `meta` hold what they differ in."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
-from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from ..losses import InversionLoss, LossWeights
 from ..models.auxiliary import AuxiliaryNetwork
 from ..models.discriminator import DualDiscriminator
-from ..models.eg3d import EG3DGenerator
 from ..models.encoder import LatentEncoder
-from ..models.identity import IdentityNetwork
+from ..models.presets import PRESETS, Preset, inner_loop_of, preset_of
+from ..tasks import Generator
 from .calibration import calibrate_rates
 from .distributed import FlatGradients, broadcast_module
-from .loading import FrozenNetworks, load_network, load_perceptual
+from .loading import FrozenNetworks, load_generator, load_identity, load_network, load_perceptual
 from .loop import Trainer, averaged_copy, per_process, set_learning_rates
 from .schedules import average_decay, update_average
 from .settings import (
     AverageSettings,
-    ComputeSettings,
     DataSettings,
+    FrozenGeneratorCompute,
     OptimiserSettings,
     RunSettings,
     Settings,
@@ -59,12 +68,12 @@ class AuxiliarySettings(Settings):
 
     initial: str | None = None
     """Its folder (meta: that of the plain phase's network); null: a new one."""
-    layer_prefixes: tuple[str, ...] = ("backbone.", "super_resolution.")
-    """Generator layers that get weight offsets (new network only)."""
+    layer_prefixes: tuple[str, ...] = ("",)
+    """Generator layers whose name starts with one of these get weight offsets, "" being all (new network only)."""
     arguments: Annotated[dict[str, Any], AfterValidator(arguments_of(AuxiliaryNetwork, *_GIVEN))] = {}
     """Further arguments of `AuxiliaryNetwork` (new network only)."""
-    offset_bias_resolution: PositiveInt | None = None
-    """Where given, the network started from gets offset planes of this side
+    offset_bias_resolution: NonNegativeInt | None = None
+    """Where given, the network started from gets offset planes of this side, or with 0 loses its bias a position
     (`AuxiliaryNetwork.with_offset_bias_resolution`)."""
     full_kernel_layers: tuple[str, ...] = ()
     """Its layers whose name starts with one of these get full kernels (`AuxiliaryNetwork.with_full_kernels`)."""
@@ -87,6 +96,9 @@ class InnerSettings(Settings):
     """Rays a side; null: the generator's."""
     tasks_per_pass: PositiveInt = 8
     """Tasks of a process whose inner loops run side by side; less needs less memory."""
+    checkpoint: bool = False
+    """Of second order: keep the parameters of each step alone and compute it again in the backward pass, which takes a
+    third more time and the memory of one step instead of K. Needs graphs off."""
     learn_rates: bool = True
     """Whether the inner learning rates are learnt too."""
     rates_learning_rate: PositiveFloat = 0.02
@@ -116,6 +128,10 @@ class AuxiliaryConfig(Settings):
 
     phase: Literal["plain", "meta"] = "plain"
     """Prediction alone (Eq. 8), or meta-learning (Alg. 1)."""
+    preset: Preset | None = None
+    """Gives settings that this configuration leaves out their values (`models.presets`): "paper" is the method as the
+    text has it, "extended" needs `auxiliary.offset_bias_resolution` and `auxiliary.full_kernel_layers` besides, which
+    the plain phase leaves to the meta phase."""
     networks: FrozenNetworkSettings
     """What it is trained with."""
     auxiliary: AuxiliarySettings = AuxiliarySettings()
@@ -134,45 +150,86 @@ class AuxiliaryConfig(Settings):
     """The averaged network, saved as `auxiliary_average`."""
     validation_photos: PositiveInt = 32
     """Photos of the validation set that are inverted at each interval."""
-    compute: ComputeSettings = ComputeSettings()
-    """Precision: of the generator and, in the plain phase, of the auxiliary network."""
+    compute: FrozenGeneratorCompute = FrozenGeneratorCompute()
+    """Precision: of the generator and, in the plain phase, of the auxiliary network. `micro_batch` is the plain
+    phase's; the meta phase's batch is divided by `inner.tasks_per_pass`."""
     run: RunSettings
     """Length and folder."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_values(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("preset") not in PRESETS:
+            return values
+        sections = PRESETS[values["preset"]].items()
+        return values | {name: _filled(values.get(name), defaults) for name, defaults in sections}
+
+    @model_validator(mode="after")
+    def _memory(self) -> AuxiliaryConfig:
+        if self.compute.graphs and self.inner.checkpoint and self.phase == "meta":
+            raise ValueError(
+                "inner.checkpoint computes in the backward pass, which graphs do not capture: compute.graphs: false"
+            )
+        if self.phase == "meta" and self.compute.micro_batch is not None:
+            raise ValueError("compute.micro_batch is the plain phase's; inner.tasks_per_pass divides this one's batch")
+        return self
+
+
+def _filled(section: Any, defaults: dict[str, Any]) -> Any:
+    """A section of settings with `defaults` for what it leaves out; what is no section is left to be refused."""
+    if isinstance(section, Settings):
+        section = section.model_dump(exclude_unset=True)
+    return defaults if section is None else defaults | section if isinstance(section, dict) else section
 
 
 def load_networks(config: AuxiliaryConfig, device: torch.device) -> FrozenNetworks:
     """The frozen networks and both losses on `device`."""
     folders = config.networks
     discriminator = load_network(DualDiscriminator, folders.discriminator).to(device)
-    identity = load_network(IdentityNetwork, folders.identity).to(device)
+    identity = load_identity(folders.identity).to(device)
     perceptual = None if folders.perceptual is None else load_perceptual(folders.perceptual).to(device)
     outer_perceptual = perceptual
     if config.outer.perceptual is not None:
         outer_perceptual = load_perceptual(config.outer.perceptual).to(device)
     inner_weights, outer_weights = LossWeights(**config.inner.loss), LossWeights(**config.outer.loss)
     return FrozenNetworks(
-        load_network(EG3DGenerator, folders.generator).to(device),
+        load_generator(folders.generator).to(device),
         load_network(LatentEncoder, folders.encoder).to(device),
         InversionLoss.from_components(inner_weights, discriminator, identity, perceptual),
         InversionLoss.from_components(outer_weights, discriminator, identity, outer_perceptual),
     )
 
 
-def make_auxiliary(config: AuxiliaryConfig, generator: EG3DGenerator) -> AuxiliaryNetwork:
+def make_auxiliary(config: AuxiliaryConfig, generator: Generator) -> AuxiliaryNetwork:
     """A new network that fits the generator, or the one that the configuration starts from."""
     start = config.auxiliary
     if start.initial is None:
         auxiliary = AuxiliaryNetwork(**AuxiliaryNetwork.config_for(generator, start.layer_prefixes, **start.arguments))
     else:
         auxiliary = load_network(AuxiliaryNetwork, start.initial)
-    if start.offset_bias_resolution is not None:
+    if start.offset_bias_resolution or (start.offset_bias_resolution == 0 and auxiliary.offset_network is not None):
         auxiliary = auxiliary.with_offset_bias_resolution(start.offset_bias_resolution)
     if start.full_kernel_layers:
         auxiliary = auxiliary.with_full_kernels(start.full_kernel_layers)
     for name in ("max_gradient_norm", "momentum"):
         if getattr(config.inner, name) is not None:
             auxiliary.register_to_config(**{f"inner_{name}": getattr(config.inner, name)})
+    auxiliary.register_to_config(inner_training=_inner_training(config))
+    if config.phase == "meta" and config.preset not in (None, found := preset_of(auxiliary)):
+        warnings.warn(
+            f"preset: {config.preset}, but with the settings given beside it and the network that it starts from this "
+            f"run trains one that is {found}: {inner_loop_of(auxiliary)}",
+            stacklevel=2,
+        )
     return auxiliary.requires_grad_(True)
+
+
+def _inner_training(config: AuxiliaryConfig) -> dict[str, Any] | None:
+    """What the network records of its meta-learning."""
+    if config.phase == "plain":
+        return None
+    inner = config.inner
+    return {"steps": inner.steps, "order": inner.order, "multi_step_weight": config.outer.multi_step_weight}
 
 
 class AuxiliaryTrainer(Trainer):
@@ -182,6 +239,7 @@ class AuxiliaryTrainer(Trainer):
         super().__init__(config, accelerator)
         self.own_batch = per_process(config.batch, accelerator)
         self.networks = load_networks(config, self.device)
+        self.networks.generator.rays_at_once = config.compute.rays_at_once
         auxiliary = make_auxiliary(config, self.networks.generator).to(self.device)
         auxiliary.register_to_config(inner_loss=self.networks.inner_loss.describe())
         broadcast_module(accelerator, auxiliary)
@@ -205,6 +263,11 @@ class AuxiliaryTrainer(Trainer):
         return self.config.batch
 
     @property
+    def needs_cameras(self) -> bool:
+        """Not for a 2D generator."""
+        return self.networks.generator.has_viewpoints
+
+    @property
     def image_size(self) -> int:
         """The generator's."""
         return self.networks.generator.config.image_size
@@ -220,7 +283,8 @@ class AuxiliaryTrainer(Trainer):
 
     def calibrate(self) -> None:
         """Inner rates from the averaged network's gradients, for both."""
-        tasks = self.networks.tasks(*self.sampler.next()).split(self.config.inner.tasks_per_pass)[0]
+        image, camera = (tensor[: self.config.inner.tasks_per_pass] for tensor in self.sampler.next())
+        tasks = self.networks.tasks(image, camera)
         calibrate_rates(self.networks, self.average, tasks, self.config.inner.calibrate_rates, self.accelerator)
         self.auxiliary.log_inner_rates.data.copy_(self.average.log_inner_rates)
 

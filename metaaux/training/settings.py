@@ -72,7 +72,7 @@ class DataSettings(Settings):
     validation: str | None = None
     """One of held-out photos for figures and sheets; none: training photos are shown, where any are."""
     mirror: bool = True
-    """Mirror half of the photos, picture and camera together."""
+    """Mirror half of the photos, picture and camera together; EG3D's mirrored copies are then left out."""
     balance_turned: bool = True
     """Show faces turned beyond 12° twice and beyond 20° four times as often."""
     repeats: dict[str, PositiveInt] = {}
@@ -80,10 +80,11 @@ class DataSettings(Settings):
     least_sharp: dict[str, float] = {}
     """The smallest `sharp` of the photos of a source that are used, by that source's name, likewise."""
     in_memory: Literal["auto", True, False] = "auto"
-    """Keep all decoded photos on the device, or let worker processes decode them as they are asked for; auto: the
-    former where it takes no more than a third of the device's free memory."""
-    workers: NonNegativeInt = 8
-    """Worker processes, of each process of the run; 0 decodes in the process itself."""
+    """Keep all decoded photos on the device (true), or let worker processes decode them as they are asked for (false);
+    auto: the former where they take no more than a third of what is free there, or else of the host's free memory."""
+    workers: NonNegativeInt | None = None
+    """Worker processes, of each process of the run; null: 8, or as many as there are cores for it; 0 decodes in the
+    process itself."""
 
 
 class ScheduleSettings(Settings):
@@ -124,6 +125,23 @@ class ComputeSettings(Settings):
     """Replay steps as CUDA graphs."""
     compile: bool = False
     """Fuse passes with `torch.compile`, where the part has passes that gain by it."""
+
+
+class FrozenGeneratorCompute(ComputeSettings):
+    """Of parts that learn through the frozen generator's pictures, which may need more memory than a GPU has."""
+
+    micro_batch: PositiveInt | None = None
+    """Pictures of a process that are rendered and compared at once; null: all of its batch. The gradient is the same
+    but for rounding."""
+    rays_at_once: PositiveInt | None = None
+    """Rays of each picture whose samples are held at a time, to be computed again in the backward pass; null: all are,
+    and nothing is computed twice. Needs graphs off."""
+
+    @model_validator(mode="after")
+    def _no_graphs_of_recomputation(self) -> FrozenGeneratorCompute:
+        if self.graphs and self.rays_at_once is not None:
+            raise ValueError("rays_at_once computes in the backward pass, which graphs do not capture: graphs: false")
+        return self
 
 
 class RunSettings(Settings):

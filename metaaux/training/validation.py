@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from ..adaptation import InnerLoop, InnerProblem, predict_tasks, synthesize_tasks
+from ..adaptation import InnerLoop, InnerProblem
 from ..data.dataset import FaceDataset, to_signed
 from ..export.sheets import grid
 from ..models.auxiliary import AuxiliaryNetwork
+from ..tasks import predict_tasks, synthesize_tasks
 from .loading import FrozenNetworks
 
 
@@ -40,7 +41,8 @@ class Validation:
         generator, loss = self.networks.generator, self.networks.inner_loss
         inner = InnerLoop.of(auxiliary, self.steps)
         images: dict[int, list[torch.Tensor]] = {-1: [], 0: [], self.steps: []}
-        for tasks in self.networks.tasks(self.image, self.camera).split(self.tasks_per_pass):
+        for part in zip(*(tensor.split(self.tasks_per_pass) for tensor in (self.image, self.camera)), strict=True):
+            tasks = self.networks.tasks(*part)
             with torch.no_grad():
                 images[-1].append(generator.synthesize(tasks.w, tasks.camera, planes=tasks.planes).image)
             parameters = {n: p.detach().requires_grad_() for n, p in auxiliary.adaptable_parameters().items()}

@@ -1,0 +1,81 @@
+"""`python -m metaaux benchmark-training --out JSON`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import check_file, echo, split_names
+
+
+def benchmark_training(
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="JSON", help="File for the figures; phases that it has are kept or replaced."),
+    ],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model",
+            metavar="FOLDER",
+            help="Pipeline whose networks' shapes count; without weights it gets random ones. Default: metaaux-ffhq, "
+            "the paper's.",
+        ),
+    ] = None,
+    configs: Annotated[
+        Path | None,
+        typer.Option(
+            "--configs",
+            metavar="FOLDER",
+            help="encoder.yaml, plain.yaml, meta-paper.yaml and meta-extended.yaml. Default: metaaux/configs/ffhq.",
+        ),
+    ] = None,
+    phases: Annotated[
+        str, typer.Option(help="What to measure, separated by commas.")
+    ] = "encoder,plain,meta-paper,meta-extended",
+    steps: Annotated[int, typer.Option(min=1, help="Timed optimiser steps of each phase.")] = 30,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps before them.")] = 5,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Photos or tasks a step. Default: the configuration's.")
+    ] = None,
+    photos: Annotated[int, typer.Option(min=1, help="Synthetic photos, shown again and again.")] = 64,
+) -> None:
+    """Measure training: speed, memory, GPU hours of each phase, on random weights and synthetic photos.
+
+    Uses the first GPU, without one the CPU. Exit code 1 if a phase failed; the file says why.
+    """
+    check_file(out)
+    from .. import configs as shipped
+    from ..evaluation.full_size import TrainingBenchmark, run_training_benchmark
+    from ..hub.loading import embedded_model_folder
+
+    settings = TrainingBenchmark(
+        model=model or embedded_model_folder("metaaux-ffhq"),
+        configs=configs or Path(shipped.__file__).parent / "ffhq",
+        phases=split_names(phases),
+        steps=steps,
+        warmup=warmup,
+        batch=batch,
+        photos=photos,
+    )
+    results = run_training_benchmark(settings, out, _echo_phase)
+    for preset, hours in results["gpu_hours"].items():
+        if hours is not None:
+            echo(f"all phases, {preset:<12} {hours:10.1f} GPU hours")
+    if any("error" in results["phases"][name] for name in settings.phases):
+        raise typer.Exit(1)
+
+
+def _echo_phase(name: str, figures: dict[str, Any]) -> None:
+    if "error" in figures:
+        echo(f"{name:<14} failed: {figures['error']}", error=True)
+        return
+    memory = figures["peak_memory"]
+    echo(
+        f"{name:<14} {figures['per_second']:10.3f} {figures['unit']}/s"
+        + ("" if memory is None else f", {memory / 2**30:.1f} GiB")
+        + f", {figures['gpu_hours']:.1f} GPU hours"
+        + ("" if figures["finite"] else ", NOT FINITE")
+    )

@@ -1,0 +1,307 @@
+"""What training takes at full size: each phase's speed and memory on random weights and synthetic photos, and from
+these the GPU hours of a whole training.
+
+A phase is measured as a run would train it: its own trainer, the shipped configuration, photos that worker processes
+decode as they are asked for. What is left out is what comes between steps: checkpoints and held-out figures.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+import traceback
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..cameras import camera_from_pose
+from ..devices import best_device, device_name, synchronize
+from ..files import source_name, write_json
+from ..hub.layout import read_json
+from ..training.encoder import EncoderConfig, EncoderTrainer
+from ..training.loop import Trainer, start
+from ..training.meta import MetaTrainer
+from ..training.phases import AuxiliaryConfig
+from ..training.plain import PlainTrainer
+from ..training.settings import Settings, load_settings
+from .benchmark import load_for_benchmark
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training.
+
+    Attributes:
+        trainer: takes its steps.
+        config: class of its settings.
+        unit: what its counts are of.
+        loss: name of what it minimises among a step's figures.
+    """
+
+    trainer: type[Trainer]
+    config: type[Settings]
+    unit: str
+    loss: str
+
+
+#: By the names of their configurations.
+PHASES = {
+    "encoder": Phase(EncoderTrainer, EncoderConfig, "images", "loss"),
+    "plain": Phase(PlainTrainer, AuxiliaryConfig, "images", "total"),
+    "meta-paper": Phase(MetaTrainer, AuxiliaryConfig, "tasks", "objective"),
+    "meta-extended": Phase(MetaTrainer, AuxiliaryConfig, "tasks", "objective"),
+}
+#: Phases of a whole training by the name of its preset.
+PRESETS = {preset: ("encoder", "plain", f"meta-{preset}") for preset in ("paper", "extended")}
+
+
+@dataclass(frozen=True)
+class TrainingBenchmark:
+    """What is measured.
+
+    Attributes:
+        model: folder of a pipeline, whose networks' shapes count; without weights they get random ones.
+        configs: folder of the phases' configurations, NAME.yaml each.
+        phases: names of `PHASES`.
+        steps: optimiser steps that are timed.
+        warmup: steps before them, in which kernels are chosen and graphs captured.
+        batch: photos a step (of the encoder, as many samples too); `None`: the configuration's.
+        photos: synthetic photos that are shown again and again.
+
+    Raises:
+        ValueError: unknown phases, or numbers out of range.
+    """
+
+    model: Path
+    configs: Path
+    phases: Sequence[str] = tuple(PHASES)
+    steps: int = 30
+    warmup: int = 5
+    batch: int | None = None
+    photos: int = 64
+
+    def __post_init__(self):
+        if unknown := sorted(set(self.phases) - set(PHASES)):
+            raise ValueError(f"unknown phases {', '.join(unknown)}; there are {', '.join(PHASES)}")
+        if self.steps < 1 or self.warmup < 0 or self.photos < 1 or (self.batch is not None and self.batch < 1):
+            raise ValueError("steps, batch and photos must be at least 1, warmup at least 0")
+
+
+def run_training_benchmark(
+    settings: TrainingBenchmark, out: str | os.PathLike, on_phase: Callable[[str, dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Measures phase after phase; what fails is told in its place, and the others go on.
+
+    `out` is written after each phase. Phases that it holds already, of the same model on the same device, stay in it
+    unless they are measured again: so each may have a process of its own.
+
+    Args:
+        settings: what is measured.
+        out: JSON file.
+        on_phase: called with the name and the figures of each phase once it is written.
+
+    Returns:
+        What `out` holds: "phases" by name (see `measure_phase`, or {"error"}), and by preset under "gpu_hours" what
+        all phases of the shipped length take together, `None` until each has been measured.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: model or configurations are missing or damaged, or `out` holds the
+            figures of another model or device.
+    """
+    out = Path(out)
+    with tempfile.TemporaryDirectory(prefix="metaaux-") as temporary:
+        networks, random_weights = _networks(settings.model, Path(temporary))
+        size = read_json(networks / "generator" / "config.json")["image_size"]
+        data = Path(temporary, "photos.zip")
+        write_synthetic_photos(data, size, settings.photos)
+        configs = {name: _configuration(name, settings, networks, data) for name in settings.phases}
+        results = _begin(out, settings.model, size, random_weights)
+        for name, config in configs.items():
+            try:
+                figures = measure_phase(name, config, settings, temporary)
+            # Whatever it is: the others may take hours of a GPU that is there now.
+            except Exception as error:
+                traceback.print_exc()
+                figures = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+            _free()
+            results["phases"][name] = figures
+            results["gpu_hours"] = gpu_hours(results["phases"])
+            write_json(results, out)
+            if on_phase is not None:
+                on_phase(name, figures)
+    return results
+
+
+def measure_phase(
+    name: str, config: Settings, settings: TrainingBenchmark, folder: str | os.PathLike
+) -> dict[str, Any]:
+    """Trains one phase for `warmup` and then `steps` steps; nothing is saved.
+
+    Returns:
+        {"unit", "batch" (images or tasks a step), "steps", "warmup", "seconds" (of the timed steps), "per_second",
+        "peak_memory" and "peak_reserved" (bytes that PyTorch held of the GPU at most; `None` elsewhere), "finite",
+        "nonfinite_gradients", "loss" ([at the first step, at the last]), "total" (images or tasks that the
+        configuration asks for), "gpu_hours" (for as many), "config" (its settings but for files)}
+
+    Raises:
+        ValueError, RuntimeError, OSError: as training raises them; memory that does not suffice is a RuntimeError.
+    """
+    phase = PHASES[name]
+    accelerator = start(config.run, folder)
+    device = accelerator.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    trainer = phase.trainer(config, accelerator)
+    trainer.load_data(0)
+    images, losses = _start_of(config), []
+    for step in tqdm(range(settings.warmup + settings.steps), desc=name, unit="step", disable=None):
+        if step == settings.warmup:
+            synchronize(device)
+            started = time.perf_counter()
+        figures = trainer.step(images)
+        # Captured steps return the same tensors each time.
+        losses.append(figures[phase.loss].detach().float().mean().clone())
+        images += trainer.images_per_step
+    synchronize(device)
+    seconds = time.perf_counter() - started
+    nonfinite = int(sum(gradients.nonfinite_steps for gradients in trainer.gradients))
+    weights = [tensor for model in trainer.models.values() for tensor in model.state_dict().values()]
+    per_second = settings.steps * trainer.images_per_step / seconds
+    return {
+        "unit": phase.unit,
+        "batch": trainer.images_per_step,
+        "steps": settings.steps,
+        "warmup": settings.warmup,
+        "seconds": seconds,
+        "per_second": per_second,
+        "peak_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "peak_reserved": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
+        "finite": not nonfinite and all(bool(tensor.isfinite().all()) for tensor in [*losses, *weights]),
+        "nonfinite_gradients": nonfinite,
+        "loss": [_number(losses[0]), _number(losses[-1])],
+        "total": config.run.total_images,
+        "gpu_hours": config.run.total_images / per_second / 3600,
+        "config": _without_paths(config),
+    }
+
+
+def gpu_hours(phases: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+    """Hours of one GPU for all phases of each preset at the length that their configurations ask for: the sum of
+    total / (images or tasks a second) / 3600; `None` where one has not been measured."""
+    hours = {}
+    for preset, names in PRESETS.items():
+        parts = [phases.get(name, {}).get("gpu_hours") for name in names]
+        hours[preset] = None if None in parts else sum(parts)
+    return hours
+
+
+def write_synthetic_photos(path: Path, size: int, count: int) -> None:
+    """An EG3D data set zip of `count` pictures [size, size]: smooth colours under fine noise, which take as long to
+    decode as photos do, at yaws up to 25 and pitches up to 10 degrees."""
+    random = torch.Generator().manual_seed(0)
+    pose = (torch.rand(2, count, generator=random) * 2 - 1) * torch.tensor([[25.0], [10.0]])
+    labels = []
+    with zipfile.ZipFile(path, "w") as archive:
+        for index, camera in enumerate(camera_from_pose(*pose)):
+            coarse = torch.rand(1, 3, 8, 8, generator=random)
+            image = F.interpolate(coarse, size=(size, size), mode="bicubic")[0]
+            image = image + torch.randn(image.shape, generator=random) * 0.02
+            pixels = (image.clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0).numpy()
+            data = io.BytesIO()
+            Image.fromarray(pixels).save(data, "PNG", compress_level=1)
+            labels.append([f"00000/img{index:08d}.png", camera.tolist()])
+            archive.writestr(labels[-1][0], data.getvalue())
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+
+
+def _networks(model: Path, folder: Path) -> tuple[Path, bool]:
+    """Folder of the model's networks, with weights; and whether these are random."""
+    inverter, random_weights = load_for_benchmark(str(model), "cpu")
+    if not random_weights:
+        return model, False
+    inverter.save_pretrained(folder / "networks")
+    return folder / "networks", True
+
+
+def _configuration(name: str, settings: TrainingBenchmark, networks: Path, data: Path) -> Settings:
+    """The phase's shipped configuration, on these networks and photos."""
+    phase = PHASES[name]
+    is_encoder = phase.config is EncoderConfig
+    frozen = ["generator", "discriminator", "identity"] + ([] if is_encoder else ["encoder"])
+    values = {f"networks.{part}": networks / part for part in frozen}
+    values["networks.perceptual"] = networks / "perceptual" if (networks / "perceptual").is_dir() else None
+    values["initial" if is_encoder else "auxiliary.initial"] = networks / ("encoder" if is_encoder else "auxiliary")
+    # As FFHQ would be, which is larger than what memory has to spare.
+    values |= {"data.path": data, "data.validation": None, "data.in_memory": False, "run.trackers": []}
+    if settings.batch is not None and is_encoder:
+        values |= {"batch.photos": settings.batch, "batch.samples": settings.batch}
+    elif settings.batch is not None:
+        values["batch"] = settings.batch
+    texts = (json.dumps(str(value) if isinstance(value, Path) else value) for value in values.values())
+    overrides = [f"{key}={text}" for key, text in zip(values, texts)]
+    config = load_settings(phase.config, settings.configs / f"{name}.yaml", overrides)
+    if settings.batch is not None and is_encoder:
+        config.batch.rendered_samples = min(config.batch.rendered_samples, settings.batch)
+    elif settings.batch is not None:
+        config.inner.tasks_per_pass = math.gcd(config.inner.tasks_per_pass, settings.batch)
+    return config
+
+
+def _without_paths(config: Settings) -> dict[str, Any]:
+    """Settings that another machine has in common with this one."""
+    values = config.model_dump(mode="json", exclude={"networks": True, "data": {"path"}, "initial": True})
+    values.get("auxiliary", {}).pop("initial", None)
+    return values
+
+
+def _start_of(config: Settings) -> int:
+    """Images after which a step is as long as in most of the run: all that is spared at the start is over."""
+    if isinstance(config, EncoderConfig):
+        return max(config.curriculum.coarse_images, config.curriculum.latent_only_images)
+    return config.optimiser.warmup_images
+
+
+def _begin(out: Path, model: Path, size: int, random_weights: bool) -> dict[str, Any]:
+    """What `out` holds, or the beginning of it."""
+    device = torch.device(best_device())
+    about = {
+        "model": source_name(model),
+        "weights": "random" if random_weights else "trained",
+        "image_size": size,
+        "device": device_name(device),
+        "device_memory": torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
+        "versions": {"metaaux": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    phases = {}
+    if out.exists():
+        earlier = read_json(out)
+        if changed := sorted(key for key in about if earlier.get(key) != about[key]):
+            raise ValueError(f"{out} holds figures of another {', '.join(changed)}: choose another file")
+        phases = earlier["phases"]
+    return about | {"phases": phases, "gpu_hours": gpu_hours(phases)}
+
+
+def _number(value: torch.Tensor) -> float | None:
+    """`None` where it is none, for which JSON has no word."""
+    return value.item() if value.isfinite() else None
+
+
+def _free() -> None:
+    """What a phase leaves behind, its graphs too, is not the next one's peak."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
