@@ -6,12 +6,15 @@ import copy
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from metaaux.cli import main
 from metaaux.evaluation.benchmark import _seconds, _Work, load_for_benchmark, run_benchmark
+from metaaux.evaluation.counting import count
+from metaaux.evaluation.paired import PairedSettings, run_paired
 
 MEASURES = {"synthesis", "cached_view", "adaptation", "adaptation_step", "tuning_step"}
 
@@ -31,6 +34,49 @@ def test_figures(tiny_inverter):
     after = tiny_inverter.generator.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert not any(p.requires_grad for p in tiny_inverter.generator.parameters())
+
+
+def test_counts(tiny_inverter):
+    """Operations of a product and a convolution by hand; those of a step are what one more of them adds."""
+    a, x, kernels = torch.rand(3, 4), torch.rand(1, 2, 6, 6), torch.rand(5, 2, 3, 3)
+
+    def function():
+        return (a @ a.t()).view(9), torch.nn.functional.conv2d(x, kernels)
+
+    result = count(function, torch.device("cpu"))
+    assert result["flops"] == 2 * 3 * 3 * 4 + 2 * 5 * 4 * 4 * 2 * 9
+    assert result["operators"] == 2
+    assert result["bytes"] == 4 * (12 + 12 + 9 + 72 + 90 + 80)
+    assert result["h100_floor_ms"]["float32"] == pytest.approx(result["flops"] / 67e12 * 1e3)
+    measures = run_benchmark(tiny_inverter, steps=1, repeats=1, warmup=1, counts=True)["measures"]
+    counts = {name: measure["count"] for name, measure in measures.items()}
+    for key in ("flops", "bytes", "operators"):
+        assert 0 < counts["cached_view"][key] < counts["synthesis"][key] < counts["adaptation_step"][key], key
+        assert counts["adaptation_step"][key] < counts["adaptation"][key], key
+
+
+def test_against_another_revision(tiny_folder, tmp_path):
+    """Here the other one is a copy of this one whose cached views wait for what can be told from noise."""
+    root = Path(__file__).resolve().parents[1]
+    for name in ("metaaux", "hub_configs"):
+        (tmp_path / name).mkdir()
+        for part in (root / name).iterdir():
+            (tmp_path / name / part.name).symlink_to(part)
+    (tmp_path / "metaaux" / "evaluation").unlink()
+    (tmp_path / "metaaux" / "evaluation").mkdir()
+    for part in (root / "metaaux" / "evaluation").glob("*.py"):
+        text = part.read_text(encoding="utf-8")
+        slow = text.replace("def cached_view(self) -> None:", "def cached_view(self) -> None:\n        time.sleep(3)")
+        assert (slow != text) == (part.name == "benchmark.py")
+        text = slow.replace("import statistics\n", "import statistics\nimport time\n")
+        (tmp_path / "metaaux" / "evaluation" / part.name).write_text(text, encoding="utf-8")
+    pairs = run_paired(tmp_path, PairedSettings(str(tiny_folder), "cpu", steps=1, threads=1), repeats=1, warmup=0)
+    assert set(pairs) == MEASURES
+    view = pairs["cached_view"]
+    assert view["other_median_ms"] > 3000 and view["repeats"] == 1
+    assert view["speedup"] == pytest.approx(view["other_median_ms"] / view["median_ms"])
+    with pytest.raises(ValueError, match="holds no checkout of metaaux"):
+        run_paired(tmp_path / "hub_configs", PairedSettings())
 
 
 def test_a_tuning_step_is_timed_without_the_copy_that_it_works_on(tiny_inverter, monkeypatch):

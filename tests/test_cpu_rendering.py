@@ -53,3 +53,16 @@ def test_arguments_stay_as_they_are(tiny_components):
         first = generator.synthesize(ws, cameras, planes=planes).image
         assert torch.equal(planes, kept) and torch.equal(ws, hashed("w", (1, 16)))
         assert torch.equal(generator.synthesize(ws, cameras, planes=planes).image, first)
+
+
+def test_gradients_of_the_table_equal_those_of_grid_sample():
+    planes = hashed("planes", (2, 3, 5, 8, 12)).requires_grad_()
+    points = (0.6 * hashed("points", (2, 300, 3))).requires_grad_()  # many outside of the box
+    factors = hashed("factors", (2, 300, 5))
+    results = []
+    for source in (planes, renderer.PlaneTable.of(planes)):
+        values = renderer.sample_planes(source, points, AXES, 1.0)
+        results.append(torch.autograd.grad((values * factors).sum(), (planes, points)))
+    for first, second in zip(*results, strict=True):
+        assert first.abs().max() > 0.1
+        torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-5)

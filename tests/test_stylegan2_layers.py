@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metaaux.models import resampling
+from metaaux.models import modulation, resampling
 from metaaux.models.discriminator import minibatch_deviation
 from metaaux.models.modulation import modulated_conv2d
 from metaaux.models.resampling import blur2d, downsample2d, upsample2d
@@ -93,6 +93,26 @@ def test_offset_multiplies_the_weight(upsample, per_sample):
         edited = weight * (1 + (offset[i] if per_sample else offset[0]))
         expected = modulated_conv2d(x[i : i + 1], edited, styles[i : i + 1], True, upsample)
         torch.testing.assert_close(y[i : i + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_derivatives_of_the_convolutions_on_a_cpu(transposed):
+    inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((2, 2, 3, 3), (2, 2, 3, 3))]
+
+    def convolution(x, kernels):
+        return modulation._Convolution.apply(x, kernels, transposed)
+
+    assert torch.autograd.gradcheck(convolution, inputs) and torch.autograd.gradgradcheck(convolution, inputs)
+    alone = torch.stack([convolution(x[None], inputs[1])[0] for x in inputs[0]])
+    mapped = torch.func.vmap(convolution, (0, None))(inputs[0][:, None], inputs[1])[:, 0]
+    torch.testing.assert_close(mapped, alone)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("demodulate", [False, True])
+def test_gain_scales_the_result(batch, demodulate):
+    inputs = torch.randn(batch, 4, 6, 6), torch.randn(5, 4, 3, 3), torch.randn(batch, 4), demodulate
+    torch.testing.assert_close(modulated_conv2d(*inputs, gain=3.0), 3 * modulated_conv2d(*inputs))
 
 
 @pytest.mark.parametrize("per_sample", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,19 @@ def benchmark(
     warmup: Annotated[int, typer.Option(min=1, help="Runs before them.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Gradient steps of an inversion.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's.")] = None,
+    counts: Annotated[
+        bool, typer.Option("--count", help="Count operations, bytes and operators (on CUDA kernels too) as well.")
+    ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Another revision's checkout, timed in turn with this one in processes of their own: how much faster "
+            "this one is.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
 ) -> None:
     """Time inversion, synthesis, a cached view and a tuning step: warmed up, synchronised medians."""
     import torch
@@ -44,9 +58,19 @@ def benchmark(
     if threads is not None:
         torch.set_num_threads(threads)
     inverter, random_weights = load_for_benchmark(model, device, getattr(torch, dtype.value))
-    figures = run_benchmark(inverter, random_weights, steps=steps, repeats=repeats, warmup=warmup)
+    figures = run_benchmark(inverter, random_weights, steps=steps, repeats=repeats, warmup=warmup, counts=counts)
+    if against is not None:
+        from ..evaluation.paired import PairedSettings, run_paired
+
+        model = os.path.abspath(model) if model is not None and os.path.isdir(model) else model
+        settings = PairedSettings(model, str(inverter.device), dtype.value, steps, threads)
+        del inverter  # the processes need its memory
+        figures["against"] = {"folder": str(against), "measures": run_paired(against, settings, repeats, warmup)}
     write_json(figures, out)
     for name, measure in figures["measures"].items():
         echo(f"{name:<16} {measure['median_ms']:10.2f} ms")
+    for name, pair in figures.get("against", {"measures": {}})["measures"].items():
+        spread = f"{pair['speedup_min']:.2f} to {pair['speedup_max']:.2f}"
+        echo(f"{name:<16} {pair['speedup']:10.2f} x as fast as the other revision ({spread})")
     if random_weights:
         echo("weights are random: times count, pictures do not")

@@ -21,6 +21,7 @@ from ..cameras import camera_from_pose
 from ..devices import device_name, usable_device
 from ..hub.loading import check_model_index
 from ..pipeline import MetaAuxInverter
+from .counting import count
 from .metrics import timed
 
 
@@ -69,7 +70,12 @@ def _with_random_weights(folder: Path, dtype: torch.dtype) -> MetaAuxInverter:
 
 
 def run_benchmark(
-    inverter: MetaAuxInverter, random_weights: bool = False, steps: int = 5, repeats: int = 10, warmup: int = 3
+    inverter: MetaAuxInverter,
+    random_weights: bool = False,
+    steps: int = 5,
+    repeats: int = 10,
+    warmup: int = 3,
+    counts: bool = False,
 ) -> dict[str, Any]:
     """Times a pipeline on its device, on a random picture; nothing of the pipeline changes.
 
@@ -86,25 +92,31 @@ def run_benchmark(
         steps: of an inversion.
         repeats: timed runs; of `adaptation` a quarter of them.
         warmup: runs before.
+        counts: whether one run of each measure is counted too (`counting.count`).
 
     Returns:
-        {"model", "weights", "device", "dtype", "measures": {name: {"median_ms", "min_ms", "max_ms", "repeats"}}, …}
+        {"model", "weights", "device", "dtype", "measures": {name: {"median_ms", "min_ms", "max_ms", "repeats"}}, …};
+        with `counts` a measure has "count" too.
     """
     work = _Work(inverter, steps, random_weights)
-    counts = {"synthesis": repeats, "adaptation": max(1, repeats // 4), "tuning_step": repeats}
+    numbers = {"synthesis": repeats, "adaptation": max(1, repeats // 4), "tuning_step": repeats}
     if inverter.has_viewpoints:
-        counts["cached_view"] = repeats
+        numbers["cached_view"] = repeats
     measures = {}
-    with tqdm(total=len(counts), unit="measure", disable=None) as bar:
-        for name, count in counts.items():
+    with tqdm(total=len(numbers), unit="measure", disable=None) as bar:
+        for name, number in numbers.items():
             bar.set_description(name)
             function = getattr(work, name)
             for _ in range(warmup):
                 function()
             work.step_seconds.clear()
-            measures[name] = _summary([_seconds(function, inverter.device) for _ in range(count)])
+            measures[name] = _summary([_seconds(function, inverter.device) for _ in range(number)])
             if name == "adaptation":
                 measures["adaptation_step"] = _summary(list(work.step_seconds))
+            if counts:
+                measures[name]["count"] = count(function, inverter.device)
+                if name == "adaptation":
+                    measures["adaptation_step"]["count"] = _count_of_a_step(work, measures[name]["count"])
             bar.update()
     generator, device = inverter.generator, inverter.device
     return {
@@ -188,6 +200,15 @@ class _Work:
             for weight, gradient in zip(weights, gradients):
                 if gradient is not None:  # the mapping network's is none
                     weight.add_(gradient, alpha=-1e-6)  # so small that the copy stays finite over all repeats
+
+
+def _count_of_a_step(work: _Work, adaptation: dict[str, Any]) -> dict[str, Any]:
+    """What one more step adds to the count of an adaptation."""
+    work.steps += 1
+    longer = count(work.adaptation, work.inverter.device)
+    work.steps -= 1
+    floors = {name: value - adaptation["h100_floor_ms"][name] for name, value in longer.pop("h100_floor_ms").items()}
+    return {name: value - adaptation[name] for name, value in longer.items()} | {"h100_floor_ms": floors}
 
 
 def _seconds(function: Callable[[], None], device: torch.device) -> float:

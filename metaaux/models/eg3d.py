@@ -283,13 +283,13 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
             origins, rays, config.ray_start, config.ray_end, config.depth_samples, jitter
         )
         march = partial(self._march, lookup=lookup, dtype=dtype, jitter=jitter)
-        on_cpu = planes.device.type == "cpu" and dtype == torch.float32
         size = self.rays_at_once if torch.is_grad_enabled() else None
-        if on_cpu and lookup == "auto" and not torch.is_grad_enabled():
-            # A group of rays at a time, so that what is made of its samples stays in the processor's cache.
-            size = RAYS_AT_ONCE
+        if planes.device.type == "cpu" and dtype == torch.float32 and lookup == "auto" and size is None:
             planes = renderer.PlaneTable.of(planes)
             offset_planes = None if offset_planes is None else renderer.PlaneTable.of(offset_planes.float())
+            if not torch.is_grad_enabled():
+                # A group of rays at a time, so that what is made of its samples stays in the processor's cache.
+                size = RAYS_AT_ONCE
         if size is None:
             colours, distance, opacity = march(planes, offset_planes, origins, directions, depths)
         else:

@@ -144,7 +144,8 @@ class SynthesisLayer(nn.Module):
 
     def forward(self, x, w, noise="const", offset=None):
         """x [B, in, R, R] (R/2 if `up`), w [B, w_dim] → [B, out, R, R]; noise: "const", "random" or "none"."""
-        x = modulated_conv2d(x, self.weight, self.affine(w), upsample=self.up, offset=offset)
+        # The activation's gain is taken into convolution, noise and bias, since it is the same before a leaky ReLU.
+        x = modulated_conv2d(x, self.weight, self.affine(w), upsample=self.up, offset=offset, gain=LRELU_GAIN)
         if self.up:
             x = blur2d(x, padding=1, gain=2.0)
         if self.use_noise and noise != "none":
@@ -154,12 +155,13 @@ class SynthesisLayer(nn.Module):
                     x.shape[0], 1, self.resolution, self.resolution, dtype=torch.float32, device=x.device
                 )
             add = torch.addcmul if torch.is_grad_enabled() else torch.Tensor.addcmul_
-            x = add(x, pattern.to(x.dtype), self.noise_strength.to(x.dtype))
-        bias = self.bias.to(x.dtype)[:, None, None]
+            x = add(x, pattern.to(x.dtype), (self.noise_strength * LRELU_GAIN).to(x.dtype))
+        bias = (self.bias * LRELU_GAIN).to(x.dtype)[:, None, None]
         if torch.is_grad_enabled():
-            return scaled_leaky_relu(x + bias, clamp=self.conv_clamp)
+            x = F.leaky_relu(x + bias, LRELU_SLOPE)
+            return x if self.conv_clamp is None else x.clamp(-self.conv_clamp, self.conv_clamp)
         # The convolution's result is nobody else's: new memory for each pass would cost more than the pass itself.
-        x = F.leaky_relu_(x.add_(bias), LRELU_SLOPE).mul_(LRELU_GAIN)
+        x = F.leaky_relu_(x.add_(bias), LRELU_SLOPE)
         return x if self.conv_clamp is None else x.clamp_(-self.conv_clamp, self.conv_clamp)
 
 
