@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from hub_server import WORKER, LoopbackHub
 
 from metaaux import MetaAuxInverter
 from metaaux.hub.loading import check_components
+from metaaux.hub.publishing import files_to_push
 
 ROOT = Path(__file__).resolve().parent.parent
 REPO = "someone/some-model"
@@ -331,6 +333,8 @@ class TestPublish:
         tiny_inversion.save(tmp_path / "me.safetensors")
         address = client(f"""
 pipeline = MetaAuxInverter.from_pretrained({str(tiny_folder)!r})
+pipeline.card += "[Terms](LICENSE)\\n"
+pipeline.card_files = {{"LICENSE": b"terms"}}
 result = pipeline.push_to_hub({REPO!r}, license="other", base_models=["someone/base"], tags=["portraits"],
                               figures={{"mean squared error": 0.0123}}, max_shard_size="15MB", token="t")
 """)
@@ -344,6 +348,7 @@ result = pipeline.push_to_hub({REPO!r}, license="other", base_models=["someone/b
         assert {"3d-gan-inversion", "faces", "portraits"} <= set(front["tags"])
         assert "from_pretrained" in text and "| mean squared error | 0.0123 |" in text
         assert f"`{tiny_inverter.fingerprint}`" in text
+        assert files["LICENSE"] == b"terms"
 
         for options in ("", ', variant="fp16"'):
             code = (
@@ -354,6 +359,7 @@ result = pipeline.render(inversion, yaw=10).tobytes().hex()
 """
             )
             pixels = client(code)
+            assert next((tmp_path / "cache").rglob("LICENSE")).read_bytes() == b"terms"
             if not options:
                 assert pixels == tiny_inverter.render(tiny_inversion, yaw=10).tobytes().hex()
 
@@ -398,6 +404,23 @@ class TestFolders:
         pipeline.card = "---\nlicense: mit\n---\n# Mine\n"
         pipeline.save_pretrained(tmp_path)
         assert MetaAuxInverter.from_pretrained(tmp_path).card == pipeline.card
+
+    def test_a_cards_licence_and_pictures_travel(self, tiny_folder, tmp_path):
+        source = shutil.copytree(tiny_folder, tmp_path / "source")
+        (source / "README.md").write_text(
+            "---\nlicense: other\nlicense_link: LICENSE.md\n---\n# Mine\n![A head](docs/head.png) "
+            "[elsewhere](https://a.b/c.png) [outside](../secret.png) [missing](missing.png) [notes](notes.txt)\n"
+        )
+        (source / "docs").mkdir()
+        files = {"LICENSE.md": b"terms", "docs/head.png": b"picture", "notes.txt": b"no", "other.png": b"no"}
+        for name, content in files.items():
+            (source / name).write_bytes(content)
+        (tmp_path / "secret.png").write_bytes(b"secret")
+        pipeline = MetaAuxInverter.from_pretrained(source)
+        assert pipeline.card_files == {"LICENSE.md": b"terms", "docs/head.png": b"picture"}
+        pipeline.save_pretrained(tmp_path / "copy")
+        assert MetaAuxInverter.from_pretrained(tmp_path / "copy").card_files == pipeline.card_files
+        assert "docs/head.png" in files_to_push(tmp_path / "copy")
 
     def test_damaged_index_of_shards(self, tiny_inverter, tmp_path):
         tiny_inverter.save_pretrained(tmp_path, max_shard_size="700KB")

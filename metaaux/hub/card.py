@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -12,6 +13,8 @@ from ..models.weights import unwrapped
 from .figures import evaluation_results, figures_section
 
 CARD = "README.md"
+#: Endings of pictures that a card may show.
+PICTURES = (".gif", ".jpg", ".jpeg", ".png", ".webp")
 TAGS = ("3d-gan-inversion", "eg3d", "faces", "meta-learning", "metaaux")
 _FIGURES = "## Figures"
 #: What readers must know of each preset (`models.presets`).
@@ -74,6 +77,20 @@ def card_of(pipeline: Any, repo_id: str | None = None, title: str | None = None)
     """The card that a pipeline was loaded with, else a generated one; it states the fingerprint that it has now."""
     text = pipeline.card or generated_card(pipeline, repo_id, title)
     return re.sub(rf"({re.escape(_FINGERPRINT)}: `)[0-9a-f]{{64}}`", rf"\g<1>{pipeline.fingerprint}`", text)
+
+
+def card_files(card: str) -> list[str]:
+    """What a card shows or links to beside itself, its pictures and its licence: paths inside of its folder."""
+    named = re.findall(r"\]\(([^()\s]+)\)|^(?:license_link|thumbnail): *(\S+)$", card, re.MULTILINE)
+    paths = [PurePosixPath(link or entry) for link, entry in named]
+    return sorted(
+        {
+            str(path)
+            for path in paths
+            if not (path.is_absolute() or ".." in path.parts or ":" in str(path))
+            and (path.suffix.lower() in PICTURES or path.name.startswith("LICENSE"))
+        }
+    )
 
 
 def generated_card(pipeline: Any, repo_id: str | None = None, title: str | None = None) -> str:

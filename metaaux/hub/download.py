@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .card import CARD
+from .card import CARD, card_files
 from .layout import CONFIG, INDEX, WEIGHTS, check_components, check_model_index, has_variant, variant_files
 
 #: What callers may say about a download, as [`huggingface_hub.snapshot_download`] takes it.
@@ -64,7 +65,15 @@ def download_pipeline(repo_id: str, variant: str | None = None, subfolder: str |
     options["revision"] = top.name
     names = [f"{prefix}{name}/" for name in modules]
     configurations = [f"{name}*.json" for name in names]
-    _fetch(repo_id, configurations + [name + file for name in names for file in files], options)
+    card = folder / CARD
+    beside = card_files(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else []
+    _fetch(
+        repo_id,
+        [prefix + glob.escape(name) for name in beside]
+        + configurations
+        + [name + file for name in names for file in files],
+        options,
+    )
     without = [name for name in modules if not has_variant(folder / name, variant)]
     if variant is not None and without:
         _fetch(repo_id, [f"{prefix}{name}/{file}" for name in without for file in _weights(None)], options)

@@ -6,13 +6,14 @@ import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from diffusers import ModelMixin
 
 from ..models.weights import REDUCIBLE, cast, check_precision
-from .card import CARD
+from .card import CARD, card_files
 from .download import DOWNLOAD_OPTIONS, check_subfolder, download_component, download_pipeline, is_hub_id
 from .layout import CONFIG, INDEX, check_components, check_model_index, has_variant, read_json, variant_files
 
@@ -177,6 +178,8 @@ class LoadingMixin:
 
     #: Text of the model card that the pipeline was loaded with.
     card: str | None = None
+    #: What lay beside it and it shows or links to, by path: its licence and its pictures.
+    card_files: Mapping[str, bytes] = MappingProxyType({})
 
     @classmethod
     def from_pretrained(
@@ -228,6 +231,8 @@ class LoadingMixin:
         pipeline.register_to_config(_name_or_path=name)
         if (folder / CARD).is_file():
             pipeline.card = (folder / CARD).read_text(encoding="utf-8", errors="replace")
+            beside = {name: folder / name for name in card_files(pipeline.card)}
+            pipeline.card_files = {name: path.read_bytes() for name, path in beside.items() if path.is_file()}
         return pipeline if device is None else pipeline.to(device)
 
     @classmethod

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ..files import forget_origin, write_json, write_text
 from ..models.weights import ORIGIN, cast, check_finite, origin_of, unwrapped, without_wrappers
-from .card import CARD, PLACEHOLDER, card_of, updated_card
+from .card import CARD, PICTURES, PLACEHOLDER, card_of, updated_card
 from .download import check_subfolder, is_hub_id
 from .layout import (
     CONFIG,
@@ -92,6 +92,9 @@ class PublishingMixin:
             # A subclass is saved as what anyone can load; its own from_pretrained takes it too.
             _amend(temporary / INDEX, {"_class_name": PIPELINE})
             write_text(card_of(self), temporary / CARD)
+            for name, content in self.card_files.items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                (temporary / name).write_bytes(content)
             _move_into(temporary, folder, variant)
 
     def push_to_hub(
@@ -170,8 +173,6 @@ class PublishingMixin:
         return pipeline
 
 
-#: Of a pipeline's folder beside its components: what its card may show.
-_PICTURES = (".gif", ".jpg", ".jpeg", ".png", ".webp")
 #: A component's weights of all variants, and the indices of those in several files.
 _ANY_WEIGHTS = re.compile(rf"{WEIGHTS}[\w.-]*(\.safetensors|\.index[\w.]*\.json)")
 
@@ -195,7 +196,7 @@ def files_to_push(folder: str | os.PathLike, variant: str | None = None) -> list
         raise FileNotFoundError(f"{folder} has no weights of the variant {variant!r} ({variant_files(variant)[0]})")
     found = [folder / INDEX, folder / CARD, *sorted(folder.glob("LICENSE*"))]
     for place in (folder, *(path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in names)):
-        found += [path for path in sorted(place.iterdir()) if path.suffix.lower() in _PICTURES]
+        found += [path for path in sorted(place.iterdir()) if path.suffix.lower() in PICTURES]
     for name in names:
         place = folder / name
         weights = _weights_of(variant if has_variant(place, variant) else None) if variant else _ANY_WEIGHTS
