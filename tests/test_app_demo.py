@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import threading
 import time
 
@@ -27,6 +28,7 @@ from metaaux.demo.validation import (
     explained,
     read_photos,
 )
+from metaaux.hub.loading import embedded_model_folder
 from metaaux.inversion import max_file_bytes
 from metaaux.models.directions import Direction, LatentDirections
 
@@ -301,6 +303,8 @@ class TestPage:
     def test_the_notice_says_what_is_set(self):
         usual = notice(("metaaux-mini",), 30)
         assert "metaaux-mini" in usual and "about an hour" in usual
+        config = json.loads((embedded_model_folder() / "generator" / "config.json").read_text())
+        assert "({0} × {0} pixels)".format(config["image_size"]) in usual
         other = notice(("org/metaaux-ffhq",), 10)
         assert "`metaaux-ffhq`" in other and "about 20 minutes" in other
         assert "mini" not in other and "hour" not in other

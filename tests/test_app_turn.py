@@ -7,7 +7,9 @@ turned to its photo's view.
 from __future__ import annotations
 
 import io
+import os
 import re
+import time
 
 import numpy as np
 import pytest
@@ -186,6 +188,19 @@ def test_keys_wheel_and_sliders_turn_it(at_rest):
     expect(page.locator("#pitch input[type=number]")).to_have_value("-10")
 
 
+def test_the_keyboard_reaches_it_whenever_the_sliders_come(at_rest):
+    page, _ = at_rest
+    stage = page.locator("#view .stage")
+    page.evaluate(
+        "() => { const yaw = document.querySelector('#yaw'); window.yaw = [yaw, yaw.parentNode]; yaw.remove() }"
+    )
+    expect(stage).to_have_attribute("tabindex", "-1")
+    expect(stage).not_to_have_attribute("role", "slider")
+    page.evaluate("() => window.yaw[1].prepend(window.yaw[0])")
+    expect(stage).to_have_attribute("tabindex", "0")
+    expect(stage).to_have_attribute("role", "slider")
+
+
 def test_an_edit_is_one_request_and_renews_the_views(at_rest):
     page, _ = at_rest
     before = view(page)
@@ -265,9 +280,10 @@ def test_the_next_head_replaces_all_views(at_rest):
 
 
 def test_a_second_visitor_finds_an_examples_head_at_once(open_page, desktop):
-    """At once: from what was kept of the first visitor's click, of which test_app_visitors.py shows that nothing is
-    computed. Seconds are not tested, as they depend on what else the machine does."""
+    """Within three seconds, from what was kept of the first visitor's click, of which test_app_visitors.py shows that
+    nothing is computed; longer only where other programs take the machine's time."""
     other = open_page(**DESKTOP)
+    clicked = time.monotonic()
     other.locator("#photo-panel .gallery-item").first.click()
     # All sheets come with one answer.
     other.wait_for_selector("#view .stage[data-views]:not([data-views='0'])")
@@ -278,5 +294,7 @@ def test_a_second_visitor_finds_an_examples_head_at_once(open_page, desktop):
     other.mouse.move(x + 0.3 * width, y, steps=3)
     expect_live(other)
     assert shown(other) != before
+    seconds = time.monotonic() - clicked
     other.mouse.up()
+    assert seconds < 3 * max(1.0, 2 * os.getloadavg()[0] / os.cpu_count())
     expect(other.locator("#status")).to_contain_text("kept from an earlier visit")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..hub.loading import EMBEDDED_MODEL
+from ..hub.layout import CONFIG, read_json
+from ..hub.loading import EMBEDDED_MODEL, embedded_model_folder
 
 PAPER = "https://arxiv.org/abs/2305.10884"
 
@@ -60,7 +61,7 @@ STAGE = """
 </div>
 """
 
-DRAG_HINT = '<p class="hint">Drag the picture, or use the arrow keys, to turn the head</p>'
+DRAG_HINT = '<p class="hint">Drag the picture<span class="keys">, or use the arrow keys,</span> to turn the head</p>'
 
 HEAD_FILE_HINT = '<p class="hint">The head file opens here again, and in Python.</p>'
 
@@ -89,8 +90,8 @@ results are deleted from the server after about {age}.
 """
 
 _LIMITS_OF_EMBEDDED = """ is small
-(128 × 128 pixels) and learnt from few portraits of adults, most of them taken from the front: details, glasses, hands,
-hats and far turns come out poorly, and some faces better than others. """
+({size} × {size} pixels) and learnt from few portraits of adults, most of them taken from the front: details, glasses,
+hands, hats and far turns come out poorly, and some faces better than others. """
 
 
 def notice(models: Sequence[str], session_minutes: int) -> str:
@@ -101,7 +102,9 @@ def notice(models: Sequence[str], session_minutes: int) -> str:
         session_minutes: `Settings.session_minutes`; files live twice as long.
     """
     if EMBEDDED_MODEL in models:
-        first, limits = f"`{EMBEDDED_MODEL}`, the model that comes with this demo,", _LIMITS_OF_EMBEDDED
+        size = read_json(embedded_model_folder() / "generator" / CONFIG)["image_size"]
+        first = f"`{EMBEDDED_MODEL}`, the model that comes with this demo,"
+        limits = _LIMITS_OF_EMBEDDED.format(size=size)
     else:
         names = ", ".join(f"`{model_name(model)}`" for model in models)
         first, limits = f"The model here is {names}; its card says what it cannot do. ", ""

@@ -236,5 +236,10 @@ tiltButton.addEventListener("click", async () => {
   (on ? window.addEventListener : window.removeEventListener)("deviceorientation", tilt);
 });
 
+// Gradio makes the sliders in its own time, after the first view too.
+new MutationObserver(() => {
+  if (canTurn() === stage.classList.contains("still")) describe();
+}).observe(panel, { childList: true, subtree: true });
+
 watch("value", update);
 update();
