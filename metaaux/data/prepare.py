@@ -88,8 +88,7 @@ def prepare(
     """
     folder, out = Path(folder), Path(out)
     settings = dict(image_size=size, crop_scale=crop_scale, min_face_size=min_face_size, max_pixels=max_pixels)
-    if any(pivot):
-        settings["pivot"] = tuple(pivot)
+    settings |= {"pivot": tuple(pivot)} if any(pivot) else {}
     _check(folder, image_format, workers, settings)
 
     # 1. What there is to do: finished photos lie in a folder beside the zip.

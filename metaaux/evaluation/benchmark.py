@@ -118,6 +118,11 @@ def run_benchmark(
                 if name == "adaptation":
                     measures["adaptation_step"]["count"] = _count_of_a_step(work, measures[name]["count"])
             bar.update()
+    return _circumstances(inverter, random_weights) | {"steps": steps, "warmup": warmup, "measures": measures}
+
+
+def _circumstances(inverter: MetaAuxInverter, random_weights: bool) -> dict[str, Any]:
+    """What is timed, and where."""
     generator, device = inverter.generator, inverter.device
     return {
         "model": inverter.name_or_path,
@@ -127,13 +132,10 @@ def run_benchmark(
         "image_size": generator.config.image_size,
         "neural_resolution": getattr(generator.config, "neural_resolution", None),
         "batch": 1,
-        "steps": steps,
-        "warmup": warmup,
         "device": device_name(device),
         "dtype": str(generator.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "versions": {"metaaux": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "measures": measures,
     }
 
 
