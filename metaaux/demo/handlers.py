@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from ..export.turntable import Turntable
 from .engine import Engine, Step
 from .examples import ExampleStore, Kept, Key
 from .pictures import crop_card, loss_charts, note_card, progress_bar
+from .run_view import RunView
 from .session import AlignedPhotos, Session, SessionExpiredError, Sheet, Shown, Visitor, show
 from .settings import Settings
 from .texts import model_name
@@ -46,46 +46,6 @@ NAMED_SLIDERS, FURTHER_SLIDERS = 8, 8
 EDIT_SLIDERS = NAMED_SLIDERS + FURTHER_SLIDERS
 
 _CANCELLING = progress_bar("Cancelling", 0.0)
-
-
-@dataclass
-class RunView:
-    """What the page shows of an inversion; `values` are in the order of the run's outputs in the layout."""
-
-    running: bool
-    status: str
-    visitor: Visitor
-    compare: Any = None
-    strip: Any = None
-    losses: Any = None
-    view: Any = None
-    pose: tuple[float, float] | None = None
-    head_file: str | None = None
-    picture_file: str | None = None
-
-    @property
-    def values(self) -> tuple:
-        skip = gr.skip()
-        ready = self.view is not None
-        yaw, pitch = self.pose if self.pose is not None else (skip, skip)
-        return (
-            gr.update(visible=not self.running),
-            gr.update(visible=self.running),
-            self.status,
-            gr.update(visible=False) if self.compare is not None else skip,
-            gr.update(value=self.compare, visible=True) if self.compare is not None else skip,
-            gr.update(value=self.strip, visible=True) if self.strip is not None else skip,
-            gr.update(value=self.losses, visible=True) if self.losses is not None else skip,
-            self.visitor,
-            gr.update(visible=not ready),
-            gr.update(visible=ready),
-            gr.update(visible=ready),
-            self.view if self.view is not None else skip,
-            yaw,
-            pitch,
-            self.head_file if self.head_file is not None else skip,
-            self.picture_file if self.picture_file is not None else skip,
-        )
 
 
 class Handlers:
