@@ -31,6 +31,12 @@ def usable_device(device: str | None) -> str:
     return device
 
 
+def is_cpu(x: torch.Tensor) -> bool:
+    """Whether a tensor lies where other layouts and groupings than a GPU's are fast. Networks ask here alone, so that
+    a test can send a CPU a GPU's way."""
+    return x.device.type == "cpu"
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done all that it was given; a time taken without it says nothing about a GPU."""
     if device.type == "cuda":

@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metaaux import devices
 from metaaux.devices import MPS_FALLBACK_OPERATORS, best_device, device_name, usable_device
 
 
@@ -63,7 +64,8 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def test_an_inversion_needs_what_apples_gpus_have(tiny_inverter, crops, cameras):
+def test_an_inversion_needs_what_apples_gpus_have(tiny_inverter, crops, cameras, monkeypatch):
+    monkeypatch.setattr(devices, "is_cpu", lambda x: False)
     with Watch() as watch:
         inversion = tiny_inverter.invert(crops[1], steps=1, camera=cameras[1], flip=True)
         tiny_inverter.render(inversion, yaw=20)

@@ -30,9 +30,9 @@ def free_memory(device: torch.device) -> int:
     for limit, used, statistics, cached in _CGROUP_FILES:
         # No such file, or "max" in it: no limit.
         with suppress(OSError, ValueError, KeyError):
-            counts = dict(line.split() for line in (CGROUP / statistics).read_text().splitlines())
-            in_use = int((CGROUP / used).read_text()) - int(counts[cached])
-            free = min(free, int((CGROUP / limit).read_text()) - in_use)
+            counts = dict(line.split() for line in (CGROUP / statistics).read_text(encoding="ascii").splitlines())
+            in_use = int((CGROUP / used).read_text(encoding="ascii")) - int(counts[cached])
+            free = min(free, int((CGROUP / limit).read_text(encoding="ascii")) - in_use)
     return max(free, 0) // local_processes()
 
 

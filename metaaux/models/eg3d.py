@@ -17,6 +17,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from .. import devices
 from ..cameras import CAMERA_RADIUS
 from . import renderer
 from .recomputation import recomputed
@@ -88,7 +89,7 @@ def shade(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     logits [B, M, S, C], weights [B, M, S] → [B, M, C] float32 in about [0, 1]: sigmoid widened to [-0.001, 1.001]
     (mip-NeRF's clamp) times weight.
     """
-    if logits.device.type == "cpu":
+    if devices.is_cpu(logits):
         # A product with few passes over memory: Σ w·(1.002·s - 0.001) = 1.002·Σ w·s - 0.001·Σ w.
         total = (weights[..., None, :] @ torch.sigmoid(logits.float()))[..., 0, :]
         return total * 1.002 - 0.001 * weights.sum(dim=-1, keepdim=True)
@@ -284,7 +285,7 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
         )
         march = partial(self._march, lookup=lookup, dtype=dtype, jitter=jitter)
         size = self.rays_at_once if torch.is_grad_enabled() else None
-        if planes.device.type == "cpu" and dtype == torch.float32 and lookup == "auto" and size is None:
+        if devices.is_cpu(planes) and dtype == torch.float32 and lookup == "auto" and size is None:
             planes = renderer.PlaneTable.of(planes)
             offset_planes = None if offset_planes is None else renderer.PlaneTable.of(offset_planes.float())
             if not torch.is_grad_enabled():

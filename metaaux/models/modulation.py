@@ -7,6 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .. import devices
+
 
 class _Convolution(torch.autograd.Function):
     """A convolution that keeps the size, or a transposed one of stride 2, as it is fast on a CPU.
@@ -48,14 +50,14 @@ class _Convolution(torch.autograd.Function):
 
 def _conv2d(x: torch.Tensor, kernels: torch.Tensor, groups: int = 1) -> torch.Tensor:
     """Convolution that keeps the size."""
-    if x.device.type == "cpu" and groups == 1:
+    if devices.is_cpu(x) and groups == 1:
         return _Convolution.apply(x, kernels, False)
     return F.conv2d(x, kernels, padding=kernels.shape[-1] // 2, groups=groups)
 
 
 def _conv_transpose2d(x: torch.Tensor, kernels: torch.Tensor, groups: int = 1) -> torch.Tensor:
     """Transposed convolution of stride 2."""
-    if x.device.type == "cpu" and groups == 1:
+    if devices.is_cpu(x) and groups == 1:
         return _Convolution.apply(x, kernels, True)
     return F.conv_transpose2d(x, kernels, stride=2, groups=groups)
 

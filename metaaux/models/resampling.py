@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .. import devices
+
 
 def blur2d(x: torch.Tensor, padding: int, gain: float = 1.0) -> torch.Tensor:
     """Low-pass filter [B, C, H, W] with the separable [1, 3, 3, 1] kernel over zero borders of width `padding`.
@@ -12,7 +14,7 @@ def blur2d(x: torch.Tensor, padding: int, gain: float = 1.0) -> torch.Tensor:
     `gain` scales the amplitude per axis; the output is [B, C, H + 2·padding - 3, W + 2·padding - 3].
     """
     # On a CPU one depthwise convolution is several times faster than passes over slices; on GPUs it is slower.
-    return (_blur_by_convolution if x.device.type == "cpu" else _blur_by_slices)(x, padding, gain)
+    return (_blur_by_convolution if devices.is_cpu(x) else _blur_by_slices)(x, padding, gain)
 
 
 def _blur_by_convolution(x: torch.Tensor, padding: int, gain: float) -> torch.Tensor:
