@@ -46,6 +46,12 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.xdist_group("browser" if name in BROWSER_FILES else name))
 
 
+def pytest_collection_finish(session):
+    """Where pytest-xdist does not group tests, files would be made twice and browsers wait for each other."""
+    if hasattr(session.config, "workerinput") and session.items and "@" not in session.items[0].nodeid:
+        raise pytest.UsageError("this pytest-xdist does not group the tests of this pytest: see requirements-dev.txt")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Tiny networks are slower on several threads, much so where other programs compute too."""
