@@ -8,7 +8,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from PIL import Image
@@ -37,11 +36,6 @@ TINY_ENCODER = {
 
 #: Files that drive a browser: one after the other, since two at once would wait for each other's pages.
 BROWSER_FILES = ("test_app_browser", "test_app_turn", "test_app_zero_gpu")
-
-
-def pytest_xdist_auto_num_workers():
-    """One process more than cores: tests of pages and of other processes wait a third of their time."""
-    return (psutil.cpu_count(logical=False) or 1) + 1
 
 
 @pytest.hookimpl(tryfirst=True)
