@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from gradio_client import Client
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -34,6 +36,13 @@ class RunningApp:
     def files(self) -> set[str]:
         """Files in its cache."""
         return {str(path.relative_to(self.cache)) for path in self.cache.rglob("*") if path.is_file()}
+
+
+def new_client(app: RunningApp, folder: Path) -> Client:
+    """A program that calls the app's endpoints; what it downloads goes into `folder`."""
+    # httpx gives a server five seconds, which one that computes for eight others may need.
+    options = {"verbose": False, "analytics_enabled": False, "httpx_kwargs": {"timeout": 120}}
+    return Client(app.url, download_files=folder, **options)
 
 
 @contextmanager

@@ -17,8 +17,8 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from app_server import ROOT, running_app
-from gradio_client import Client, handle_file
+from app_server import ROOT, new_client, running_app
+from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 from jsonschema import Draft202012Validator
 from mcp import ClientSession
@@ -52,11 +52,7 @@ def app(model_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(app, tmp_path_factory):
-    return new_client(app, tmp_path_factory)
-
-
-def new_client(app, tmp_path_factory):
-    return Client(app.url, download_files=tmp_path_factory.mktemp("downloads"), verbose=False, analytics_enabled=False)
+    return new_client(app, tmp_path_factory.mktemp("downloads"))
 
 
 def invert(client, photo=PHOTO, **options):
@@ -70,7 +66,7 @@ def invert(client, photo=PHOTO, **options):
 def upload(app, path):
     """Path on the server of an uploaded file."""
     with open(path, "rb") as file:
-        return httpx.post(f"{app.url}gradio_api/upload", files={"files": file}).json()[0]
+        return httpx.post(f"{app.url}gradio_api/upload", files={"files": file}, timeout=60).json()[0]
 
 
 @pytest.fixture(scope="module")
@@ -372,7 +368,7 @@ class TestBadInputs:
         """Sent as they are: gradio_client would upload what lies at a path."""
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
         url = f"{app.url}gradio_api/call/{endpoint}"
-        event = httpx.post(url, json={"data": [file, *[None] * (arguments - 1)]}).json()["event_id"]
+        event = httpx.post(url, json={"data": [file, *[None] * (arguments - 1)]}, timeout=60).json()["event_id"]
         answer = httpx.get(f"{url}/{event}", timeout=60).text
         assert answer.startswith("event: error") and "Traceback" not in answer and "root:" not in answer
         assert re.search("not uploaded|not allowed|not fetched|cannot move", answer, re.IGNORECASE), answer
@@ -381,7 +377,7 @@ class TestBadInputs:
     def test_files_that_are_not_said_to_be_uploads_are_none(self, app, photo):
         """Gradio looks at paths only where they are marked as a file's."""
         url = f"{app.url}gradio_api/call/invert"
-        event = httpx.post(url, json={"data": [photo, 0, "automatic", None, None]}).json()["event_id"]
+        event = httpx.post(url, json={"data": [photo, 0, "automatic", None, None]}, timeout=60).json()["event_id"]
         answer = httpx.get(f"{url}/{event}", timeout=60).text
         assert answer.startswith("event: error") and "not uploaded" in answer
 
@@ -392,7 +388,7 @@ class TestBadInputs:
         uploaded = upload(app, PHOTO)
         url = f"{app.url}gradio_api/call/invert"
         first = {"path": uploaded, "meta": {"_type": "gradio.FileData"}}
-        event = httpx.post(url, json={"data": [first, 0, "automatic", [photo], None]}).json()["event_id"]
+        event = httpx.post(url, json={"data": [first, 0, "automatic", [photo], None]}, timeout=60).json()["event_id"]
         assert httpx.get(f"{url}/{event}", timeout=60).text.startswith("event: error")
 
     def test_the_server_lives_and_has_not_grown(self, app, client, inversion):
@@ -418,12 +414,12 @@ class TestManyVisitors:
 
     def test_eight_at_once_get_what_each_gets_alone(self, app, client, inversion, tmp_path_factory):
         photos = sorted((ROOT / "examples").glob("*.jpg"))
-        clients = [new_client(app, tmp_path_factory) for _ in range(8)]
+        clients = [new_client(app, tmp_path_factory.mktemp("downloads")) for _ in range(8)]
         alone = {photo: Path(invert(clients[0], photo)[-1][0]).read_bytes() for photo in photos}
         with concurrent.futures.ThreadPoolExecutor(9) as pool:
             jobs = [pool.submit(invert, client, photos[i % len(photos)]) for i, client in enumerate(clients)]
             # One who turns a head meanwhile; test_app_visitors.py shows that it waits for none of them.
-            turning = new_client(app, tmp_path_factory)
+            turning = new_client(app, tmp_path_factory.mktemp("downloads"))
             views = pool.submit(lambda: [turning.predict(handle_file(inversion), **a) for a in self.TURNS])
             for view, arguments in zip(views.result(timeout=120), self.TURNS):
                 alone_again = client.predict(handle_file(inversion), **arguments)
@@ -441,7 +437,7 @@ class TestManyVisitors:
             assert time.monotonic() - started < 60 and not job.done()
             time.sleep(0.01)
         job.cancel()
-        assert len(invert(new_client(app, tmp_path_factory), steps=0)) == 2
+        assert len(invert(new_client(app, tmp_path_factory.mktemp("downloads")), steps=0)) == 2
         # Uncancelled, all 22 results would have come before the other visitor's turn. How many were on their way when
         # the cancellation arrived depends on the machine; that the run ends within a step is tested on the engine.
         seen = len(job.outputs())

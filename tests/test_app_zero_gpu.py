@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from app_server import ROOT, running_app
+from app_server import ROOT, new_client, running_app
 from browser import CHROMIUM, changed, running_browser, upload, view, visitors
-from gradio_client import Client, handle_file
+from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 from playwright.sync_api import expect
@@ -38,8 +38,7 @@ def app(lender, smiling_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(app, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("downloads")
-    return Client(app.url, download_files=folder, verbose=False, analytics_enabled=False)
+    return new_client(app, tmp_path_factory.mktemp("downloads"))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +82,7 @@ def test_endpoints_work_in_worker_processes(client, lender, inversion, tiny_inve
 
 def test_visitors_have_gpus_at_the_same_time(app, lender, tmp_path):
     """Two requests are granted only once both are there."""
-    clients = [Client(app.url, download_files=tmp_path, verbose=False, analytics_enabled=False) for _ in range(2)]
+    clients = [new_client(app, tmp_path) for _ in range(2)]
     lender.meet = threading.Barrier(2, timeout=60)
     try:
         jobs = [client.submit(handle_file(PHOTO), steps=0, api_name="/invert") for client in clients]
