@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import torch
@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from ..files import atomic_path, check_output_file
 from .pickles import ConversionError
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -153,13 +155,17 @@ def convert_file(
     """
     source = Path(source)
     check_target(folder, names, overwrite)
+    return _write(folder, _read(source, convert), overwrite)
+
+
+def _read(source: Path, convert: Callable[[Path], Result]) -> Result:
+    """What `convert` makes of a file; its errors name the file."""
     if not source.is_file():
         raise FileNotFoundError(f"there is no file {source}")
     try:
-        converted = convert(source)
+        return convert(source)
     except ConversionError as error:
         raise ConversionError(f"{source.name} cannot be converted: {error}") from None
-    return _write(folder, converted, overwrite)
 
 
 @dataclass
@@ -190,12 +196,7 @@ def convert_to_file(
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists already; choose another name, or overwrite it (--overwrite)")
     check_output_file(target)
-    if not source.is_file():
-        raise FileNotFoundError(f"there is no file {source}")
-    try:
-        converted = convert(source)
-    except ConversionError as error:
-        raise ConversionError(f"{source.name} cannot be converted: {error}") from None
+    converted = _read(source, convert)
     tensors = {name: tensor.contiguous() for name, tensor in converted.tensors.items()}
     with atomic_path(target) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})

@@ -8,15 +8,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-_COLUMNS = (
-    ("mse", "MSE ↓", "{:.4f}"),
-    ("perceptual", "Perceptual ↓", "{:.4f}"),
-    ("frechet", "Fréchet ↓", "{:.2f}"),
-    ("identity", "Identity ↑", "{:.3f}"),
-    ("seconds", "Seconds ↓", "{:.3f}"),
-    ("failed", "Failed", "{}"),
-    ("n", "n", "{}"),
-)
+from ..hub.figures import COLUMNS
+
+_COLUMNS = (*COLUMNS, ("failed", "Failed", "{}"), ("n", "n", "{}"))
 
 
 # Not tabulate's: it pads every cell to the width of its column, so that one longer figure would change every line of a

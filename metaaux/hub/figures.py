@@ -9,8 +9,8 @@ from huggingface_hub import EvalResult
 
 #: The pipeline's own method among those that `evaluate` compares.
 OWN_METHOD = "metaaux"
-# Columns of a reconstruction's table: key, title, form.
-_COLUMNS = (
+#: Columns of a reconstruction's table: key, title, form.
+COLUMNS = (
     ("mse", "MSE ↓", "{:.4f}"),
     ("perceptual", "Perceptual ↓", "{:.4f}"),
     ("frechet", "Fréchet ↓", "{:.2f}"),
@@ -80,7 +80,7 @@ def evaluation_results(results: Sequence[Mapping[str, Any]]) -> list[EvalResult]
         kind = kind_of(part)
         if kind == "reconstruction":
             figures = part["methods"].get(OWN_METHOD, {})
-            names = {key: title.rstrip(" ↓↑") for key, title, _ in _COLUMNS}
+            names = {key: title.rstrip(" ↓↑") for key, title, _ in COLUMNS}
             names |= {key: f"{names[key]}: {meaning}" for key, meaning in part["metrics"].items() if meaning}
             data = ("held-out-portraits", f"{part['photos']} portraits")
             measured = {key: figures[key] for key in names if figures.get(key) is not None}
@@ -117,7 +117,7 @@ def _cell(value: Any, form: str) -> str:
 
 def _reconstruction(results: Mapping[str, Any]) -> str:
     rows = [
-        [name, *(_cell(figures.get(key), form) for key, _, form in _COLUMNS)]
+        [name, *(_cell(figures.get(key), form) for key, _, form in COLUMNS)]
         for name, figures in results["methods"].items()
     ]
     metrics = results["metrics"]
@@ -125,7 +125,7 @@ def _reconstruction(results: Mapping[str, Any]) -> str:
         f"Means over {results['photos']} photos, {results['device']}. MSE: {metrics['mse']}. Perceptual: "
         f"{metrics['perceptual']}. Identity: {metrics['identity']}. Fréchet: {metrics['frechet'] or 'not measured'}."
     )
-    return f"### Reconstruction\n\n{_table(['Method', *(title for _, title, _ in _COLUMNS)], rows)}\n{note}\n"
+    return f"### Reconstruction\n\n{_table(['Method', *(title for _, title, _ in COLUMNS)], rows)}\n{note}\n"
 
 
 def _editing(results: Mapping[str, Any]) -> str:
