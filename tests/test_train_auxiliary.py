@@ -25,8 +25,6 @@ from metaaux.training.memory import MemoryCount
 from metaaux.training.meta import meta_objective
 from metaaux.training.phases import InnerSettings, OuterSettings
 from metaaux.training.plain import plain_objective
-from metaaux.training.schedules import learning_rate_factor
-from metaaux.training.settings import ScheduleSettings, load_settings
 from tests.nested import nested
 
 CONFIGS = Path(__file__).resolve().parent.parent / "metaaux" / "configs"
@@ -470,13 +468,6 @@ def test_rates_can_stay_fixed(networks, tasks, tiny_components):
         auxiliary.requires_grad_(False)
 
 
-def test_learning_rate_rises_then_falls():
-    schedule = ScheduleSettings(warmup_images=100, final_learning_rate=0.1)
-    assert learning_rate_factor(0, 1000, schedule) < 0.02
-    assert learning_rate_factor(100, 1000, schedule) > 0.95
-    assert learning_rate_factor(1000, 1000, schedule) == pytest.approx(0.1)
-
-
 def test_configuration_errors(folders, tiny_components, tmp_path):
     for wrong in ({"phase": "both"}, {"inner__order": "third"}, {"compute__precision": "fp16"}, {"inner__steps": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong)).replace("__", ".")):
@@ -490,32 +481,3 @@ def test_configuration_errors(folders, tiny_components, tmp_path):
             tiny_config(folders, tiny_components, phase="meta", **wrong)
     with pytest.raises(ValueError, match="tasks_per_pass"):
         train(tiny_config(folders, tiny_components, phase="meta", batch=3), tmp_path / "run")
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "mini/plain.yaml",
-        "mini/meta.yaml",
-        "mini/meta-paper.yaml",
-        "baselines/plain-without-2d.yaml",
-        "baselines/plain-without-3d.yaml",
-    ],
-)
-def test_shipped_configurations_are_valid(path):
-    config = load_settings(AuxiliaryConfig, CONFIGS / path)
-    phase = "meta" if "meta" in path else "plain"
-    assert config.phase == phase
-    assert config.batch % config.inner.tasks_per_pass == 0
-    LossWeights(**config.inner.loss), LossWeights(**config.outer.loss)
-    if phase == "plain":
-        generator = EG3DGenerator(
-            image_size=128,
-            plane_resolution=128,
-            channel_base=8192,
-            channel_max=256,
-            neural_resolution=64,
-            super_resolution_kind="2X",
-        )
-        network = AuxiliaryNetwork(**AuxiliaryNetwork.config_for(generator, **config.auxiliary.arguments))
-        assert sum(p.numel() for p in network.parameters()) <= 4_000_000

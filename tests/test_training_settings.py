@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from metaaux.losses import LossWeights
 from metaaux.models.auxiliary import AuxiliaryNetwork
 from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.encoder import LatentEncoder
@@ -15,7 +16,8 @@ from metaaux.training.directions import DirectionsConfig
 from metaaux.training.encoder import EncoderConfig
 from metaaux.training.generator import GeneratorConfig
 from metaaux.training.identity import IdentityConfig
-from metaaux.training.settings import Settings, default_run_folder, load_settings
+from metaaux.training.schedules import learning_rate_factor
+from metaaux.training.settings import ScheduleSettings, Settings, default_run_folder, load_settings
 
 CONFIGS = Path(__file__).resolve().parent.parent / "metaaux" / "configs"
 CLASSES = {
@@ -203,3 +205,39 @@ class TestValues:
 )
 def test_default_run_folder(path, folder):
     assert default_run_folder(path) == Path(folder)
+
+
+def test_learning_rate_rises_then_falls():
+    schedule = ScheduleSettings(warmup_images=100, final_learning_rate=0.1)
+    assert learning_rate_factor(0, 1000, schedule) < 0.02
+    assert learning_rate_factor(100, 1000, schedule) > 0.95
+    assert learning_rate_factor(1000, 1000, schedule) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "mini/plain.yaml",
+        "mini/meta.yaml",
+        "mini/meta-paper.yaml",
+        "baselines/plain-without-2d.yaml",
+        "baselines/plain-without-3d.yaml",
+    ],
+)
+def test_shipped_auxiliary_configurations_fit_a_network(path):
+    config = load_settings(AuxiliaryConfig, CONFIGS / path)
+    phase = "meta" if "meta" in path else "plain"
+    assert config.phase == phase
+    assert config.batch % config.inner.tasks_per_pass == 0
+    LossWeights(**config.inner.loss), LossWeights(**config.outer.loss)
+    if phase == "plain":
+        generator = EG3DGenerator(
+            image_size=128,
+            plane_resolution=128,
+            channel_base=8192,
+            channel_max=256,
+            neural_resolution=64,
+            super_resolution_kind="2X",
+        )
+        network = AuxiliaryNetwork(**AuxiliaryNetwork.config_for(generator, **config.auxiliary.arguments))
+        assert sum(p.numel() for p in network.parameters()) <= 4_000_000

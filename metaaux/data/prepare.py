@@ -100,10 +100,8 @@ def prepare(
     # Entries are named after all that decides their content.
     entries = {name: partial / _entry_key(folder, name, settings, image_format) for name in names}
     missing = {str(folder / name): entry for name, entry in entries.items() if not _result_path(entry).exists()}
-
     # 2. Align.
     _prepare_photos(missing, settings, image_format, workers, len(names), on_photo)
-
     # 3. Report and zip.
     results = {name: json.loads(_result_path(entry).read_text(encoding="utf-8")) for name, entry in entries.items()}
     report = _report(folder, results, resumed=len(names) - len(missing))

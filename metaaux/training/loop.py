@@ -190,7 +190,7 @@ def start(settings: RunSettings, folder: str | os.PathLike) -> Accelerator:
     places = ProjectConfiguration(project_dir=str(folder), logging_dir=os.path.join(folder, "trackers"))
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    return start_processes(settings.timeout_minutes, log_with=settings.trackers, project_config=places)
+    return start_processes(settings.timeout_minutes, log_with=settings.trackers or None, project_config=places)
 
 
 def _open_run(trainer: Trainer, folder: str | os.PathLike) -> TrainingRun:
