@@ -274,9 +274,7 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
 
             options = {"learning_rate": self.config.inner_learning_rate, "flip_share": self.config.flip_share}
             networks = (self.generator, self.auxiliary, loss)
-            graphs = self._recordings
-            make_problem = InnerProblem if graphs is None else functools.partial(ReplayedProblem, graphs)
-            options |= {"on_step": report, "make_problem": make_problem}
+            options |= {"on_step": report, "make_problem": self.make_problem}
             result = adapt(*networks, target, w, cameras, steps, **options)
             return self._inversion(result, w[0], cameras[0], crops[0])
 
@@ -319,6 +317,12 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
             return False
         yaws = pose_of_camera(cameras)[0]
         return bool((yaws > self.config.flip_yaw).all() or (yaws < -self.config.flip_yaw).all())
+
+    @property
+    def make_problem(self) -> Callable[..., InnerProblem]:
+        """How [`~metaaux.adaptation.adapt`] takes its steps with this pipeline's networks: by recordings, or not."""
+        graphs = self._recordings
+        return InnerProblem if graphs is None else functools.partial(ReplayedProblem, graphs)
 
     def inversion_loss(self, flip: bool = False) -> InversionLoss:
         """Eq. 8 with this checkpoint's weights and networks; with `flip` Eq. 12 takes part, as `InversionLoss.flip`.
