@@ -129,7 +129,8 @@ print("equal")
 )
 def test_fused_lookup_equals_grid_sample(device):
     # Triton's interpreter, which runs kernels on the CPU, is chosen when the kernels are defined: a fresh process.
-    environment = {**os.environ, "TRITON_INTERPRET": str(int(device == "cpu")), "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    environment = {**os.environ, "TRITON_INTERPRET": str(int(device == "cpu")), "PYTHONPATH": paths}
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FUSED_LOOKUP, device],
         env=environment,
