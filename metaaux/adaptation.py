@@ -43,6 +43,7 @@ class InnerLoop:
         flip_share: part of the steps, from the first on and at least one, whose loss holds Eq. 12, if the loss has it.
         resolution: rays a side; `None`: the generator's.
         dtype: the generator's precision; `None`: its own.
+        auxiliary_dtype: that of the auxiliary network's products; `None`: its own.
         differentiable: whether derivatives of the inner gradients are kept, as second-order meta-gradients need them.
         losses: whether the losses on the way are wanted for training (MAML++'s multi-step loss).
         checkpoint: whether a differentiable step keeps its parameters alone and is computed again in the backward
@@ -56,6 +57,7 @@ class InnerLoop:
     flip_share: float = 1.0
     resolution: int | None = None
     dtype: torch.dtype | None = None
+    auxiliary_dtype: torch.dtype | None = None
     differentiable: bool = False
     losses: bool = False
     checkpoint: bool = False
@@ -211,7 +213,7 @@ class InnerProblem:
         self, parameters: Mapping[str, torch.Tensor]
     ) -> tuple[AuxiliaryOutput, torch.Tensor, dict[str, torch.Tensor]]:
         """What parameters after all steps predict, and as `start`."""
-        offsets = predict_tasks(self.auxiliary, parameters, self.tasks)
+        offsets = predict_tasks(self.auxiliary, parameters, self.tasks, self.inner.auxiliary_dtype)
         output, losses = self.evaluate(self.inner.steps, offsets)
         return offsets, output.image, losses
 
@@ -226,7 +228,8 @@ class InnerProblem:
         """Eq. 5 once: θ' and v' (`gradient_step`) of the state θ, v after `step` steps; `differentiable` as
         `InnerLoop` has it."""
         inner = self.inner
-        output, losses = self.evaluate(step, predict_tasks(self.auxiliary, parameters, self.tasks))
+        offsets = predict_tasks(self.auxiliary, parameters, self.tasks, inner.auxiliary_dtype)
+        output, losses = self.evaluate(step, offsets)
         total = losses["total"]
         # The sum's gradient holds each task's own: no task's loss depends on another's parameters.
         gradients = torch.autograd.grad(
@@ -345,6 +348,7 @@ def adapt(
     max_gradient_norm: float | None = None,
     flip_share: float = 1.0,
     on_step: StepCallback | None = None,
+    dtype: torch.dtype | None = None,
     make_problem: Callable[..., InnerProblem] = InnerProblem,
 ) -> AdaptationResult:
     """Adapt the auxiliary network to the photos of one person by N gradient steps (Eq. 5, `gradient_step`).
@@ -363,6 +367,7 @@ def adapt(
         flip_share: see `InnerLoop`; in the paper it is 1.
         on_step: called as (step, image [P, 3, S, S], losses) for step -1 (the encoder alone, Δθ = 0), 0 (the
             prediction before any gradient step) and 1 … N (after each); losses as in `AdaptationResult.steps`.
+        dtype: reduced precision of the generator and the auxiliary network; the loss has its own. `None`: theirs.
         make_problem: makes an `InnerProblem`, or what takes its steps in another way, of its arguments.
 
     Raises:
@@ -378,6 +383,7 @@ def adapt(
         parameters = {name: p.detach().requires_grad_() for name, p in network.adaptable_parameters().items()}
         rates = _inner_rates(network, parameters, learning_rate, learning_rates)
         changes = {"rates": rates, "max_gradient_norm": max_gradient_norm, "flip_share": flip_share}
+        changes |= {"dtype": dtype, "auxiliary_dtype": dtype}
         inner = InnerLoop.of(network, steps, **changes)
         reports.start()
         with torch.no_grad():

@@ -17,6 +17,7 @@ from .models.discriminator import DualDiscriminator
 from .models.perceptual import LPIPS, DiscriminatorPerceptualDistance
 from .models.views import private_view
 from .models.weights import unwrapped
+from .precision import autocast
 
 
 class PerceptualDistance(Protocol):
@@ -150,6 +151,7 @@ class InversionLoss:
         discriminator: DualDiscriminator,
         identity: IdentityEmbedding,
         perceptual: LPIPS | None = None,
+        dtype: torch.dtype | None = None,
     ) -> InversionLoss:
         """Eq. 8 of a checkpoint with these components, for its inversions and for the inner loop that trains it.
 
@@ -158,8 +160,9 @@ class InversionLoss:
             discriminator: the adversarial term's and, without `perceptual`, that of the perceptual distance.
             identity: the identity network.
             perceptual: the checkpoint's perceptual network, if it has one.
+            dtype: see [`InversionLoss`].
         """
-        return cls(weights, perceptual_distance(perceptual, discriminator), identity, discriminator)
+        return cls(weights, perceptual_distance(perceptual, discriminator), identity, discriminator, dtype)
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint records of the loss that its inner learning rates were learnt for.
@@ -257,9 +260,7 @@ class InversionLoss:
         return loss
 
     def _autocast(self, image: torch.Tensor) -> contextlib.AbstractContextManager:
-        if self.dtype in (None, torch.float32):
-            return contextlib.nullcontext()
-        return torch.autocast(image.device.type, self.dtype)
+        return autocast(image.device, None if self.dtype == torch.float32 else self.dtype)
 
     def _adversarial(self, image: torch.Tensor, image_raw: torch.Tensor, camera: torch.Tensor) -> torch.Tensor:
         # StyleGAN's non-saturating generator loss.

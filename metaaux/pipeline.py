@@ -40,6 +40,7 @@ from .models.presets import preset_of
 from .models.recogniser import FaceRecogniser
 from .models.stylegan2 import StyleGAN2Generator
 from .models.weights import check_computable, unwrapped
+from .precision import autocast, reduced_dtype
 from .rendering import RenderingMixin
 from .replay import ReplayedProblem
 
@@ -261,7 +262,7 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
         crops, cameras = self._crops(photo, camera)
         loss = self.inversion_loss(self._shows_one_side(cameras) if flip is None else flip)
 
-        with self._own_stream(), self.progress_bar(total=steps + 2) as progress:
+        with self._own_stream(), self._products(), self.progress_bar(total=steps + 2) as progress:
             # 3. Encode.
             target, cameras, w = self._encode(crops, cameras)
 
@@ -274,7 +275,7 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
 
             options = {"learning_rate": self.config.inner_learning_rate, "flip_share": self.config.flip_share}
             networks = (self.generator, self.auxiliary, loss)
-            options |= {"on_step": report, "make_problem": self.make_problem}
+            options |= {"on_step": report, "make_problem": self.make_problem, "dtype": reduced_dtype(self.precision)}
             result = adapt(*networks, target, w, cameras, steps, **options)
             return self._inversion(result, w[0], cameras[0], crops[0])
 
@@ -335,7 +336,8 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
                 "this model has no flip loss: its weight_flip_perceptual and weight_flip_adversarial are both 0"
             )
         weights = self.flip_loss_weights if flip else self.loss_weights
-        return InversionLoss.from_components(weights, self.discriminator, self.identity, self.perceptual)
+        components = (self.discriminator, self.identity, self.perceptual)
+        return InversionLoss.from_components(weights, *components, dtype=reduced_dtype(self.precision))
 
     def _inversion(
         self, result: AdaptationResult, w: torch.Tensor, camera: torch.Tensor, aligned: Image.Image
@@ -373,9 +375,21 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
         device = self._execution_device
         target = torch.stack([image_to_tensor(crop) for crop in crops]).to(device)
         cameras = cameras.to(device)
-        codes = self._run_pass("encoding", self.encoder)("encode", self.encoder, target.to(self.encoder.dtype))
+        codes = self.codes(target)
         shares = frontal_shares(cameras).view(-1, *[1] * (codes.ndim - 1))
         return target, cameras, (shares * codes).sum(dim=0, keepdim=True)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def codes(self, target: torch.Tensor) -> torch.Tensor:
+        """The encoder's codes [P, …] of aligned photos [P, 3, S, S] in [-1, 1] on the pipeline's device."""
+
+        def encode(given: dict[str, Any]) -> torch.Tensor:
+            with autocast(given["image"].device, given["dtype"]):
+                return self.encoder(given["image"])
+
+        given = {"image": target.to(self.encoder.dtype), "dtype": reduced_dtype(self.precision)}
+        return self._run_pass("encoding", self.encoder)("encode", encode, given)
 
     def _crops(
         self, photo: Photo | Sequence[Photo], camera: torch.Tensor | None

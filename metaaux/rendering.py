@@ -22,6 +22,7 @@ from .models.directions import Direction, LatentDirections
 from .models.eg3d import EG3DGenerator
 from .models.stylegan2 import StyleGAN2Generator
 from .models.weights import check_computable, unwrapped
+from .precision import check_precision, products, reduced_dtype
 
 ProgressCallback = Callable[[float], None]
 
@@ -32,6 +33,7 @@ class RenderingMixin:
     generator: EG3DGenerator | StyleGAN2Generator
     latent_directions: LatentDirections | None
     _graphs: CudaGraphs | None = None
+    _precision = "float32"
 
     @property
     def has_viewpoints(self) -> bool:
@@ -80,6 +82,29 @@ class RenderingMixin:
             graphs.release()
 
     @property
+    def precision(self) -> str:
+        """In which the networks compute, "float32" (IEEE, the default), "tf32" or "bfloat16".
+
+        Weights stay as they are. Cameras, rays, demodulation, the losses' sums and gradient steps stay in float32 in
+        any case, and so do meshes but for TF32 products. tf32 makes a difference on CUDA alone. It is set for passes
+        of this pipeline and unset after them; PyTorch has it for a process, so passes of pipelines of other precisions
+        wait meanwhile, and what other threads compute by themselves at the time is TF32 too
+        (`metaaux.precision.products`). To be set while no call is at work.
+
+        Raises:
+            ValueError: set to another name.
+        """
+        return self._precision
+
+    @precision.setter
+    def precision(self, name: str) -> None:
+        self._precision = check_precision(name)
+
+    def _products(self) -> contextlib.AbstractContextManager:
+        """Where what is launched has the products of this pipeline's precision."""
+        return products(self.precision, self._execution_device)
+
+    @property
     def _recordings(self) -> CudaGraphs | None:
         """Where passes on this pipeline's device are recorded; `None`: they are not."""
         graphs = self._graphs
@@ -113,9 +138,11 @@ class RenderingMixin:
             "weight_offsets": weight_offsets,
             "offset_planes": offset_planes,
             "planes": planes,
+            "dtype": reduced_dtype(self.precision),
         }
         run = self._run_pass("rendering", generator)
-        return run("view", lambda given: generator.synthesize(**given).image, given)
+        with self._products():
+            return run("view", lambda given: generator.synthesize(**given).image, given)
 
     @torch.no_grad()
     def prepare(self, inversion: Inversion, edits: Mapping[str, float] | None = None) -> Head:
@@ -136,7 +163,9 @@ class RenderingMixin:
         weight_offsets = {layer: offset.to(device) for layer, offset in inversion.weight_offsets.items()}
         generator = self.generator
         run = self._run_pass("rendering", generator)
-        planes = run("planes", lambda given: generator.planes(**given), {"ws": ws, "weight_offsets": weight_offsets})
+        given = {"ws": ws, "weight_offsets": weight_offsets, "dtype": reduced_dtype(self.precision)}
+        with self._products():
+            planes = run("planes", lambda given: generator.planes(**given), given)
         return Head(
             ws=ws,
             planes=planes,
@@ -291,7 +320,8 @@ class RenderingMixin:
         if os.fspath(path).lower().endswith(".ply"):
             texture = None
         head = self._head(inversion, edits)
-        mesh = extract_mesh(self.generator, head, resolution, progress, texture)
+        with self._products():
+            mesh = extract_mesh(self.generator, head, resolution, progress, texture)
         write_mesh(mesh, path)
         return mesh
 

@@ -167,7 +167,12 @@ class ReplayedProblem(InnerProblem):
     def _settings(self, step: int) -> tuple:
         """What `evaluate` depends on beside tensors."""
         inner = self.inner
-        return self.loss.weights.uses_flip and inner.has_flip(step), inner.resolution, inner.dtype
+        return (
+            self.loss.weights.uses_flip and inner.has_flip(step),
+            inner.resolution,
+            inner.dtype,
+            inner.auxiliary_dtype,
+        )
 
     def _given(self, step: int) -> dict[str, Any]:
         """What all passes after the start are given, in the state after so many steps."""

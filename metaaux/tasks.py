@@ -14,6 +14,7 @@ from .models.auxiliary import AuxiliaryNetwork, AuxiliaryOutput
 from .models.eg3d import EG3DGenerator, GeneratorOutput
 from .models.encoder import ImageEncoder
 from .models.stylegan2 import ImageOutput, StyleGAN2Generator
+from .precision import autocast
 
 Generator = EG3DGenerator | StyleGAN2Generator
 
@@ -64,14 +65,21 @@ def make_tasks(generator: Generator, encoder: ImageEncoder, image: torch.Tensor,
 
 
 def predict_tasks(
-    auxiliary: AuxiliaryNetwork, parameters: Mapping[str, torch.Tensor], tasks: Tasks
+    auxiliary: AuxiliaryNetwork,
+    parameters: Mapping[str, torch.Tensor],
+    tasks: Tasks,
+    dtype: torch.dtype | None = None,
 ) -> AuxiliaryOutput:
-    """Offsets of each task, [T, …], from its own parameters [T, …] by name: the mean of what its photos give."""
+    """Offsets of each task, [T, …], from its own parameters [T, …] by name: the mean of what its photos give.
+
+    `dtype` of the network's products: by autocast, or, `None`, its own.
+    """
     photos = tasks.photos
 
     def predict_one(own, image, camera, planes):
         planes = None if planes is None else planes[None].expand(photos, *planes.shape)
-        output = torch.func.functional_call(auxiliary, own, (image, camera, planes))
+        with autocast(image.device, dtype):
+            output = torch.func.functional_call(auxiliary, own, (image, camera, planes))
         values = [*output.weight_offsets.values()]
         if output.offset_planes is not None:
             values.append(output.offset_planes)

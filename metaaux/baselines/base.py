@@ -93,15 +93,17 @@ def weights_of(loss: InversionLoss) -> dict[str, float]:
 
 
 @torch.no_grad()
-def render_each(generator: Generator, w: torch.Tensor, camera: torch.Tensor) -> list[Reconstruction]:
-    """What a generator makes of codes [B, …] seen by cameras [B, 25], one by one.
+def render_each(
+    generator: Generator, w: torch.Tensor, camera: torch.Tensor, dtype: torch.dtype | None = None
+) -> list[Reconstruction]:
+    """What a generator makes of codes [B, …] seen by cameras [B, 25], one by one; `dtype` of its products.
 
     Raises:
         FloatingPointError: a picture is not finite.
     """
     results = []
     for one, view in zip(w.split(1), camera.split(1)):
-        image = generator.synthesize(one, view).image[0]
+        image = generator.synthesize(one, view, dtype=dtype).image[0]
         if not torch.isfinite(image).all():
             raise FloatingPointError("the reconstruction is not finite: the optimisation diverged")
         results.append(Reconstruction(image.clamp(-1, 1), one, view, generator))

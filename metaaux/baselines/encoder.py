@@ -8,6 +8,7 @@ import torch
 
 from ..files import source_name
 from ..models.encoder import ImageEncoder
+from ..precision import autocast, reduced_dtype
 from .base import Generator, InversionMethod, Reconstruction, render_each
 from .registry import MethodRequest, register
 
@@ -21,10 +22,20 @@ class EncoderMethod(InversionMethod):
         generator: the generator.
         encoder: predicts W or W+.
         source: where the encoder came from, for the records.
+        dtype: reduced precision of both networks; `None`: theirs.
     """
 
-    def __init__(self, name: str, label: str, generator: Generator, encoder: ImageEncoder, source: str):
+    def __init__(
+        self,
+        name: str,
+        label: str,
+        generator: Generator,
+        encoder: ImageEncoder,
+        source: str,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__(name, label)
+        self.dtype = dtype
         self.generator, self.encoder, self.source = generator, encoder, source
 
     def settings(self) -> dict[str, Any]:
@@ -32,23 +43,26 @@ class EncoderMethod(InversionMethod):
 
     @torch.no_grad()
     def invert(self, image: torch.Tensor, camera: torch.Tensor) -> list[Reconstruction]:
-        return render_each(self.generator, self.encoder(image), camera)
+        with autocast(image.device, self.dtype):
+            w = self.encoder(image)
+        return render_each(self.generator, w, camera, self.dtype)
 
 
 @register("encoder", "encoder (W)")
 def make_encoder(request: MethodRequest) -> EncoderMethod:
     """The checkpoint's own encoder, with which our method starts."""
     inverter = request.inverter
-    return EncoderMethod(request.name, request.label, inverter.generator, inverter.encoder, "pipeline")
+    dtype = reduced_dtype(inverter.precision)
+    return EncoderMethod(request.name, request.label, inverter.generator, inverter.encoder, "pipeline", dtype)
 
 
 def make_from_folder(request: MethodRequest, cls: type[ImageEncoder]) -> EncoderMethod:
     """A baseline's encoder, of class `cls`, from the method's folder."""
-    generator = request.inverter.generator
+    generator, dtype = request.inverter.generator, reduced_dtype(request.inverter.precision)
     encoder = request.load(
         cls,
         image_size=generator.config.image_size,
         w_dim=generator.config.w_dim,
         num_ws=generator.num_ws,
     )
-    return EncoderMethod(request.name, request.label, generator, encoder, source_name(request.folder))
+    return EncoderMethod(request.name, request.label, generator, encoder, source_name(request.folder), dtype)

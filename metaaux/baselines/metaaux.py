@@ -11,6 +11,7 @@ from ..files import source_name
 from ..losses import InversionLoss
 from ..models.auxiliary import AuxiliaryNetwork
 from ..models.encoder import LatentEncoder
+from ..precision import autocast, reduced_dtype
 from ..tasks import Tasks, make_tasks, predict_tasks
 from .base import Generator, InversionMethod, Reconstruction, weights_of
 from .registry import MethodRequest, register
@@ -32,6 +33,7 @@ class AuxiliaryAdaptation(InversionMethod):
         steps: N of Eq. 5.
         learning_rate: α of Eq. 5; `None` takes the rates stored in the auxiliary network.
         source: where the auxiliary network came from, for the records.
+        dtype: reduced precision of the networks; the loss has its own. `None`: theirs.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class AuxiliaryAdaptation(InversionMethod):
         steps: int,
         learning_rate: float | None,
         source: str,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(name, label)
+        self.dtype = dtype
         self.generator, self.encoder, self.loss, self.auxiliary = generator, encoder, loss, auxiliary
         self.steps, self.learning_rate, self.source = steps, learning_rate, source
 
@@ -73,7 +77,7 @@ class AuxiliaryAdaptation(InversionMethod):
 
     def _invert_one(self, image: torch.Tensor, camera: torch.Tensor) -> Reconstruction:
         with torch.no_grad():
-            w = self.encoder(image)
+            w = self._encode(image)
         result = adapt(
             self.generator,
             self.auxiliary,
@@ -83,27 +87,33 @@ class AuxiliaryAdaptation(InversionMethod):
             camera,
             steps=self.steps,
             learning_rates=self.rates(),
+            dtype=self.dtype,
         )
         final = result.image[0].detach().clamp(-1, 1)
         return Reconstruction(final, w, camera, self.generator, result.weight_offsets, result.offset_planes)
 
     def _invert_batch(self, image: torch.Tensor, camera: torch.Tensor) -> list[Reconstruction]:
         generator, auxiliary = self.generator, self.auxiliary
-        tasks = make_tasks(generator, self.encoder, image, camera)
+        tasks = make_tasks(generator, self._encode, image, camera)
         parameters = {name: p.detach().requires_grad_() for name, p in auxiliary.adaptable_parameters().items()}
-        inner = InnerLoop.of(auxiliary, self.steps, rates=self.rates())
+        inner = InnerLoop.of(auxiliary, self.steps, rates=self.rates(), dtype=self.dtype, auxiliary_dtype=self.dtype)
         with torch.enable_grad():
             adapted, _ = InnerProblem(generator, auxiliary, self.loss, tasks, inner).run(parameters)
         with torch.no_grad():
-            offsets = predict_tasks(auxiliary, adapted, tasks)
+            offsets = predict_tasks(auxiliary, adapted, tasks, self.dtype)
             return [self._of_task(tasks, offsets, index) for index in range(len(image))]
+
+    def _encode(self, image: torch.Tensor) -> torch.Tensor:
+        with autocast(image.device, self.dtype):
+            return self.encoder(image)
 
     def _of_task(self, tasks: Tasks, offsets, index: int) -> Reconstruction:
         part = slice(index, index + 1)
         w, camera = tasks.w[part], tasks.camera[part]
         weight_offsets = {name: offset[index] for name, offset in offsets.weight_offsets.items()}
         offset_planes = None if offsets.offset_planes is None else offsets.offset_planes[part]
-        output = self.generator.synthesize(w, camera, weight_offsets=weight_offsets, offset_planes=offset_planes)
+        offsets = {"weight_offsets": weight_offsets, "offset_planes": offset_planes}
+        output = self.generator.synthesize(w, camera, **offsets, dtype=self.dtype)
         if not torch.isfinite(output.image).all():
             raise FloatingPointError("the reconstruction is not finite: the adaptation diverged")
         return Reconstruction(output.image[0].clamp(-1, 1), w, camera, self.generator, weight_offsets, offset_planes)
@@ -147,4 +157,5 @@ def make_adaptation(
         steps,
         learning_rate,
         source,
+        reduced_dtype(inverter.precision),
     )

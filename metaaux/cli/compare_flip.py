@@ -12,6 +12,8 @@ from .options import (
     EditOption,
     FolderOption,
     ModelOption,
+    Precision,
+    PrecisionOption,
     StepsOption,
     check_folder,
     echo,
@@ -35,6 +37,7 @@ def compare_flip(
     edit: EditOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
+    precision: PrecisionOption = Precision.float32,
 ) -> None:
     """Invert turned faces without and with the flip loss (Eq. 12), each photo on its own.
 
@@ -50,7 +53,7 @@ def compare_flip(
 
     edits = parse_edits(edit)
     check_folder(out)
-    inverter = load_inverter(model, device, progress=False)
+    inverter = load_inverter(model, device, precision, progress=False)
     perceptual = None if features is None else LPIPS.from_features_file(features).to(inverter.device)
     faces = faces_of(photos, inverter.generator.config.image_size, most)
     with tqdm(total=len(faces), unit="face") as bar:

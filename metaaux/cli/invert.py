@@ -13,6 +13,8 @@ from .options import (
     FolderOption,
     JsonOption,
     ModelOption,
+    Precision,
+    PrecisionOption,
     StepsOption,
     check_folder,
     echo,
@@ -35,6 +37,7 @@ def invert(
         typer.Option("--flip/--no-flip", help="Flip loss for turned faces. Default: where the face is turned far."),
     ] = None,
     device: DeviceOption = None,
+    precision: PrecisionOption = Precision.float32,
 ) -> None:
     """Invert the face of a photo.
 
@@ -47,7 +50,7 @@ def invert(
     from ..files import write_json
 
     check_folder(out)
-    inverter = load_inverter(model, device)
+    inverter = load_inverter(model, device, precision)
     images: list[Image.Image] = []
     started = time.perf_counter()
     inversion = inverter.invert(

@@ -12,6 +12,8 @@ from .options import (
     EditOption,
     InversionArgument,
     ModelOption,
+    Precision,
+    PrecisionOption,
     check_file,
     echo,
     load_inverter,
@@ -34,13 +36,14 @@ def mesh(
     edit: EditOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
+    precision: PrecisionOption = Precision.float32,
 ) -> None:
     """Write an inverted head as a closed mesh with a texture baked from rendered views."""
     from tqdm.auto import tqdm
 
     check_file(out, ".glb", ".obj", ".ply")
     edits = parse_edits(edit)
-    inverter = load_inverter(model, device)
+    inverter = load_inverter(model, device, precision)
     loaded = inverter.load_inversion(inversion)
     with tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed}") as bar:
         result = inverter.export_mesh(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import inspect
 import io
@@ -25,12 +26,28 @@ if TYPE_CHECKING:
 
 # Heavy modules are imported inside the functions: `--help` and usage errors should not wait for PyTorch.
 
+
+class Precision(str, enum.Enum):
+    """`metaaux.precision.PRECISIONS`."""
+
+    float32 = "float32"
+    tf32 = "tf32"
+    bfloat16 = "bfloat16"
+
+
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Hub id or folder of the model. Default: the embedded metaaux-mini.")
 ]
 DeviceOption = Annotated[
     str | None,
     typer.Option("--device", help="For example cuda, cuda:1, mps or cpu. Default: a GPU where there is one."),
+]
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option(
+        "--precision",
+        help="Of the networks' products: float32 (IEEE), tf32 (NVIDIA's GPUs) or bfloat16; weights stay as they are.",
+    ),
 ]
 InversionArgument = Annotated[Path, typer.Argument(metavar="INVERSION", help="File written by invert.")]
 EditOption = Annotated[
@@ -68,6 +85,7 @@ class ComparisonOptions:
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many photos.")] = None
     model: ModelOption = None
     device: DeviceOption = None
+    precision: PrecisionOption = Precision.float32
     steps: StepsOption = None
     shard: Annotated[
         str,
@@ -122,7 +140,7 @@ class ComparisonOptions:
         from ..baselines.optimization import LatentSettings
         from ..evaluation.photos import open_photos
 
-        inverter = load_inverter(self.model, self.device or device, progress=False)
+        inverter = load_inverter(self.model, self.device or device, self.precision, progress=False)
         options = MethodOptions(
             steps=self.steps,
             psp=self.psp,
@@ -179,18 +197,23 @@ def with_options(options: type, **defaults: Any) -> Callable[[Callable[..., None
     return decorate
 
 
-def load_inverter(model: str | None, device: str | None, progress: bool = True) -> MetaAuxInverter:
-    """The pipeline of `--model` on `--device`.
+def load_inverter(
+    model: str | None, device: str | None, precision: Precision = Precision.float32, progress: bool = True
+) -> MetaAuxInverter:
+    """The pipeline of `--model` on `--device`, that computes in `--precision`.
 
     Raises:
-        ValueError: the device cannot be used, or the model is of another kind.
+        ValueError: the device cannot be used, or not in this precision, or the model is of another kind.
         OSError: the model is missing, damaged or cannot be reached.
     """
     from ..devices import usable_device
     from ..pipeline import MetaAuxInverter
+    from ..precision import check_precision
 
     device = usable_device(device)
+    check_precision(precision.value, device)
     inverter = MetaAuxInverter.from_pretrained(model).to(device)
+    inverter.precision = precision.value
     inverter.set_progress_bar_config(disable=not progress)
     return inverter
 

@@ -13,6 +13,8 @@ from .options import (
     EditOption,
     InversionArgument,
     ModelOption,
+    Precision,
+    PrecisionOption,
     check_file,
     load_inverter,
     parse_edits,
@@ -38,13 +40,14 @@ def orbit(
     edit: EditOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
+    precision: PrecisionOption = Precision.float32,
 ) -> None:
     """Write a video of the camera circling an inverted head."""
     from ..export.video import write_video
 
     check_file(out, ".mp4")
     edits = parse_edits(edit)
-    inverter = load_inverter(model, device)
+    inverter = load_inverter(model, device, precision)
     head = inverter.prepare(inverter.load_inversion(inversion), edits)
     views = inverter.orbit(head, frames, yaw_range=yaw_range, pitch_range=pitch_range, path=path.value)
     write_video(views, out, fps=fps)

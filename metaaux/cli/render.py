@@ -12,6 +12,8 @@ from .options import (
     EditOption,
     InversionArgument,
     ModelOption,
+    Precision,
+    PrecisionOption,
     check_file,
     load_inverter,
     parse_edits,
@@ -26,11 +28,12 @@ def render(
     edit: EditOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
+    precision: PrecisionOption = Precision.float32,
 ) -> None:
     """Render an inverted head from any side."""
     from ..export.images import save_image
 
     check_file(out, ".png")
     edits = parse_edits(edit)
-    inverter = load_inverter(model, device)
+    inverter = load_inverter(model, device, precision)
     save_image(inverter.render(inverter.load_inversion(inversion), yaw=yaw, pitch=pitch, edits=edits), out)

@@ -20,8 +20,9 @@ from ..faces.detection import FaceDetector
 from ..faces.measures import MEASURES, face_measures
 from ..files import source_name, write_json, write_text
 from ..models.age_gender import AgeGenderNetwork
+from ..precision import products
 from .photos import PhotoSet
-from .reconstruction import mean_of, weights_digest
+from .reconstruction import mean_of, noted_precision, weights_digest
 from .records import Records
 from .report import markdown_table
 
@@ -91,7 +92,7 @@ class EditingEvaluation:
             "measures": sorted(self.measures),
             "gains": {name: self.directions[name].gain for name in self.names},
             "methods": {method.name: method.settings() for method in methods},
-        }
+        } | noted_precision(inverter)
         self.records = Records(folder, settings, shard)
 
     def run(self) -> None:
@@ -113,7 +114,8 @@ class EditingEvaluation:
         try:
             photo = self.photos[index]
             device = self.inverter.device
-            reconstruction = method.invert(photo.image[None].to(device), photo.camera[None].to(device))[0]
+            with products(self.inverter.precision, device):
+                reconstruction = method.invert(photo.image[None].to(device), photo.camera[None].to(device))[0]
             record |= self._edit(reconstruction)
         except (ValueError, FloatingPointError) as error:
             # A photo that cannot be used, or an inversion that diverged.

@@ -19,6 +19,7 @@ from ..cameras import pose_of_camera
 from ..devices import device_name
 from ..export.images import image_to_tensor, save_image, tensor_to_image
 from ..files import source_name, write_json, write_text
+from ..precision import products
 from .frechet import FeatureExtractor, FeatureStatistics, frechet_between
 from .metrics import ReconstructionMetrics, timed
 from .photos import Photo, PhotoSet
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
 #: Yaws in degrees of the views that show whether an inverted head is still the person when it is turned.
 TURNED_YAWS = (-20.0, 20.0)
 PICTURE_ROWS = 6
+
+
+def noted_precision(inverter: MetaAuxInverter) -> dict[str, str]:
+    """For the settings of an evaluation, which for float32 are those of before there were others."""
+    return {} if inverter.precision == "float32" else {"precision": inverter.precision}
 
 
 class ReconstructionEvaluation:
@@ -86,7 +92,7 @@ class ReconstructionEvaluation:
             "metrics": metrics.names,
             "pose": pose,
             "methods": {method.name: method.settings() for method in methods},
-        }
+        } | noted_precision(inverter)
         self.records = Records(folder, self.settings, shard)
         self._warm: set[str] = set()
 
@@ -139,11 +145,13 @@ class ReconstructionEvaluation:
         if method.name not in self._warm:
             self._warm.add(method.name)
             try:
-                method.warm_up(image, camera)
+                with products(self.inverter.precision, self.device):
+                    method.warm_up(image, camera)
             except FloatingPointError:
                 pass  # the inversion itself will tell
         try:
-            reconstructions, seconds = timed(lambda: method.invert(image, camera), self.device)
+            with products(self.inverter.precision, self.device):
+                reconstructions, seconds = timed(lambda: method.invert(image, camera), self.device)
         except FloatingPointError as error:
             if len(photos) > 1:  # which of them failed shows one by one
                 for photo in photos:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..precision import matmul_in_tf32
 from . import triplane_cuda
 
 if triplane_cuda.triton is not None:
@@ -431,7 +432,7 @@ def decode(
         triplane_cuda.packed_axes(plane_axes),
         2 / box_size,
         (hidden.weight_gain, hidden.bias_gain, last.weight_gain, last.bias_gain),
-        "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "tf32" if matmul_in_tf32() else "ieee",
     )
     return _Decode.apply(
         points.float().contiguous(),

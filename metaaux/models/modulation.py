@@ -120,6 +120,7 @@ def modulated_conv2d(
     else:
         y = _conv2d(x, weight.to(x.dtype))
     if demodulate:
-        energy = styles.square() @ weight.square().sum(dim=(2, 3)).t()
+        with torch.autocast(x.device.type, enabled=False):
+            energy = styles.square() @ weight.square().sum(dim=(2, 3)).t()
         y = y * ((energy + 1e-8).rsqrt() * gain).to(y.dtype)[:, :, None, None]
     return y if demodulate or gain == 1 else y * gain

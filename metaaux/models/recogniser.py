@@ -134,13 +134,18 @@ def chips_from_crops(crops: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor
     """
     if crops.shape[-1] > _LARGEST_CROP:
         crops = resize_antialiased(crops, _LARGEST_CROP)
+    with torch.autocast(crops.device.type, enabled=False):  # positions in float32, whatever the network computes in
+        return _chips(crops.float(), cameras.float())
+
+
+def _chips(crops: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
     side = crops.shape[-1]
     centres = (torch.arange(CHIP_SIZE, device=crops.device) + 0.5) / CHIP_SIZE
     v, u = torch.meshgrid(centres, centres, indexing="ij")
     positions = torch.stack((u, v, torch.ones_like(u)), dim=-1).flatten(0, 1) @ chip_transforms(cameras).mT
     # Pixel centres of the border lie half a pixel inside.
     positions = (positions * 2 - 1).clamp(1 / side - 1, 1 - 1 / side)
-    return bilinear_gather(crops.float(), positions).mT.unflatten(2, (CHIP_SIZE, CHIP_SIZE))
+    return bilinear_gather(crops, positions).mT.unflatten(2, (CHIP_SIZE, CHIP_SIZE))
 
 
 class FaceRecogniser(ModelMixin, ConfigMixin):

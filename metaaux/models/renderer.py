@@ -217,8 +217,9 @@ def sample_planes(
     if lookup == "gather":
         features = bilinear_gather(flat, uv)
     else:
-        flat = flat.contiguous(memory_format=torch.channels_last)
-        features = F.grid_sample(flat, uv[:, None].to(flat.dtype), align_corners=False)[:, :, 0].transpose(1, 2)
+        # In float32: it takes positions in the planes' precision, in which samples would move by a pixel.
+        flat = flat.float().contiguous(memory_format=torch.channels_last)
+        features = F.grid_sample(flat, uv[:, None], align_corners=False)[:, :, 0].transpose(1, 2).to(planes.dtype)
     return features.reshape(batch, count, -1, channels).mean(dim=1)
 
 
