@@ -21,12 +21,16 @@ from ..cameras import camera_from_pose
 from ..devices import device_name, usable_device
 from ..hub.loading import check_model_index
 from ..pipeline import MetaAuxInverter
-from .counting import count
+from ..precision import check_precision, products, reduced_dtype
+from .counting import count, profiled
 from .metrics import timed
 
 
 def load_for_benchmark(
-    model: str | None = None, device: str | None = None, dtype: torch.dtype = torch.float32
+    model: str | None = None,
+    device: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    precision: str = "float32",
 ) -> tuple[MetaAuxInverter, bool]:
     """A pipeline in eval mode on `device`, and whether its weights are random.
 
@@ -34,13 +38,15 @@ def load_for_benchmark(
         model: Hub id or folder. A folder with configurations and no safetensors file at all gives a pipeline with
             random weights, drawn from a fixed seed. Default: the embedded checkpoint.
         device: default: a GPU where there is one.
-        dtype: of generator and discriminator; the small networks stay in float32.
+        dtype: of the weights of generator and discriminator; the small networks' stay in float32.
+        precision: the pipeline's.
 
     Raises:
-        ValueError: the device cannot be used, or the folder holds another kind of pipeline.
+        ValueError: the device cannot be used, or not in this precision, or the folder holds another kind of pipeline.
         OSError: files are missing.
     """
     device = usable_device(device)
+    check_precision(precision, device)
     random_weights = model is not None and os.path.isdir(model) and not any(Path(model).rglob("*.safetensors"))
     if not random_weights:
         inverter = MetaAuxInverter.from_pretrained(model, dtype=dtype)
@@ -49,6 +55,7 @@ def load_for_benchmark(
             torch.manual_seed(0)
             inverter = _with_random_weights(Path(model), dtype)
     inverter.set_progress_bar_config(disable=True)
+    inverter.precision = precision
     return inverter.to(device), random_weights
 
 
@@ -76,8 +83,13 @@ def run_benchmark(
     repeats: int = 10,
     warmup: int = 3,
     counts: bool = False,
+    work: Work | None = None,
 ) -> dict[str, Any]:
     """Times a pipeline on its device, on a random picture; nothing of the pipeline changes.
+
+    On CUDA a measure has two figures more: "peak_mb", the most memory that was allocated in its runs, recordings of
+    CUDA graphs and networks included, and "profile", what `counting.profiled` saw in one more run, whose "busy_share"
+    is the GPU's busy time over the median.
 
     Measures:
         synthesis: latent code to image.
@@ -93,16 +105,17 @@ def run_benchmark(
         repeats: timed runs; of `adaptation` a quarter of them.
         warmup: runs before.
         counts: whether one run of each measure is counted too (`counting.count`).
+        work: what is timed, where it was made before.
 
     Returns:
         {"model", "weights", "device", "dtype", "measures": {name: {"median_ms", "min_ms", "max_ms", "repeats"}}, …};
         with `counts` a measure has "count" too.
     """
-    work = _Work(inverter, steps, random_weights)
+    work = work or Work(inverter, steps, random_weights)
     numbers = {"synthesis": repeats, "adaptation": max(1, repeats // 4), "tuning_step": repeats}
     if inverter.has_viewpoints:
         numbers["cached_view"] = repeats
-    measures = {}
+    measures, on_cuda = {}, inverter.device.type == "cuda"
     with tqdm(total=len(numbers), unit="measure", disable=None) as bar:
         for name, number in numbers.items():
             bar.set_description(name)
@@ -110,9 +123,17 @@ def run_benchmark(
             for _ in range(warmup):
                 function()
             work.step_seconds.clear()
-            measures[name] = _summary([_seconds(function, inverter.device) for _ in range(number)])
+            if on_cuda:
+                torch.cuda.reset_peak_memory_stats(inverter.device)
+            measures[name] = _summary([seconds_of(function, inverter.device) for _ in range(number)])
+            if on_cuda:
+                measures[name]["peak_mb"] = torch.cuda.max_memory_allocated(inverter.device) / 1e6
             if name == "adaptation":
                 measures["adaptation_step"] = _summary(list(work.step_seconds))
+            if on_cuda:
+                profile = profiled(function, inverter.device)
+                profile["busy_share"] = profile["busy_ms"] / measures[name]["median_ms"]
+                measures[name]["profile"] = profile
             if counts:
                 measures[name]["count"] = count(function, inverter.device)
                 if name == "adaptation":
@@ -134,13 +155,14 @@ def _circumstances(inverter: MetaAuxInverter, random_weights: bool) -> dict[str,
         "batch": 1,
         "device": device_name(device),
         "dtype": str(generator.dtype).removeprefix("torch."),
+        "precision": inverter.precision,
         "cuda_graphs": inverter.make_problem is not InnerProblem,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "versions": {"metaaux": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
 
 
-class _Work:
+class Work:
     """What is timed, each as a call without arguments; all that a call needs is made here, outside of its time.
 
     Args:
@@ -150,28 +172,23 @@ class _Work:
 
     Attributes:
         step_seconds: of each gradient step of the calls of `adaptation` so far.
+        image: what the last call of `adaptation` ended with, [1, 3, S, S] on the CPU.
+        loss: and its total loss.
     """
 
     def __init__(self, inverter: MetaAuxInverter, steps: int, random_weights: bool):
         self.inverter, self.steps = inverter, steps
         device, size = inverter.device, inverter.generator.config.image_size
-        coarse = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-        picture = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
-        self.target = (picture.clamp(0, 1) * 2 - 1).to(device)
+        self.target = random_picture(size).to(device)
         self.camera = camera_from_pose(5.0, 0.0)[None].to(device)
         self.side = camera_from_pose(20.0, -5.0)[None].to(device)
-        self.w = self._encode()
+        self.w = inverter.codes(self.target)
         with torch.no_grad():
             self.planes = inverter.generator.planes(self.w)
         # Random weights answer to no rate in particular; this one keeps them finite.
         self.learning_rate = 1e-6 if random_weights else inverter.config.inner_learning_rate
         self.tuned = copy.deepcopy(inverter.generator).requires_grad_()
         self.step_seconds: list[float] = []
-
-    @torch.no_grad()
-    def _encode(self) -> torch.Tensor:
-        encoder = self.inverter.encoder
-        return encoder(self.target.to(encoder.dtype))
 
     @torch.no_grad()
     def synthesis(self) -> None:
@@ -182,31 +199,47 @@ class _Work:
         self.inverter.synthesize(self.w, self.side, planes=self.planes)
 
     def adaptation(self) -> None:
-        result = adapt(
-            self.inverter.generator,
-            self.inverter.auxiliary,
-            self.inverter.inversion_loss(),
-            self.target,
-            self._encode(),
-            self.camera,
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            make_problem=self.inverter.make_problem,
-        )
-        self.step_seconds.extend(step["seconds"] for step in result.steps[1:-1])
+        self.image, self.loss, seconds = self.invert(self.target)
+        self.step_seconds.extend(seconds)
+
+    def invert(self, target: torch.Tensor) -> tuple[torch.Tensor, float, list[float]]:
+        """What `MetaAuxInverter.invert` does with an aligned photo [1, 3, S, S]: the reconstruction on the CPU, its
+        total loss, and the seconds of each gradient step."""
+        inverter = self.inverter
+        with inverter._own_stream(), products(inverter.precision, inverter.device):
+            result = adapt(
+                inverter.generator,
+                inverter.auxiliary,
+                inverter.inversion_loss(),
+                target,
+                inverter.codes(target),
+                self.camera,
+                steps=self.steps,
+                learning_rate=self.learning_rate,
+                dtype=reduced_dtype(inverter.precision),
+                make_problem=inverter.make_problem,
+            )
+            return result.image.cpu(), result.steps[-1]["total"], [s["seconds"] for s in result.steps[1:-1]]
 
     def tuning_step(self) -> None:
         weights = list(self.tuned.parameters())
-        with torch.enable_grad():
-            error = (self.tuned.synthesize(self.w, self.camera).image - self.target).square().mean()
-        gradients = torch.autograd.grad(error, weights, allow_unused=True)
+        dtype = reduced_dtype(self.inverter.precision)
+        with torch.enable_grad(), products(self.inverter.precision, self.inverter.device):
+            error = (self.tuned.synthesize(self.w, self.camera, dtype=dtype).image - self.target).square().mean()
+            gradients = torch.autograd.grad(error, weights, allow_unused=True)
         with torch.no_grad():
             for weight, gradient in zip(weights, gradients):
                 if gradient is not None:  # the mapping network's is none
                     weight.add_(gradient, alpha=-1e-6)  # so small that the copy stays finite over all repeats
 
 
-def _count_of_a_step(work: _Work, adaptation: dict[str, Any]) -> dict[str, Any]:
+def random_picture(size: int, seed: int = 0) -> torch.Tensor:
+    """A smooth one [1, 3, size, size] in [-1, 1], always the same of a seed."""
+    coarse = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").clamp(0, 1) * 2 - 1
+
+
+def _count_of_a_step(work: Work, adaptation: dict[str, Any]) -> dict[str, Any]:
     """What one more step adds to the count of an adaptation."""
     work.steps += 1
     longer = count(work.adaptation, work.inverter.device)
@@ -215,7 +248,8 @@ def _count_of_a_step(work: _Work, adaptation: dict[str, Any]) -> dict[str, Any]:
     return {name: value - adaptation[name] for name, value in longer.items()} | {"h100_floor_ms": floors}
 
 
-def _seconds(function: Callable[[], None], device: torch.device) -> float:
+def seconds_of(function: Callable[[], None], device: torch.device) -> float:
+    """How long a call takes, with the device's queue empty before and after."""
     return timed(function, device)[1]
 
 
@@ -227,3 +261,7 @@ def _summary(seconds: list[float]) -> dict[str, float | int]:
         "max_ms": max(milliseconds),
         "repeats": len(milliseconds),
     }
+
+
+#: Former names, by which `evaluation.paired` asks a revision's benchmark.
+_Work, _seconds = Work, seconds_of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,6 +17,9 @@ H100_TERABYTES = 3.35
 
 # Views and metadata launch nothing on a device; the rest of them have `is_view` schemas.
 _WITHOUT_KERNEL = ("aten.detach", "aten.empty", "aten._unsafe_view", "aten.lift_fresh", "aten._local_scalar_dense")
+
+# The driver's and the runtime's calls that make a GPU compute something.
+_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 
 
 class OperatorCounter(TorchDispatchMode):
@@ -70,14 +73,37 @@ def count(function: Callable[[], Any], device: torch.device) -> dict[str, float]
         "h100_unfused_ms": operators.bytes / H100_TERABYTES / 1e9,
     }
     if device.type == "cuda":
-        counts["kernels"] = _kernels(function, device)
+        counts["kernels"] = profiled(function, device)["kernels"]
     return counts
 
 
-def _kernels(function: Callable[[], Any], device: torch.device) -> int:
+def profiled(function: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """How one call of `function` keeps a CUDA device busy, as PyTorch's profiler sees it.
+
+    Returns:
+        "kernels": computed on the GPU, those of CUDA graphs too.
+        "launches": of kernels and graphs by the host.
+        "busy_ms": in which the GPU computed or copied something.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         function()
         torch.cuda.synchronize(device)
-    events = (event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA)
-    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in events)
+    # Not `profile.events()`, which for tens of thousands of kernels takes many times as long as they did.
+    events = profile.profiler.kineto_results.events()
+    on_gpu = [event for event in events if event.device_type() == torch.autograd.DeviceType.CUDA]
+    return {
+        "kernels": sum(not event.name().startswith(("Memcpy", "Memset")) for event in on_gpu),
+        "launches": sum(event.name().startswith(_LAUNCHES) for event in events),
+        "busy_ms": covered((event.start_ns(), event.start_ns() + event.duration_ns()) for event in on_gpu) / 1e6,
+    }
+
+
+def covered(spans: Iterable[tuple[int, int]]) -> int:
+    """How much of a line the spans (start, end) cover, where they overlap once."""
+    total, reached = 0, None
+    for start, end in sorted(spans):
+        start = start if reached is None else max(start, reached)
+        total += max(0, end - start)
+        reached = end if reached is None else max(end, reached)
+    return total

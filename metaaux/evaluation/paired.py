@@ -24,6 +24,8 @@ from metaaux.evaluation.benchmark import _Work, _seconds, load_for_benchmark
 inverter, random_weights = load_for_benchmark(settings["model"], settings["device"], getattr(torch, settings["dtype"]))
 if settings["cuda_graphs"] and hasattr(inverter, "enable_cuda_graphs"):
     inverter.enable_cuda_graphs()
+if hasattr(inverter, "precision"):
+    inverter.precision = settings["precision"]
 work = _Work(inverter, settings["steps"], random_weights)
 measures = ["synthesis", "adaptation", "tuning_step"] + ["cached_view"] * inverter.has_viewpoints
 print(json.dumps(measures), file=answers, flush=True)
@@ -43,6 +45,7 @@ class PairedSettings:
         device, dtype: see there; the latter by name.
         steps: gradient steps of an inversion.
         threads: CPU threads. Default: PyTorch's.
+        precision: the pipeline's, of the revisions that have a choice.
         cuda_graphs: whether passes are recorded and replayed on CUDA, by the revisions that can.
     """
 
@@ -52,6 +55,7 @@ class PairedSettings:
     steps: int = 5
     threads: int | None = None
     cuda_graphs: bool = False
+    precision: str = "float32"
 
 
 class _Revision:

@@ -1,0 +1,117 @@
+"""Run by `official.run_official` as a program of its own, with the official code's folder on the path: prints JSON.
+
+It imports nothing of this package, whose modules and settings would mix with those of the code that is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def build_plugins(device: torch.device) -> dict[str, Any]:
+    """Builds the CUDA plugins of the official code, or turns them off where that fails."""
+    from torch_utils.ops import bias_act, upfirdn2d
+
+    if device.type != "cuda":
+        return {"operations": "reference", "reason": f"plugins need CUDA, the device is {device.type}"}
+    try:
+        for operation in (bias_act, upfirdn2d):
+            operation._init()
+    except Exception as error:  # whatever a compiler may fail with
+        for operation in (bias_act, upfirdn2d):
+            operation._init = lambda: False
+        return {"operations": "reference", "reason": str(error).strip().splitlines()[0][:300]}
+    return {"operations": "plugins"}
+
+
+class Work:
+    """What is timed: a generator with random weights, and one call a measure."""
+
+    def __init__(self, settings: dict[str, Any], device: torch.device):
+        from training.triplane import TriPlaneGenerator
+
+        torch.manual_seed(0)
+        self.generator = TriPlaneGenerator(**settings["arguments"]).eval().requires_grad_(False).to(device)
+        self.generator.neural_rendering_resolution = settings["neural_resolution"]
+        self.camera, self.side = (torch.tensor([settings[name]], device=device) for name in ("camera", "side_camera"))
+        z = torch.randn(1, self.generator.z_dim, device=device)
+        size = self.generator.img_resolution
+        self.target = torch.rand(1, 3, size, size, device=device) * 2 - 1
+        self.options: dict[str, Any] = {"noise_mode": "const"}
+        with torch.no_grad():
+            self.ws = self.generator.mapping(z, self.camera)
+            self.generator.synthesis(self.ws, self.camera, cache_backbone=True, **self.options)
+
+    @torch.no_grad()
+    def synthesis(self) -> None:
+        self.generator.synthesis(self.ws, self.camera, **self.options)
+
+    @torch.no_grad()
+    def cached_view(self) -> None:
+        self.generator.synthesis(self.ws, self.side, use_cached_backbone=True, **self.options)
+
+    def tuning_step(self) -> None:
+        weights = list(self.generator.parameters())
+        self.generator.requires_grad_(True)
+        image = self.generator.synthesis(self.ws, self.camera, **self.options)["image"]
+        gradients = torch.autograd.grad((image - self.target).square().mean(), weights, allow_unused=True)
+        self.generator.requires_grad_(False)
+        with torch.no_grad():
+            for weight, gradient in zip(weights, gradients):
+                if gradient is not None:  # the mapping network's is none
+                    weight.add_(gradient, alpha=-1e-6)
+
+
+def measure(function: Callable[[], None], settings: dict[str, Any], device: torch.device) -> dict[str, float]:
+    """Milliseconds of warmed-up runs, each with an empty queue before and after."""
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    milliseconds = []
+    for index in range(settings["warmup"] + settings["repeats"]):
+        synchronize()
+        started = time.perf_counter()
+        function()
+        synchronize()
+        if index >= settings["warmup"]:
+            milliseconds.append(1000 * (time.perf_counter() - started))
+    return {
+        "median_ms": statistics.median(milliseconds),
+        "min_ms": min(milliseconds),
+        "max_ms": max(milliseconds),
+        "repeats": len(milliseconds),
+    }
+
+
+def main() -> None:
+    """Times what the first argument, JSON, says."""
+    settings, answers = json.loads(sys.argv[1]), sys.stdout
+    device = torch.device(settings["device"])
+    torch.set_num_threads(settings["threads"])
+    with contextlib.redirect_stdout(sys.stderr):  # the JSON alone goes out
+        results = build_plugins(device)
+        work = Work(settings, device)
+        measures = {}
+        for configuration in ("released", "float32"):
+            if configuration == "float32":
+                torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+                work.options["force_fp32"] = True
+            measures[configuration] = {
+                name: measure(getattr(work, name), settings, device)
+                for name in ("synthesis", "cached_view", "tuning_step")
+            }
+    print(json.dumps({**results, "measures": measures}), file=answers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""All precisions with and without CUDA graphs in one run, what they change of the result, and threads side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..devices import synchronize
+from ..pipeline import MetaAuxInverter
+from ..precision import PRECISIONS
+from .benchmark import Work, random_picture, run_benchmark
+
+
+def run_sweep(
+    inverter: MetaAuxInverter,
+    random_weights: bool = False,
+    steps: int = 5,
+    repeats: int = 10,
+    warmup: int = 3,
+    threads: int = 0,
+) -> list[dict[str, Any]]:
+    """Times every precision that the device has, launched kernel by kernel and, on CUDA, by CUDA graphs too.
+
+    Args:
+        inverter, random_weights, steps, repeats, warmup: see `run_benchmark`.
+        threads: inversions at once, see `run_threads`, on CUDA of the configurations with graphs; 0: none.
+
+    Returns:
+        For each configuration, IEEE float32 without graphs first: {"precision", "cuda_graphs", "measures",
+        "difference"} and, where they were asked for, "threads". "difference" from the first: "image", the largest of the last reconstruction's
+        values in [-1, 1], and "loss", of its total loss, relative. The pipeline is left as it was.
+    """
+    on_cuda = inverter.device.type == "cuda"
+    work = Work(inverter, steps, random_weights)
+    results, reference = [], None
+    with _restored(inverter):
+        for precision in PRECISIONS:
+            if precision == "tf32" and not on_cuda:
+                continue
+            for graphs in (False, True) if on_cuda else (False,):
+                inverter.precision = precision
+                inverter.enable_cuda_graphs() if graphs else inverter.disable_cuda_graphs()
+                figures = run_benchmark(inverter, random_weights, steps, repeats, warmup, work=work)
+                reference = reference or (work.image, work.loss)
+                entry = {key: figures[key] for key in ("precision", "cuda_graphs", "measures")}
+                entry["difference"] = _difference(reference, (work.image, work.loss))
+                if threads and (graphs or not on_cuda):
+                    entry["threads"] = run_threads(work, threads)
+                results.append(entry)
+    return results
+
+
+def run_threads(work: Work, threads: int) -> dict[str, Any]:
+    """Inverts as many different pictures as there are threads, one after the other and all at once.
+
+    Returns:
+        "threads"; "one_per_second" and "all_per_second", inversions; "ratio" of the two; "difference" of results of
+        all at once from those of the same pictures alone (see `run_sweep`, the largest of all pictures), and
+        "difference_alone", that of two runs alone, which sums in varying order (atomics) may cause.
+    """
+    inverter = work.inverter
+    size = inverter.generator.config.image_size
+    pictures = [random_picture(size, seed).to(inverter.device) for seed in range(threads)]
+
+    def invert(picture: torch.Tensor) -> tuple[torch.Tensor, float]:
+        return work.invert(picture)[:2]
+
+    def timed_results(run) -> tuple[list[tuple[torch.Tensor, float]], float]:
+        synchronize(inverter.device)
+        started = time.perf_counter()
+        results = list(run(invert, pictures))
+        synchronize(inverter.device)
+        return results, time.perf_counter() - started
+
+    with ThreadPoolExecutor(threads) as pool:
+        first, _ = timed_results(map)
+        timed_results(pool.map)  # makes each thread's and lane's recordings
+        again, alone = timed_results(map)
+        together, at_once = timed_results(pool.map)
+    return {
+        "threads": threads,
+        "one_per_second": threads / alone,
+        "all_per_second": threads / at_once,
+        "ratio": alone / at_once,
+        "difference": _largest(first, together),
+        "difference_alone": _largest(first, again),
+    }
+
+
+@contextmanager
+def _restored(inverter: MetaAuxInverter) -> Iterator[None]:
+    precision, graphs = inverter.precision, inverter._graphs
+    try:
+        yield
+    finally:
+        inverter.precision = precision
+        inverter.disable_cuda_graphs() if graphs is None else inverter.enable_cuda_graphs(graphs.concurrency)
+
+
+def _difference(a: tuple[torch.Tensor, float], b: tuple[torch.Tensor, float]) -> dict[str, float]:
+    return {"image": (a[0] - b[0]).abs().max().item(), "loss": abs(b[1] - a[1]) / abs(a[1])}
+
+
+def _largest(first: list, second: list) -> dict[str, float]:
+    differences = [_difference(a, b) for a, b in zip(first, second, strict=True)]
+    return {name: max(difference[name] for difference in differences) for name in ("image", "loss")}
