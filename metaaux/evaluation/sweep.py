@@ -32,8 +32,9 @@ def run_sweep(
 
     Returns:
         For each configuration, IEEE float32 without graphs first: {"precision", "cuda_graphs", "measures",
-        "difference"} and, where they were asked for, "threads". "difference" from the first: "image", the largest of the last reconstruction's
-        values in [-1, 1], and "loss", of its total loss, relative. The pipeline is left as it was.
+        "difference"} and, where they were asked for, "threads". "difference" from the first configuration: "image",
+        the largest of the last reconstruction's values in [-1, 1], and "loss", of its total loss, relative. The
+        pipeline is left as it was.
     """
     on_cuda = inverter.device.type == "cuda"
     work = Work(inverter, steps, random_weights)
