@@ -92,12 +92,51 @@ if triplane_cuda.triton is not None:
         return x, y, z
 
     @triton.jit
+    def _features(
+        points,
+        planes,
+        offsets,
+        batch,
+        m,
+        sizes,
+        scale,
+        AXES: tl.constexpr,
+        OFFSETS: tl.constexpr,
+        C: tl.constexpr,
+        SIDE: tl.constexpr,
+        M: tl.constexpr,
+    ):
+        """What the decoder reads of samples m [M], [M, SIDE]: the planes' mean in their dtype."""
+        samples, height, width, offset_height, offset_width = sizes
+        live = m < samples
+        x, y, z = load_points(points, batch * samples + m, live, scale)
+        offsets += batch * offset_height * offset_width * 9
+        x, y, z = _displaced(offsets, x, y, z, live, offset_height, offset_width, scale, AXES, OFFSETS, M)
+        total = look_up(planes + batch * height * width * 3 * C, x, y, z, live, height, width, AXES, C, SIDE, M)
+        return (total / 3).to(planes.dtype.element_ty)
+
+    @triton.jit
+    def _store_sums(sums, w, rest, b, first, colours, sigma, SIDE: tl.constexpr, WIDE: tl.constexpr):
+        """To this program's row of the sums that `_weight_gradients` adds up."""
+        program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        c = tl.arange(0, SIDE)
+        h = tl.arange(0, WIDE)
+        sums += program * (2 * WIDE * SIDE + 2 * WIDE + 2 * SIDE)
+        tl.store(sums + h[:, None] * SIDE + c[None, :], w)
+        sums += WIDE * SIDE
+        tl.store(sums + c[:, None] * WIDE + h[None, :], rest)
+        sums += WIDE * SIDE
+        tl.store(sums + h, b)
+        tl.store(sums + WIDE + h, first)
+        tl.store(sums + 2 * WIDE + c, colours)
+        tl.store(sums + 2 * WIDE + SIDE + c, tl.where(c == 0, tl.sum(sigma, axis=0), 0.0))
+
+    @triton.jit
     def _hidden_layer(
         features,
         weight,
         bias,
-        weight_gain,
-        bias_gain,
+        gains,
         C: tl.constexpr,
         SIDE: tl.constexpr,
         H: tl.constexpr,
@@ -108,8 +147,8 @@ if triplane_cuda.triton is not None:
         c = tl.arange(0, SIDE)
         h = tl.arange(0, WIDE)
         mask = (c < C)[:, None] & (h < H)[None, :]
-        w = tl.load(weight + h[None, :] * C + c[:, None], mask=mask, other=0.0).to(tl.float32) * weight_gain
-        b = tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32) * bias_gain
+        w = tl.load(weight + h[None, :] * C + c[:, None], mask=mask, other=0.0).to(tl.float32) * gains[0]
+        b = tl.load(bias + h, mask=h < H, other=0.0).to(tl.float32) * gains[1]
         return tl.dot(features, w.to(features.dtype), input_precision=PRECISION) + b[None, :]
 
     @triton.jit
@@ -176,14 +215,10 @@ if triplane_cuda.triton is not None:
         c = tl.arange(0, SIDE)
         h = tl.arange(0, WIDE)
         dtype = planes.dtype.element_ty
-        x, y, z = load_points(points, rows, live, scale)
-        offsets += batch * offset_height * offset_width * 9
-        x, y, z = _displaced(offsets, x, y, z, live, offset_height, offset_width, scale, AXES, OFFSETS, M)
-        total = look_up(planes + batch * height * width * 3 * C, x, y, z, live, height, width, AXES, C, SIDE, M)
+        sizes = samples, height, width, offset_height, offset_width
         gains = hidden_weight_gain, hidden_bias_gain
-        units = _hidden_layer(
-            (total / 3).to(dtype), hidden_weight, hidden_bias, gains[0], gains[1], C, SIDE, H, WIDE, PRECISION
-        )
+        features = _features(points, planes, offsets, batch, m, sizes, scale, AXES, OFFSETS, C, SIDE, M)
+        units = _hidden_layer(features, hidden_weight, hidden_bias, gains, C, SIDE, H, WIDE, PRECISION)
         hidden = _softplus(units).to(dtype)
         sigma = tl.sum(hidden.to(tl.float32) * _density_weight(last_weight, gain, H, WIDE)[None, :], axis=1)
         tl.store(density + rows, sigma + tl.load(last_bias).to(tl.float32) * last_bias_gain, mask=live)
@@ -231,14 +266,10 @@ if triplane_cuda.triton is not None:
         c = tl.arange(0, SIDE)
         h = tl.arange(0, WIDE)
         dtype = planes.dtype.element_ty
-        x, y, z = load_points(points, rows, live, scale)
-        offsets += batch * offset_height * offset_width * 9
-        x, y, z = _displaced(offsets, x, y, z, live, offset_height, offset_width, scale, AXES, OFFSETS, M)
-        total = look_up(planes + batch * height * width * 3 * C, x, y, z, live, height, width, AXES, C, SIDE, M)
+        sizes = samples, height, width, offset_height, offset_width
         gains = hidden_weight_gain, hidden_bias_gain
-        units = _hidden_layer(
-            (total / 3).to(dtype), hidden_weight, hidden_bias, gains[0], gains[1], C, SIDE, H, WIDE, PRECISION
-        )
+        features = _features(points, planes, offsets, batch, m, sizes, scale, AXES, OFFSETS, C, SIDE, M)
+        units = _hidden_layer(features, hidden_weight, hidden_bias, gains, C, SIDE, H, WIDE, PRECISION)
         mask = live[:, None] & (c < C)[None, :]
         place = rows[:, None] * C + c[None, :]
         colours = tl.load(grad_logits + place, mask=mask, other=0.0)
@@ -281,9 +312,7 @@ if triplane_cuda.triton is not None:
         """What this program's samples add to the gradients of weights and biases."""
         batch = tl.program_id(1).to(tl.int64)
         c = tl.arange(0, SIDE)
-        h = tl.arange(0, WIDE)
-        planes += batch * height * width * 3 * C
-        offsets += batch * offset_height * offset_width * 9
+        sizes = samples, height, width, offset_height, offset_width
         gains = hidden_weight_gain, hidden_bias_gain
         sum_w = tl.zeros((WIDE, SIDE), tl.float32)
         sum_b = tl.zeros((WIDE,), tl.float32)
@@ -295,13 +324,8 @@ if triplane_cuda.triton is not None:
             m = block * M + tl.arange(0, M)
             live = m < samples
             rows = batch * samples + m
-            x, y, z = load_points(points, rows, live, scale)
-            x, y, z = _displaced(offsets, x, y, z, live, offset_height, offset_width, scale, AXES, OFFSETS, M)
-            total = look_up(planes, x, y, z, live, height, width, AXES, C, SIDE, M)
-            features = (total / 3).to(planes.dtype.element_ty)
-            units = _hidden_layer(
-                features, hidden_weight, hidden_bias, gains[0], gains[1], C, SIDE, H, WIDE, PRECISION
-            )
+            features = _features(points, planes, offsets, batch, m, sizes, scale, AXES, OFFSETS, C, SIDE, M)
+            units = _hidden_layer(features, hidden_weight, hidden_bias, gains, C, SIDE, H, WIDE, PRECISION)
             mask = live[:, None] & (c < C)[None, :]
             colours = tl.load(grad_logits + rows[:, None] * C + c[None, :], mask=mask, other=0.0)
             sigma = tl.load(grad_density + rows, mask=live, other=0.0)
@@ -313,16 +337,7 @@ if triplane_cuda.triton is not None:
             units = _units_backward(units, sigma, colours, last_weight, gain, C, SIDE, H, WIDE, PRECISION)
             sum_b += tl.sum(units, axis=0)
             sum_w += tl.dot(tl.trans(units).to(features.dtype), features, input_precision=PRECISION)
-        program = batch * tl.num_programs(0) + tl.program_id(0)
-        sums += program * (2 * WIDE * SIDE + 2 * WIDE + 2 * SIDE)
-        tl.store(sums + h[:, None] * SIDE + c[None, :], sum_w)
-        sums += WIDE * SIDE
-        tl.store(sums + c[:, None] * WIDE + h[None, :], sum_rest)
-        sums += WIDE * SIDE
-        tl.store(sums + h, sum_b)
-        tl.store(sums + WIDE + h, sum_first)
-        tl.store(sums + 2 * WIDE + c, sum_colours)
-        tl.store(sums + 2 * WIDE + SIDE + c, tl.where(c == 0, tl.sum(sum_sigma, axis=0), 0.0))
+        _store_sums(sums, sum_w, sum_rest, sum_b, sum_first, sum_colours, sum_sigma, SIDE, WIDE)
 
     @triton.jit
     def _look_up_backward(
