@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from metaaux import devices
 from metaaux.models import modulation, resampling
 from metaaux.models.discriminator import minibatch_deviation
 from metaaux.models.modulation import modulated_conv2d
@@ -31,18 +32,30 @@ def insert_zeros(x):
     return wide
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def way(request, monkeypatch):
+    """As on a CPU, or as on a GPU, here on the CPU."""
+    if request.param == "gpu":
+        monkeypatch.setattr(devices, "is_cpu", lambda x: False)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("size", [(4, 4), (7, 10), (1, 3)])
 def test_upsample_is_zero_insertion_and_filtering(size):
     x = torch.randn(2, 3, *size)
-    torch.testing.assert_close(upsample2d(x), convolve(F.pad(insert_zeros(x), (2, 1, 2, 1)), 4 * KERNEL))
+    maps = upsample2d(x)
+    torch.testing.assert_close(maps, convolve(F.pad(insert_zeros(x), (2, 1, 2, 1)), 4 * KERNEL))
+    assert maps.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.usefixtures("way")
 def test_upsampling_with_replicated_borders_is_bilinear():
     x = torch.randn(2, 3, 5, 7)
     expected = F.interpolate(x, scale_factor=2, mode="bilinear", antialias=True)
     torch.testing.assert_close(upsample2d(x, replicate=True), expected)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("size", [(4, 4), (6, 10)])
 def test_downsample_is_filtering_and_decimation(size):
     x = torch.randn(2, 3, *size)

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from .resampling import blur2d, downsample2d
-from .stylegan2 import FullyConnected, MappingNetwork, scaled_leaky_relu
+from .stylegan2 import LRELU_GAIN, LRELU_SLOPE, FullyConnected, MappingNetwork
 from .weights import full_dtype
 
 
@@ -34,14 +34,18 @@ class Convolution(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels)) if activate else None
 
     def forward(self, x, gain=1.0):
-        weight = (self.weight * self.weight_gain).to(x.dtype)
         if self.bias is None:
-            return F.conv2d(downsample2d(x) if self.down else x, weight * gain)
+            weight = (self.weight * (self.weight_gain * gain)).to(x.dtype)
+            return F.conv2d(downsample2d(x) if self.down else x, weight)
+        # Gains are the same before a leaky ReLU, where they cost no pass over the activations.
+        weight = (self.weight * (self.weight_gain * gain * LRELU_GAIN)).to(x.dtype)
+        bias = (self.bias * (gain * LRELU_GAIN)).to(x.dtype)
         if self.down:
-            x = F.conv2d(blur2d(x, padding=2), weight, stride=2)
+            x = F.conv2d(blur2d(x, padding=2), weight, bias, stride=2)
         else:
-            x = F.conv2d(x, weight, padding=weight.shape[-1] // 2)
-        return scaled_leaky_relu(x + self.bias.to(x.dtype)[:, None, None], gain, self.conv_clamp)
+            x = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+        x = F.leaky_relu(x, LRELU_SLOPE)
+        return x if self.conv_clamp is None else x.clamp(-self.conv_clamp * gain, self.conv_clamp * gain)
 
 
 class DiscriminatorBlock(nn.Module):

@@ -1,4 +1,7 @@
-"""StyleGAN2's resampling with the low-pass kernel [1, 3, 3, 1] (Karras et al. 2020; Zhang 2019 for the reason)."""
+"""StyleGAN2's resampling with the low-pass kernel [1, 3, 3, 1] (Karras et al. 2020; Zhang 2019 for the reason).
+
+On a CPU one depthwise convolution is several times faster than passes over slices; on GPUs it is slower.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,17 @@ def blur2d(x: torch.Tensor, padding: int, gain: float = 1.0) -> torch.Tensor:
 
     `gain` scales the amplitude per axis; the output is [B, C, H + 2·padding - 3, W + 2·padding - 3].
     """
-    # On a CPU one depthwise convolution is several times faster than passes over slices; on GPUs it is slower.
     return (_blur_by_convolution if devices.is_cpu(x) else _blur_by_slices)(x, padding, gain)
 
 
-def _blur_by_convolution(x: torch.Tensor, padding: int, gain: float) -> torch.Tensor:
+def _kernels(x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
+    """[C, 1, 4, 4]: the kernel for each channel of x [B, C, H, W], its amplitude scaled per axis by `gain`."""
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) * (gain / 8)
-    kernel = (taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)
-    return F.conv2d(x, kernel, padding=padding, groups=x.shape[1])
+    return (taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)
+
+
+def _blur_by_convolution(x: torch.Tensor, padding: int, gain: float) -> torch.Tensor:
+    return F.conv2d(x, _kernels(x, gain), padding=padding, groups=x.shape[1])
 
 
 def _blur_by_slices(x: torch.Tensor, padding: int, gain: float) -> torch.Tensor:
@@ -40,9 +46,11 @@ def upsample2d(x: torch.Tensor, replicate: bool = False) -> torch.Tensor:
     Zero insertion followed by this kernel gives each output ¾ of its nearest and ¼ of its next nearest input. With
     borders that `replicate` the outermost pixels this is bilinear interpolation, whose backward pass is slow on CUDA.
     """
-    # Interleaving makes new memory, which would be laid out by channels were these not the last axis: a tri-plane
-    # look-up, which reads all channels of a pixel, would need a cache line for each of them.
+    # New memory would be laid out by channels were these not the last axis: a tri-plane look-up, which reads all
+    # channels of a pixel, would need a cache line for each of them.
     x = x.permute(0, 2, 3, 1)
+    if devices.is_cpu(x):
+        return _upsample_by_convolution(x.contiguous().permute(0, 3, 1, 2), replicate)
     if not replicate:
         x = F.pad(x, (0, 0, 1, 1, 1, 1))
     for dim in (1, 2):
@@ -55,8 +63,17 @@ def upsample2d(x: torch.Tensor, replicate: bool = False) -> torch.Tensor:
     return x.permute(0, 3, 1, 2)
 
 
+def _upsample_by_convolution(x: torch.Tensor, replicate: bool) -> torch.Tensor:
+    padding = 1
+    if replicate:
+        x, padding = F.pad(x, (1, 1, 1, 1), mode="replicate"), 3
+    return F.conv_transpose2d(x, _kernels(x, gain=2.0), stride=2, padding=padding, groups=x.shape[1])
+
+
 def downsample2d(x: torch.Tensor) -> torch.Tensor:
     """Downsample [B, C, H, W] by 2 with the [1, 3, 3, 1] kernel and zero borders → [B, C, H/2, W/2]."""
+    if devices.is_cpu(x):
+        return F.conv2d(x, _kernels(x), stride=2, padding=1, groups=x.shape[1])
     x = F.pad(x, (1, 1, 1, 1))
     for dim in (2, 3):
         n = x.shape[dim] // 2 - 1

@@ -27,12 +27,6 @@ LRELU_GAIN = math.sqrt(2.0)
 KERNEL_SIZE = 3  # of the convolutions that take weight offsets
 
 
-def scaled_leaky_relu(x: torch.Tensor, gain: float = 1.0, clamp: float | None = None) -> torch.Tensor:
-    """Leaky ReLU of slope 0.2 scaled by `gain`·√2 (He gain) and, where asked, clamped to ±`clamp`·`gain`."""
-    x = F.leaky_relu(x, LRELU_SLOPE) * (LRELU_GAIN * gain)
-    return x if clamp is None else x.clamp(-clamp * gain, clamp * gain)
-
-
 class FullyConnected(nn.Module):
     """Linear layer with equalised learning rate: y = act(x·Wᵀ·(lr/√in) + b·lr).
 
@@ -67,7 +61,7 @@ class FullyConnected(nn.Module):
         else:
             # New memory is aligned, that of loaded weights not always, by which a product's rounding would differ.
             y = F.linear(x, weight * weight_gain, bias * bias_gain)
-        return scaled_leaky_relu(y) if self.activation == "lrelu" else y
+        return F.leaky_relu(y, LRELU_SLOPE) * LRELU_GAIN if self.activation == "lrelu" else y
 
 
 def normalize_second_moment(x: torch.Tensor) -> torch.Tensor:
