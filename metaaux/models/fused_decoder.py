@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from . import triplane_cuda
 
@@ -29,6 +30,9 @@ BLOCK = 64
 BACKWARD_BLOCK = 32
 #: Programs that share the samples where weights have gradients, of which each makes a sum.
 PROGRAMS = 512
+#: Copies of the offset planes' gradient: at most so many, with at most so many numbers together.
+MAX_COPIES = 16
+COPIES_SIZE = 2**22
 #: Largest number of features and of hidden units: more would not stay in registers.
 MAX_WIDTH = 64
 
@@ -52,7 +56,13 @@ class _Settings(NamedTuple):
 def is_supported(
     planes: torch.Tensor, offset_planes: torch.Tensor | None, decoder: torch.nn.Module, plane_axes: Sequence[str]
 ) -> bool:
-    """Whether the kernel can run on `planes` [B, 3, C, H, W], `offset_planes` [B, 3, 3, r, r] and this decoder."""
+    """Whether the kernel can run on `planes` [B, 3, C, H, W], `offset_planes` [B, 3, 3, r, r] and this decoder.
+
+    Not on AMD's GPUs: exact float32 products are there those of plain arithmetic, whose operands do not stay in
+    registers. On an H100 that is slower than the PyTorch form.
+    """
+    if torch.version.hip is not None:
+        return False
     on_gpu = triplane_cuda.is_supported(planes, plane_axes) and (offset_planes is None or offset_planes.is_cuda)
     return on_gpu and max(decoder.hidden.weight.shape) <= MAX_WIDTH
 
@@ -60,11 +70,9 @@ def is_supported(
 def product_precision() -> str:
     """Of float32 products, in Triton's words: "tf32" where `torch.backends.cuda.matmul.allow_tf32` is set.
 
-    Else "tf32x3", which sums three such products of the numbers' upper and lower halves: as exact as float32 to about
-    1e-6, on tensor cores and with fewer registers than "ieee", which AMD's GPUs have instead.
+    Else "tf32x3", the sum of three such products of the numbers' upper and lower parts: about as exact as float32's
+    own, on tensor cores.
     """
-    if torch.version.hip is not None:
-        return "ieee"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
@@ -85,7 +93,7 @@ if triplane_cuda.triton is not None:
         """Eq. 4: Δp is the sum of the look-ups, in world units."""
         if OFFSETS:
             c = tl.arange(0, 4)
-            moved = look_up(offsets, x, y, z, live, height, width, AXES, 3, 4, M) * scale
+            moved = look_up(offsets, x, y, z, live, height, width, AXES, 4, 4, M) * scale
             x += _column(moved, c, 0)
             y += _column(moved, c, 1)
             z += _column(moved, c, 2)
@@ -110,7 +118,7 @@ if triplane_cuda.triton is not None:
         samples, height, width, offset_height, offset_width = sizes
         live = m < samples
         x, y, z = load_points(points, batch * samples + m, live, scale)
-        offsets += batch * offset_height * offset_width * 9
+        offsets += batch * offset_height * offset_width * 12
         x, y, z = _displaced(offsets, x, y, z, live, offset_height, offset_width, scale, AXES, OFFSETS, M)
         total = look_up(planes + batch * height * width * 3 * C, x, y, z, live, height, width, AXES, C, SIDE, M)
         return (total / 3).to(planes.dtype.element_ty)
@@ -359,6 +367,7 @@ if triplane_cuda.triton is not None:
         C: tl.constexpr,
         SIDE: tl.constexpr,
         M: tl.constexpr,
+        COPIES: tl.constexpr,
         NEED_POINTS: tl.constexpr,
         NEED_PLANES: tl.constexpr,
         NEED_OFFSETS: tl.constexpr,
@@ -371,8 +380,9 @@ if triplane_cuda.triton is not None:
         rows = batch * samples + m
         planes += batch * height * width * 3 * C
         grad_planes += batch * height * width * 3 * C
-        offsets += batch * offset_height * offset_width * 9
-        grad_offsets += batch * offset_height * offset_width * 9
+        offsets += batch * offset_height * offset_width * 12
+        copy = (tl.program_id(0) % COPIES).to(tl.int64)
+        grad_offsets += (copy * tl.num_programs(1) + batch) * offset_height * offset_width * 12
         px, py, pz = load_points(points, rows, live, scale)
         x, y, z = _displaced(offsets, px, py, pz, live, offset_height, offset_width, scale, AXES, OFFSETS, M)
         mask = live[:, None] & (c < C)[None, :]
@@ -387,7 +397,7 @@ if triplane_cuda.triton is not None:
             moved = tl.where(d == 3, 0.0, moved)
             h, w = offset_height, offset_width
             ox, oy, oz = look_up_backward(
-                moved, offsets, grad_offsets, px, py, pz, live, h, w, AXES, 3, 4, M, NEED_OFFSETS, NEED_POINTS
+                moved, offsets, grad_offsets, px, py, pz, live, h, w, AXES, 4, 4, M, NEED_OFFSETS, NEED_POINTS
             )
             gx += ox
             gy += oy
@@ -404,7 +414,7 @@ def _sides(planes: torch.Tensor, hidden_weight: torch.Tensor) -> tuple[int, int,
 
 
 class _Decode(torch.autograd.Function):
-    """points [B, M, 3], planes [B, H, W, 3, C], offset planes [B, r, r, 3, 3] or `None`, weights and biases of the
+    """points [B, M, 3], planes [B, H, W, 3, C], offset planes [B, r, r, 3, 4] or `None`, weights and biases of the
     hidden and of the last layer → densities [B, M] in float32, colour logits [B, M, C]."""
 
     @staticmethod
@@ -447,7 +457,7 @@ class _Decode(torch.autograd.Function):
         gradients = (
             torch.empty_like(points) if need_points else points,
             torch.zeros_like(planes, dtype=torch.float32) if need_planes else planes,
-            torch.zeros_like(offsets) if need_offsets else inputs[2],
+            offsets.new_zeros(_copies(offsets), *offsets.shape) if need_offsets else inputs[2],
         )
         weight_gradients = (None,) * 4
         with torch.cuda.device_of(planes):
@@ -456,9 +466,11 @@ class _Decode(torch.autograd.Function):
                 _features_backward[triton.cdiv(count, BLOCK), batch](
                     *tensors, features, *numbers, BLOCK, settings.precision
                 )
-                numbers_here = *sizes, settings.scale, settings.axes, offsets is not None, *sides[:2], BACKWARD_BLOCK
+                layout = settings.axes, offsets is not None, *sides[:2], BACKWARD_BLOCK
+                copies = _copies(offsets) if need_offsets else 1
+                needs = need_points, need_planes, need_offsets
                 _look_up_backward[triton.cdiv(count, BACKWARD_BLOCK), batch](
-                    *inputs, features, *gradients, *numbers_here, need_points, need_planes, need_offsets
+                    *inputs, features, *gradients, *sizes, settings.scale, *layout, copies, *needs
                 )
             if any(need_weights):
                 programs = min(triton.cdiv(count, BACKWARD_BLOCK), PROGRAMS)
@@ -469,8 +481,16 @@ class _Decode(torch.autograd.Function):
                     *tensors, sums, *numbers, BACKWARD_BLOCK, settings.precision, num_warps=8, num_stages=1
                 )
                 weight_gradients = _weight_gradients(sums, sides, settings, weights)
-        gradients = *(gradient.to(x.dtype) for gradient, x in zip(gradients, inputs, strict=True)), *weight_gradients
+        grad_points, grad_planes, grad_offsets = gradients
+        grad_offsets = grad_offsets.sum(dim=0) if need_offsets else None
+        gradients = grad_points, grad_planes.to(planes.dtype), grad_offsets, *weight_gradients
         return *(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad)), None
+
+
+def _copies(offsets: torch.Tensor) -> int:
+    """Among how many copies the gradient of offset planes is shared out: there are so few positions that the additions
+    of all samples to one copy would wait for each other."""
+    return max(1, min(MAX_COPIES, COPIES_SIZE // offsets.numel()))
 
 
 def _sizes(points, planes, offsets) -> tuple[int, ...]:
@@ -492,6 +512,11 @@ def _weight_gradients(sums, sides, settings, weights) -> tuple[torch.Tensor, ...
     )
     pairs = zip(gradients, settings.gains, weights, strict=True)
     return tuple((gradient * gain).to(weight.dtype) for gradient, gain, weight in pairs)
+
+
+def _pixels_first_of_four(offset_planes: torch.Tensor) -> torch.Tensor:
+    """offset planes [B, 3, 3, r, r] → [B, r, r, 3, 4] with a zero each: four numbers are read and added at once."""
+    return F.pad(offset_planes.permute(0, 3, 4, 1, 2), (0, 1)).contiguous()
 
 
 def decode(
@@ -527,7 +552,7 @@ def decode(
     return _Decode.apply(
         points.float().contiguous(),
         triplane_cuda.pixels_first(planes),
-        None if offset_planes is None else triplane_cuda.pixels_first(offset_planes.float()),
+        None if offset_planes is None else _pixels_first_of_four(offset_planes.float()),
         *(tensor.contiguous() for layer in (hidden, last) for tensor in (layer.weight, layer.bias)),
         settings,
     )
