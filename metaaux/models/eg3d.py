@@ -19,7 +19,7 @@ from torch import nn
 
 from .. import devices
 from ..cameras import CAMERA_RADIUS
-from . import fused_decoder, renderer
+from . import fused_decoder, fused_march, renderer, triplane_cuda
 from .recomputation import recomputed
 from .stylegan2 import (
     FullyConnected,
@@ -322,6 +322,12 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
         features = (colours * 2 - 1).unflatten(1, (side, side)).permute(0, 3, 1, 2)
         return Rendering(features, distance.reshape(batch, 1, side, side), opacity.reshape(batch, 1, side, side))
 
+    def _marches_fused(self, planes) -> bool:
+        """Whether the rays' kernels, which have no derivative, can composite."""
+        config = self.config
+        on_gpu = triplane_cuda.is_supported(planes, config.plane_axes) and not torch.is_grad_enabled()
+        return on_gpu and fused_march.is_supported(config.depth_samples, config.importance_samples)
+
     def _march(
         self, planes, offset_planes, origins, directions, depths, uniform=None, *, lookup, dtype, jitter, limits=None
     ):
@@ -334,6 +340,15 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
             return density.reshape(depths.shape), logits.reshape(*depths.shape, -1)
 
         densities, logits = evaluate(depths)
+        if lookup == "auto" and self._marches_fused(planes):
+            if limits is None:
+                limits = torch.stack((depths.min(), depths.max()))
+            samples, quantiles = config.importance_samples, None
+            if jitter:
+                quantiles = renderer.random_quantiles(depths, samples, uniform, config.stratified_importance)
+            fine_depths = fused_march.importance_depths(depths, densities, samples, quantiles)
+            fine = fine_depths, *evaluate(fine_depths)
+            return fused_march.composite((depths, densities, logits), fine, limits)
         if not config.importance_samples:
             weights, distance, opacity = renderer.merge_and_weigh(depths, densities, limits)
             return self.shade(logits, weights), distance, opacity

@@ -252,6 +252,16 @@ def _cumulative_sum(x: torch.Tensor) -> torch.Tensor:
     return torch.cumsum(x.mT.contiguous(), dim=-2).mT if x.is_cuda else torch.cumsum(x, dim=-1)
 
 
+def random_quantiles(
+    depths: torch.Tensor, samples: int, uniform: torch.Tensor | None = None, stratified: bool = False
+) -> torch.Tensor:
+    """Where in the cumulative distribution of its weights each ray is sampled, [B, M, samples] in [0, 1); arguments as
+    those of `importance_depths`."""
+    if uniform is None:
+        uniform = torch.rand(*depths.shape[:2], samples, dtype=torch.float32, device=depths.device)
+    return (uniform + torch.arange(samples, device=uniform.device)) / samples if stratified else uniform
+
+
 def importance_depths(
     depths: torch.Tensor,
     weights: torch.Tensor,
@@ -280,11 +290,7 @@ def importance_depths(
             u = torch.arange(samples, dtype=torch.float32, device=depths.device)
             u = ((u + 0.5) / samples).expand(batch * rays, -1).contiguous()
         else:
-            if uniform is None:
-                uniform = torch.rand(batch, rays, samples, dtype=torch.float32, device=depths.device)
-            u = uniform.flatten(0, 1).contiguous()
-            if stratified:
-                u = (u + torch.arange(samples, device=u.device)) / samples
+            u = random_quantiles(depths, samples, uniform, stratified).flatten(0, 1).contiguous()
         index = torch.searchsorted(cdf, u, right=True)
         below, above = (index - 1).clamp(min=0), index.clamp(max=last)
         cdf_below, cdf_above = cdf.gather(1, below), cdf.gather(1, above)
