@@ -14,13 +14,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .cameras import mirror_camera
 from .devices import synchronize
-from .losses import InversionLoss
+from .losses import InversionLoss, Reference
 from .models.auxiliary import AuxiliaryNetwork, AuxiliaryOutput
 from .models.eg3d import GeneratorOutput
 from .models.recomputation import recomputed
@@ -141,7 +141,9 @@ class InnerProblem:
         generator: in eval mode; not changed. Freeze it (`requires_grad_(False)`) to save memory.
         auxiliary: in eval mode, a `private_view` where threads share the network; not changed.
         loss: Eq. 8 and, with weights for it, Eq. 12.
-        tasks, inner: the photos and the settings.
+        tasks: the photos; without `planes` these are made here.
+        inner: the settings.
+        references: `references` of an earlier problem with the same photos.
 
     Raises:
         ValueError: the auxiliary network is in training mode.
@@ -154,15 +156,22 @@ class InnerProblem:
         loss: InversionLoss,
         tasks: Tasks,
         inner: InnerLoop,
+        references: list[Reference] | None = None,
     ):
         if auxiliary.training:
             raise ValueError("the auxiliary network is in training mode, but a task has no batch statistics: .eval()")
+        if tasks.planes is None:
+            with torch.no_grad():
+                tasks = replace(tasks, planes=generator.planes(tasks.w))
         self.generator, self.auxiliary, self.loss, self.tasks, self.inner = generator, auxiliary, loss, tasks, inner
         self.lookup = "gather" if inner.differentiable else "auto"  # only gathers can be differentiated twice on CUDA
-        self.reference = loss.reference(tasks.image, tasks.camera)
-        if loss.weights.uses_flip:
-            self.mirrored_camera = mirror_camera(tasks.camera)
-            self.mirrored_reference = loss.reference(tasks.image.flip(-1), self.mirrored_camera)
+        self.mirrored_camera = mirror_camera(tasks.camera) if loss.weights.uses_flip else None
+        if references is None:
+            references = [loss.reference(tasks.image, tasks.camera)]
+            if loss.weights.uses_flip:
+                references.append(loss.reference(tasks.image.flip(-1), self.mirrored_camera))
+        #: What the loss needs of the photos and, with Eq. 12, of their mirror images.
+        self.references = references
 
     def evaluate(
         self, step: int, offsets: AuxiliaryOutput, planes: torch.Tensor | None = None
@@ -182,16 +191,29 @@ class InnerProblem:
             planes = self.generator.planes(tasks.w, offsets.weight_offsets, dtype=inner.dtype)
         view = {"resolution": inner.resolution, "lookup": self.lookup, "dtype": inner.dtype, "planes": planes}
         output = synthesize_tasks(self.generator, tasks, offsets, **view)
-        losses = self.loss(output.image, output.image_raw, self.reference, tasks.camera)
+        losses = self.loss(output.image, output.image_raw, self.references[0], tasks.camera)
         if self.loss.weights.uses_flip and inner.has_flip(step):
             other = synthesize_tasks(self.generator, tasks, offsets, camera=self.mirrored_camera, **view)
-            losses["flip"] = self.loss.flip(
-                other.image, other.image_raw, self.mirrored_reference, self.mirrored_camera
-            )
+            losses["flip"] = self.loss.flip(other.image, other.image_raw, self.references[1], self.mirrored_camera)
             losses["total"] = losses["total"] + losses["flip"]  # L_all = L + L_f
         if tasks.photos > 1:
             losses = {name: value.unflatten(0, (-1, tasks.photos)).mean(1) for name, value in losses.items()}
         return output, losses
+
+    @torch.no_grad()
+    def start(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The reconstructions [T·P, 3, S, S] of the codes alone, with Δθ = 0, and the terms of `evaluate`."""
+        output, losses = self.evaluate(-1, AuxiliaryOutput({}, None), self.tasks.planes)
+        return output.image, losses
+
+    @torch.no_grad()
+    def finish(
+        self, parameters: Mapping[str, torch.Tensor]
+    ) -> tuple[AuxiliaryOutput, torch.Tensor, dict[str, torch.Tensor]]:
+        """What parameters after all steps predict, and as `start`."""
+        offsets = predict_tasks(self.auxiliary, parameters, self.tasks)
+        output, losses = self.evaluate(self.inner.steps, offsets)
+        return offsets, output.image, losses
 
     def step(
         self,
@@ -323,6 +345,7 @@ def adapt(
     max_gradient_norm: float | None = None,
     flip_share: float = 1.0,
     on_step: StepCallback | None = None,
+    make_problem: Callable[..., InnerProblem] = InnerProblem,
 ) -> AdaptationResult:
     """Adapt the auxiliary network to the photos of one person by N gradient steps (Eq. 5, `gradient_step`).
 
@@ -340,6 +363,7 @@ def adapt(
         flip_share: see `InnerLoop`; in the paper it is 1.
         on_step: called as (step, image [P, 3, S, S], losses) for step -1 (the encoder alone, Δθ = 0), 0 (the
             prediction before any gradient step) and 1 … N (after each); losses as in `AdaptationResult.steps`.
+        make_problem: makes an `InnerProblem`, or what takes its steps in another way, of its arguments.
 
     Raises:
         ValueError: shapes do not fit together, a setting is out of range, or `learning_rates` lacks names.
@@ -357,18 +381,14 @@ def adapt(
         inner = InnerLoop.of(network, steps, **changes)
         reports.start()
         with torch.no_grad():
-            tasks = Tasks(target, camera, w, generator.planes(w))
-            problem = InnerProblem(generator, network, loss, tasks, inner)
-            output, losses = problem.evaluate(-1, AuxiliaryOutput({}, None), tasks.planes)
-        reports.add(-1, output.image, losses)
+            problem = make_problem(generator, network, loss, Tasks(target, camera, w, None), inner)
+        reports.add(-1, *problem.start())
         adapted, _ = problem.run(parameters, lambda step, seen: reports.add(step, seen.image, seen.losses))
-        with torch.no_grad():
-            offsets = predict_tasks(network, adapted, tasks)
-            output, losses = problem.evaluate(steps, offsets)
-        reports.add(steps, output.image, losses)
+        offsets, image, losses = problem.finish(adapted)
+        reports.add(steps, image, losses)
     parameters = {name: parameter.detach().squeeze(0) for name, parameter in adapted.items()}
     weight_offsets = {name: offset.squeeze(0) for name, offset in offsets.weight_offsets.items()}
-    return AdaptationResult(parameters, weight_offsets, offsets.offset_planes, reports.steps, output.image)
+    return AdaptationResult(parameters, weight_offsets, offsets.offset_planes, reports.steps, image)
 
 
 class _Reports:

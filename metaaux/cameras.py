@@ -110,7 +110,9 @@ def mirror_camera(camera: torch.Tensor) -> torch.Tensor:
         ValueError: the last dimension is not 25.
     """
     _check_cameras(camera)
-    flip = camera.new_tensor([-1, 1, 1, 1])
+    # Made on the device: a copy from the CPU is what no CUDA graph can hold.
+    flip = camera.new_ones(4)
+    flip[:1].neg_()
     extrinsics = camera[..., :16].unflatten(-1, (4, 4)) * flip[:, None] * flip
     focal_x, skew, centre_x = camera[..., 16:19].unbind(-1)
     return torch.cat(

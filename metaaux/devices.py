@@ -38,9 +38,10 @@ def is_cpu(x: torch.Tensor) -> bool:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all that it was given; a time taken without it says nothing about a GPU."""
+    """Waits until the device has done all that it was given, on CUDA by this thread's stream: others' work need not be
+    waited for. A time taken without it says nothing about a GPU."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
     elif device.type == "mps":
         torch.mps.synchronize()
 

@@ -7,6 +7,7 @@ The way of a photo: `faces` finds and crops it, the encoder gives its code, the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 
-from .adaptation import AdaptationResult, adapt
+from .adaptation import AdaptationResult, InnerProblem, adapt
 from .cameras import camera_from_pose, frontal_shares, pose_of_camera
 from .editing import check_edits
 from .export.images import image_to_tensor, tensor_to_image
@@ -40,6 +41,7 @@ from .models.recogniser import FaceRecogniser
 from .models.stylegan2 import StyleGAN2Generator
 from .models.weights import check_computable, unwrapped
 from .rendering import RenderingMixin
+from .replay import ReplayedProblem
 
 StepCallback = Callable[[int, Image.Image, dict[str, float]], None]
 
@@ -259,11 +261,11 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
         crops, cameras = self._crops(photo, camera)
         loss = self.inversion_loss(self._shows_one_side(cameras) if flip is None else flip)
 
-        # 3. Encode.
-        target, cameras, w = self._encode(crops, cameras)
+        with self._own_stream(), self.progress_bar(total=steps + 2) as progress:
+            # 3. Encode.
+            target, cameras, w = self._encode(crops, cameras)
 
-        # 4. Adapt.
-        with self.progress_bar(total=steps + 2) as progress:
+            # 4. Adapt.
 
             def report(step: int, images: torch.Tensor, losses: dict[str, float]) -> None:
                 progress.update()
@@ -272,8 +274,16 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
 
             options = {"learning_rate": self.config.inner_learning_rate, "flip_share": self.config.flip_share}
             networks = (self.generator, self.auxiliary, loss)
-            result = adapt(*networks, target, w, cameras, steps, **options, on_step=report)
-        return self._inversion(result, w[0], cameras[0], crops[0])
+            options |= {"on_step": report, "make_problem": self.make_problem}
+            result = adapt(*networks, target, w, cameras, steps, **options)
+            return self._inversion(result, w[0], cameras[0], crops[0])
+
+    def to(self, *args: Any, **kwargs: Any) -> MetaAuxInverter:
+        """As [`~metaaux.hub.HubMixin.to`]; recordings (`enable_cuda_graphs`) are made anew after a move."""
+        moved = super().to(*args, **kwargs)
+        if self._graphs is not None:
+            self._graphs.release()
+        return moved
 
     def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
         """Refused, as every kind of offloading.
@@ -307,6 +317,12 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
             return False
         yaws = pose_of_camera(cameras)[0]
         return bool((yaws > self.config.flip_yaw).all() or (yaws < -self.config.flip_yaw).all())
+
+    @property
+    def make_problem(self) -> Callable[..., InnerProblem]:
+        """How [`~metaaux.adaptation.adapt`] takes its steps with this pipeline's networks: by recordings, or not."""
+        graphs = self._recordings
+        return InnerProblem if graphs is None else functools.partial(ReplayedProblem, graphs)
 
     def inversion_loss(self, flip: bool = False) -> InversionLoss:
         """Eq. 8 with this checkpoint's weights and networks; with `flip` Eq. 12 takes part, as `InversionLoss.flip`.
@@ -357,7 +373,7 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
         device = self._execution_device
         target = torch.stack([image_to_tensor(crop) for crop in crops]).to(device)
         cameras = cameras.to(device)
-        codes = self.encoder(target.to(self.encoder.dtype))
+        codes = self._run_pass("encoding", self.encoder)("encode", self.encoder, target.to(self.encoder.dtype))
         shares = frontal_shares(cameras).view(-1, *[1] * (codes.ndim - 1))
         return target, cameras, (shares * codes).sum(dim=0, keepdim=True)
 

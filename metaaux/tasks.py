@@ -26,7 +26,8 @@ class Tasks:
         image: photos [T·P, 3, S, S] in [-1, 1].
         camera: of each photo, [T·P, 25].
         w: latent code of each person, [T, w_dim] or [T, num_ws, w_dim]; stays fixed.
-        planes: the generator's own planes for these codes [T, 3, C, R, R]; `None` with a 2D generator.
+        planes: the generator's own planes for these codes [T, 3, C, R, R]; `None` with a 2D generator, or where
+            they are still to be made.
     """
 
     image: torch.Tensor

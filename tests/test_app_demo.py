@@ -57,6 +57,17 @@ class TestSettings:
         assert Settings().mcp == (importlib.util.find_spec("mcp") is not None)
         assert not Settings.from_environment({"METAAUX_MCP": "0"}).mcp
 
+    def test_recordings_are_made_unless_they_are_not_wanted(self, engine):
+        assert Settings().cuda_graphs and engine.inverter()._graphs is not None
+        assert not Settings.from_environment({"METAAUX_CUDA_GRAPHS": "off"}).cuda_graphs
+
+    def test_no_recordings_where_a_process_lives_for_one_call(self, tiny_folder, monkeypatch):
+        monkeypatch.setattr("metaaux.demo.engine.spaces_config.zero_gpu", True)
+        monkeypatch.setattr("metaaux.demo.engine.on_gpu", lambda function, duration: function)
+        engine = Engine(Settings(models=(str(tiny_folder),), device="cpu"))
+        engine.start()
+        assert engine.inverter()._graphs is None
+
     @pytest.mark.parametrize(
         ("name", "value"), [("METAAUX_WORKERS", "0"), ("METAAUX_MAX_QUEUE", "x"), ("METAAUX_MODELS", " ,")]
     )

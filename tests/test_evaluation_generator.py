@@ -16,7 +16,9 @@ from metaaux.evaluation.generator import (
     EAR_SIDES,
     NOSE_TIP,
     GeneratorSettings,
+    _blurred,
     _Figures,
+    _frechet,
     evaluate_generator,
     frontal_depths,
 )
@@ -69,6 +71,23 @@ class TestGeometry:
         assert figures.values["canonical_depth_error_front"] == pytest.approx([front] * 2, rel=1e-5)
 
 
+def test_poses_at_wide_yaws_count_apart():
+    figures = _Figures()
+    figures.values = {}
+    for yaw, errors in figures.pose_errors.items():
+        errors += [5.0, None] if abs(yaw) > 30 else [1.0, 3.0]
+    poses = {"pose_error": 2.0, "pose_detected": 1.0, "pose_error_wide": 5.0, "pose_detected_wide": 0.5}
+    assert figures.means() == poses
+
+
+def test_box_filter():
+    image = torch.zeros(1, 3, 5, 5, dtype=torch.uint8)
+    image[:, :, 2, 2] = 90
+    expected = torch.zeros_like(image)
+    expected[:, :, 1:4, 1:4] = 10
+    torch.testing.assert_close(_blurred(image), expected)
+
+
 class TestEvaluateGenerator:
     def test_results(self, tiny_inverter, face_zip, squeezenet_file, tmp_path):
         settings = GeneratorSettings(samples=3, pose_samples=1, batch=2, frechet_samples=4)
@@ -76,10 +95,12 @@ class TestEvaluateGenerator:
         results = evaluate_generator(tiny_inverter, tmp_path, settings, face_zip, features, progress=False)
         assert results == json.loads((tmp_path / "results.json").read_text())
         assert results["frechet"] > 0 and results["samples"] == 3
+        assert 0 < results["frechet_blurred"] < results["frechet"]
         assert 0 <= results["nose_in_front"] <= 1 and results["canonical_depth_error"] > 0
         assert -1 <= results["identity_across_views"] <= 1 and results["jitter_difference"] > 0
         # A tiny generator with random weights shows no face.
-        assert results["pose_detected"] == 0 and results["pose_error"] is None
+        for name in ("", "_wide"):
+            assert results[f"pose_detected{name}"] == 0 and results[f"pose_error{name}"] is None
         with Image.open(tmp_path / "samples.png") as sheet:
             assert sheet.width == 2 * 6 * 32 and sheet.height == 2 * 32
 
@@ -93,6 +114,37 @@ class TestEvaluateGenerator:
         # The codes are drawn by head, so that heads do not depend on the batch.
         for key in keys:
             assert found[0][key] == pytest.approx(found[1][key], rel=1e-4, abs=1e-6)
+
+    def test_halves_of_the_data(self, tiny_inverter, tmp_path):
+        """Two of one face and two of another: either both halves have one of each, or each half one face."""
+        random = torch.Generator().manual_seed(0)
+        faces = torch.randint(0, 256, (2, 3, 32, 32), generator=random, dtype=torch.uint8)
+        dataset = [(faces[index // 2], torch.zeros(25)) for index in range(4)]
+        cameras = camera_from_pose(torch.zeros(4), torch.zeros(4))
+
+        class Data(list):
+            """A data set's items and cameras."""
+
+        data = Data(dataset)
+        data.cameras = cameras
+        figures = _frechet(
+            tiny_inverter.generator,
+            data,
+            lambda images: images.float().mean(dim=(2, 3)),
+            GeneratorSettings(frechet_samples=4),
+            progress=False,
+        )
+        between = (faces[0].float() - faces[1].float()).mean(dim=(1, 2)).square().sum().item()
+        assert figures["frechet_halves"] == pytest.approx(0, abs=1e-6) or figures["frechet_halves"] == pytest.approx(
+            between, rel=1e-4
+        )
+
+    def test_data_of_one_image(self, tiny_inverter, face_zip, squeezenet_file, tmp_path, monkeypatch):
+        monkeypatch.setattr("metaaux.evaluation.generator.FaceDataset", lambda *args: [None])
+        with pytest.raises(ValueError, match="at least 2"):
+            evaluate_generator(
+                tiny_inverter, tmp_path, data=face_zip, features=load_feature_extractor(squeezenet_file)
+            )
 
     def test_data_and_features_belong_together(self, tiny_inverter, face_zip, squeezenet_file, tmp_path):
         with pytest.raises(ValueError, match="--data, --features"):
@@ -127,10 +179,14 @@ class TestEvaluateGenerator:
         assert not stopped.value.code
         keys = {
             "frechet",
+            "frechet_halves",
+            "frechet_blurred",
             "nose_in_front",
             "canonical_depth_error",
             "pose_error",
             "pose_detected",
+            "pose_error_wide",
+            "pose_detected_wide",
             "identity_across_views",
             "jitter_difference",
         }

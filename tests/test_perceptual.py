@@ -83,6 +83,13 @@ class TestDistance:
             a, b = unit_channels(plain.taps(x)[2]), unit_channels(plain.taps(y)[2])
             torch.testing.assert_close(model(x, y), plain(x, y) - (a - b).square().sum(1).mean((1, 2)))
 
+    def test_random_calibration_is_a_distance(self):
+        model = LPIPS("alex", calibrated=True)
+        for layer in model.calibration:
+            assert layer.weight.min() >= 0 and layer.weight.max() > 0
+        first, second = image_pair()
+        assert (model(first, second) > 0).all()
+
     def test_folded_normalization_takes_the_image_as_it_is(self):
         torch.manual_seed(0)
         folded, imagenet = LPIPS("squeeze", normalization="folded"), LPIPS("squeeze", normalization="imagenet")

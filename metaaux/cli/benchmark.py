@@ -37,6 +37,9 @@ def benchmark(
     counts: Annotated[
         bool, typer.Option("--count", help="Count operations, bytes and operators (on CUDA kernels too) as well.")
     ] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="On CUDA, record passes once and replay them.")
+    ] = False,
     against: Annotated[
         Path | None,
         typer.Option(
@@ -58,12 +61,14 @@ def benchmark(
     if threads is not None:
         torch.set_num_threads(threads)
     inverter, random_weights = load_for_benchmark(model, device, getattr(torch, dtype.value))
+    if cuda_graphs:
+        inverter.enable_cuda_graphs()
     figures = run_benchmark(inverter, random_weights, steps=steps, repeats=repeats, warmup=warmup, counts=counts)
     if against is not None:
         from ..evaluation.paired import PairedSettings, run_paired
 
         model = os.path.abspath(model) if model is not None and os.path.isdir(model) else model
-        settings = PairedSettings(model, str(inverter.device), dtype.value, steps, threads)
+        settings = PairedSettings(model, str(inverter.device), dtype.value, steps, threads, cuda_graphs)
         del inverter  # the processes need its memory
         figures["against"] = {"folder": str(against), "measures": run_paired(against, settings, repeats, warmup)}
     write_json(figures, out)

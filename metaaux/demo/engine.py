@@ -472,6 +472,8 @@ class Engine:
                 inverter.set_progress_bar_config(disable=True)
                 # Known before the move: on ZeroGPU weights cannot be read back outside of GPU functions.
                 _ = inverter.fingerprint, inverter.aligner
+                if self.settings.cuda_graphs and not self.zero_gpu:
+                    inverter.enable_cuda_graphs()
                 self._inverters[model] = inverter.to(device)
         except Exception as error:
             logger.exception("loading the models failed")
@@ -484,7 +486,8 @@ class Engine:
             self._warm_up()
 
     def _warm_up(self) -> None:
-        """What the first visitor would wait for otherwise: lazy imports, MediaPipe's graphs, the GPU's kernels."""
+        """What the first visitor would wait for otherwise: lazy imports, MediaPipe's graphs, a GPU's kernels and their
+        recordings."""
         import numpy as np
 
         from ..faces import camera_from_pose
@@ -495,6 +498,6 @@ class Engine:
                 grey = Image.fromarray(np.full((size, size, 3), 128, dtype=np.uint8))
                 inverter.aligner.estimate_pose(grey)
                 if not self.zero_gpu:
-                    inverter.invert(grey, steps=1, camera=camera_from_pose(0.0, 0.0))
+                    inverter.render(inverter.invert(grey, steps=1, camera=camera_from_pose(0.0, 0.0)))
         except Exception:
             logger.exception("the warm-up failed; the demo goes on without")

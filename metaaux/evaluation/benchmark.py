@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..adaptation import adapt
+from ..adaptation import InnerProblem, adapt
 from ..cameras import camera_from_pose
 from ..devices import device_name, usable_device
 from ..hub.loading import check_model_index
@@ -134,6 +134,7 @@ def _circumstances(inverter: MetaAuxInverter, random_weights: bool) -> dict[str,
         "batch": 1,
         "device": device_name(device),
         "dtype": str(generator.dtype).removeprefix("torch."),
+        "cuda_graphs": inverter.make_problem is not InnerProblem,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "versions": {"metaaux": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
@@ -174,11 +175,11 @@ class _Work:
 
     @torch.no_grad()
     def synthesis(self) -> None:
-        self.inverter.generator.synthesize(self.w, self.camera)
+        self.inverter.synthesize(self.w, self.camera)
 
     @torch.no_grad()
     def cached_view(self) -> None:
-        self.inverter.generator.synthesize(self.w, self.side, planes=self.planes)
+        self.inverter.synthesize(self.w, self.side, planes=self.planes)
 
     def adaptation(self) -> None:
         result = adapt(
@@ -190,6 +191,7 @@ class _Work:
             self.camera,
             steps=self.steps,
             learning_rate=self.learning_rate,
+            make_problem=self.inverter.make_problem,
         )
         self.step_seconds.extend(step["seconds"] for step in result.steps[1:-1])
 

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,8 @@ NOSE_TIP, EAR_SIDES = 4, (234, 454)
 FRONT_Z = 0.06
 #: Yaws in degrees at which poses are asked for and detected again.
 POSE_YAWS = (-30.0, -15.0, 0.0, 15.0, 30.0)
+#: Yaws farther out, whose poses count apart.
+WIDE_YAWS = (-40.0, 40.0)
 _SHEET_HEADS = 16
 
 
@@ -96,14 +98,18 @@ def evaluate_generator(
     """Measures a pipeline's generator; writes `results.json` and `samples.png` into `out` and returns the results.
 
     Keys:
-        frechet: distance between the data's images and samples at the data's cameras; `None` without data.
+        frechet: distance between the data's images and samples at the data's cameras; `None` without data, as are:
+        frechet_halves: between two random halves of the data's images, below which nothing can be expected; each has
+            half as many images, which by itself makes a distance larger. `None` for less than four.
+        frechet_blurred: between the data's images and the same under a 3×3 box filter.
         nose_in_front: share of heads whose nose tip (FaceMesh vertex 4) is rendered nearer to a frontal camera than
             both sides of the face at the ears (vertices 234 and 454), each where the canonical face has it.
         canonical_depth_error: mean |rendered - canonical| distance from a frontal camera at the 468 canonical
             vertices, world units; canonical_depth_error_front: at those before z = 0.06, which the geometry start of
             training used.
         pose_error: mean |asked - detected| yaw in degrees over `POSE_YAWS`; pose_detected: share of these views in
-            which the aligner finds a face. `None` where MediaPipe is not installed.
+            which the aligner finds a face. pose_error_wide, pose_detected_wide: likewise over `WIDE_YAWS`. `None`
+            where MediaPipe is not installed, errors also where no face is found.
         identity_across_views: mean cosine between the identity embeddings of the frontal view and of the others.
         jitter_difference: mean absolute difference of images in [-1, 1] from two renders with other ray jitter.
 
@@ -116,7 +122,7 @@ def evaluate_generator(
         progress: whether a bar on stderr shows how far it is.
 
     Raises:
-        ValueError: data without a feature network or the other way round, or a 2D generator.
+        ValueError: data without a feature network or the other way round, data of one image, or a 2D generator.
         FileNotFoundError: no such data.
     """
     if (data is None) != (features is None):
@@ -125,13 +131,15 @@ def evaluate_generator(
         raise ValueError("these figures are about heads seen from several sides; this checkpoint's generator is 2D")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    frechet = None
+    frechet = dict.fromkeys(("frechet", "frechet_halves", "frechet_blurred"))
     if data is not None:
         dataset = FaceDataset(data, inverter.generator.config.image_size)
+        if len(dataset) < 2:
+            raise ValueError(f"{data} holds one image; a Fréchet distance needs at least 2")
         frechet = _frechet(inverter.generator, dataset, features, settings, progress)
     figures, ws = _measure_heads(inverter, settings, progress)
     results = {
-        "frechet": frechet,
+        **frechet,
         **figures,
         **asdict(settings),
         "frechet_features": None if features is None else features.name,
@@ -184,14 +192,13 @@ class _Figures:
             "identity_across_views": [],
             "jitter_difference": [],
         }
-        self.pose_errors: list[float] = []
-        self.pose_views = 0
+        self.pose_errors: dict[float, list[float | None]] = {yaw: [] for yaw in (*POSE_YAWS, *WIDE_YAWS)}
 
     def add_views(self, inverter: MetaAuxInverter, ws: torch.Tensor, most_poses: int) -> None:
         """Takes in heads of codes [B, num_ws, w_dim]; the first `most_poses` are looked at for their pose."""
         generator = inverter.generator
         planes = generator.planes(ws)
-        cameras = {yaw: generator.camera_at(yaw, 0.0).to(ws.device).expand(len(ws), -1) for yaw in POSE_YAWS}
+        cameras = {yaw: generator.camera_at(yaw, 0.0).to(ws.device).expand(len(ws), -1) for yaw in self.pose_errors}
 
         def view(yaw: float, jitter: bool = False) -> GeneratorOutput:
             return generator.synthesize(ws, cameras[yaw], planes=planes, jitter=jitter)
@@ -204,12 +211,11 @@ class _Figures:
         self.values["identity_across_views"] += torch.stack(cosines).mean(0).tolist()
         jittered = [view(0.0, jitter=True).image.clamp(-1, 1) for _ in range(2)]
         self.values["jitter_difference"] += (jittered[0] - jittered[1]).abs().flatten(1).mean(1).tolist()
-        for yaw, output in outputs.items():
+        for yaw, errors in self.pose_errors.items():
+            output = outputs[yaw] if yaw in outputs else view(yaw)
             for image in output.image[:most_poses]:
                 pose = inverter.aligner.estimate_pose(tensor_to_image(image))
-                self.pose_views += 1
-                if pose is not None:
-                    self.pose_errors.append(abs(pose[0] - yaw))
+                errors.append(None if pose is None else abs(pose[0] - yaw))
 
     def _add_geometry(self, depth: torch.Tensor) -> None:
         points = torch.from_numpy(canonical_face())
@@ -224,9 +230,15 @@ class _Figures:
 
     def means(self) -> dict[str, float | None]:
         """The results."""
-        return {name: statistics.fmean(values) for name, values in self.values.items()} | {
-            "pose_error": statistics.fmean(self.pose_errors) if self.pose_errors else None,
-            "pose_detected": len(self.pose_errors) / self.pose_views if self.pose_views else None,
+        means = {name: statistics.fmean(values) for name, values in self.values.items()}
+        return means | self._poses(POSE_YAWS) | {f"{name}_wide": x for name, x in self._poses(WIDE_YAWS).items()}
+
+    def _poses(self, yaws: Sequence[float]) -> dict[str, float | None]:
+        views = [error for yaw in yaws for error in self.pose_errors[yaw]]
+        found = [error for error in views if error is not None]
+        return {
+            "pose_error": statistics.fmean(found) if found else None,
+            "pose_detected": len(found) / len(views) if views else None,
         }
 
 
@@ -236,15 +248,24 @@ def _frechet(
     features: FeatureExtractor,
     settings: GeneratorSettings,
     progress: bool,
-) -> float:
-    """Between all images of the data and untruncated samples, conditioned on and seen from cameras of the data."""
-    real, fake = FeatureStatistics(), FeatureStatistics()
+) -> dict[str, float | None]:
+    """Between all images of the data and untruncated samples, conditioned on and seen from cameras of the data; beside
+    it the data's own distances."""
+    real, blurred, fake = FeatureStatistics(), FeatureStatistics(), FeatureStatistics()
+    halves = FeatureStatistics(), FeatureStatistics()
     count = settings.frechet_samples or len(dataset)
     random = torch.Generator().manual_seed(settings.seed + 1)
     with tqdm(total=len(dataset) + count, unit="image", disable=not progress) as bar:
+        in_second = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed)) % 2 == 1
         for start in range(0, len(dataset), 32):
-            images = [dataset[index][0] for index in range(start, min(start + 32, len(dataset)))]
-            real.add(features(torch.stack(images)))
+            images = torch.stack([dataset[index][0] for index in range(start, min(start + 32, len(dataset)))])
+            of_images = features(images)
+            real.add(of_images)
+            blurred.add(features(_blurred(images)))
+            second = in_second[start : start + 32].to(of_images.device)
+            for half, chosen in zip(halves, (~second, second)):
+                if chosen.any():
+                    half.add(of_images[chosen])
             bar.update(len(images))
         # Each camera of the data once, then again in another order, for as many samples as asked for.
         order = torch.cat([torch.randperm(len(dataset), generator=random) for _ in range(-(-count // len(dataset)))])
@@ -254,4 +275,14 @@ def _frechet(
             images = generator(z, cameras).image.clamp(-1, 1)
             fake.add(features((images * 127.5 + 127.5).round().to(torch.uint8)))
             bar.update(len(images))
-    return frechet_between(real, fake)
+    return {
+        "frechet": frechet_between(real, fake),
+        "frechet_halves": frechet_between(*halves) if min(half.count for half in halves) > 1 else None,
+        "frechet_blurred": frechet_between(real, blurred),
+    }
+
+
+def _blurred(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images [B, 3, H, W], each pixel the mean of the 3×3 around it."""
+    padded = F.pad(images.float(), (1, 1, 1, 1), mode="reflect")
+    return F.avg_pool2d(padded, 3, stride=1).round().to(torch.uint8)

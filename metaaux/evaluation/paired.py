@@ -22,6 +22,8 @@ if settings["threads"] is not None:
     torch.set_num_threads(settings["threads"])
 from metaaux.evaluation.benchmark import _Work, _seconds, load_for_benchmark
 inverter, random_weights = load_for_benchmark(settings["model"], settings["device"], getattr(torch, settings["dtype"]))
+if settings["cuda_graphs"] and hasattr(inverter, "enable_cuda_graphs"):
+    inverter.enable_cuda_graphs()
 work = _Work(inverter, settings["steps"], random_weights)
 measures = ["synthesis", "adaptation", "tuning_step"] + ["cached_view"] * inverter.has_viewpoints
 print(json.dumps(measures), file=answers, flush=True)
@@ -41,6 +43,7 @@ class PairedSettings:
         device, dtype: see there; the latter by name.
         steps: gradient steps of an inversion.
         threads: CPU threads. Default: PyTorch's.
+        cuda_graphs: whether passes are recorded and replayed on CUDA, by the revisions that can.
     """
 
     model: str | None = None
@@ -48,6 +51,7 @@ class PairedSettings:
     dtype: str = "float32"
     steps: int = 5
     threads: int | None = None
+    cuda_graphs: bool = False
 
 
 class _Revision:

@@ -19,7 +19,7 @@ from torch import nn
 
 from .. import devices
 from ..cameras import CAMERA_RADIUS
-from . import decoder_cpu, renderer
+from . import decoder_cpu, fused_decoder, renderer
 from .recomputation import recomputed
 from .stylegan2 import (
     FullyConnected,
@@ -246,6 +246,10 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
 
     def _decode(self, planes, points, offset_planes, lookup, dtype):
         config = self.config
+        if lookup == "auto" and fused_decoder.is_supported(planes, offset_planes, self.decoder, config.plane_axes):
+            return fused_decoder.decode(
+                planes.to(dtype), points, offset_planes, self.decoder, config.plane_axes, config.box_size
+            )
         if offset_planes is not None:
             # Eq. 4: Δp is the sum of the planes' look-ups, sample_planes' mean times their number.
             if isinstance(offset_planes, torch.Tensor):

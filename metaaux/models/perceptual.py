@@ -144,6 +144,9 @@ class LPIPS(ModelMixin, ConfigMixin):
         self.calibration = nn.ModuleList(
             nn.Conv2d(channels, 1, 1, bias=False) for channels in (self.tap_channels if calibrated else ())
         )
+        with torch.no_grad():
+            for layer in self.calibration:
+                layer.weight.abs_()  # or with random weights it would be no distance, and have no lower bound
 
     @property
     def kind(self) -> str:

@@ -58,7 +58,8 @@ def bilinear_gather(planes: torch.Tensor, uv: torch.Tensor) -> torch.Tensor:
     for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
         column, row = x0 + dx, y0 + dy
         inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-        index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long()
+        # Whole numbers are clamped: what is no number would point outside, which on a GPU ends the process.
+        index = row.long().clamp(0, height - 1) * width + column.long().clamp(0, width - 1)
         weight = (fx if dx else 1 - fx) * (fy if dy else 1 - fy) * inside
         corner = torch.gather(table, 1, index[..., None].expand(-1, -1, channels))
         total = total + corner * weight[..., None].to(corner.dtype)

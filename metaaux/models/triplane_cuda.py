@@ -1,8 +1,10 @@
 """Fused tri-plane look-up for CUDA, in Triton (which PyTorch's CUDA builds bring along).
 
 One pass reads the four corners on every plane and writes their mean, where `grid_sample` writes and re-reads a tensor
-of planes × samples × channels; the backward pass adds into the planes with coalesced atomics. Where Triton or CUDA is
-missing, `renderer.sample_planes` uses `grid_sample`.
+of planes × samples × channels; the backward pass adds into the planes with coalesced atomics, so that gradients of two
+runs may differ in their last bits. Where Triton or CUDA is missing, `renderer.sample_planes` uses `grid_sample`.
+
+`fused_decoder` builds on the same parts.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 try:
     import triton
@@ -19,11 +20,28 @@ except ImportError:  # CPU builds of PyTorch come without it
     triton = None
 
 BLOCK = 64
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_supported(planes: torch.Tensor, plane_axes: Sequence[str]) -> bool:
     """Whether the fused look-up can run on `planes` [B, 3, C, H, W]."""
-    return triton is not None and planes.is_cuda and len(plane_axes) == 3
+    return triton is not None and planes.is_cuda and planes.dtype in DTYPES and len(plane_axes) == 3
+
+
+def pixels_first(planes: torch.Tensor) -> torch.Tensor:
+    """planes [B, 3, C, H, W] → [B, H, W, 3, C], contiguous: the kernels' layout, in which a sample's channels are one
+    cache line. Costs nothing for planes whose memory format is that of channels last."""
+    return planes.permute(0, 3, 4, 1, 2).contiguous()
+
+
+def packed_axes(plane_axes: Sequence[str]) -> int:
+    """Axes u, v of the three planes as one number of twelve bits, two for each, that kernels are compiled for."""
+    return sum("xyz".index(axis) << 2 * i for i, axis in enumerate("".join(plane_axes)))
+
+
+def block_side(channels: int) -> int:
+    """The power of two that holds `channels`, which Triton's blocks must have as sides."""
+    return triton.next_power_of_2(channels)
 
 
 if triton is not None:
@@ -40,6 +58,110 @@ if triton is not None:
         return x0.to(tl.int32), y0.to(tl.int32), x - x0, y - y0
 
     @triton.jit
+    def _coordinate(x, y, z, AXIS: tl.constexpr):
+        return x if AXIS == 0 else (y if AXIS == 1 else z)
+
+    @triton.jit
+    def _add_along(x, y, z, slope, AXIS: tl.constexpr):
+        if AXIS == 0:
+            x += slope
+        elif AXIS == 1:
+            y += slope
+        else:
+            z += slope
+        return x, y, z
+
+    @triton.jit
+    def load_points(points, rows, live, scale):
+        """x, y, z [M] of points [., 3], in units where the box is [-1, 1]."""
+        x = tl.load(points + rows * 3, mask=live, other=0.0) * scale
+        y = tl.load(points + rows * 3 + 1, mask=live, other=0.0) * scale
+        z = tl.load(points + rows * 3 + 2, mask=live, other=0.0) * scale
+        return x, y, z
+
+    @triton.jit
+    def look_up(
+        planes, x, y, z, live, height, width, AXES: tl.constexpr, C: tl.constexpr, SIDE: tl.constexpr, M: tl.constexpr
+    ):
+        """Sum of the bilinear look-ups on planes [H, W, 3, C] at M points, [M, SIDE], of which the first C count."""
+        c = tl.arange(0, SIDE)
+        total = tl.zeros((M, SIDE), tl.float32)
+        for k in tl.static_range(3):
+            u = _coordinate(x, y, z, (AXES >> (4 * k)) & 3)
+            v = _coordinate(x, y, z, (AXES >> (4 * k + 2)) & 3)
+            x0, y0, fx, fy = _corner(u, v, height, width)
+            for corner in tl.static_range(4):
+                column = x0 + (corner % 2)
+                row = y0 + (corner // 2)
+                weight = (fx if corner % 2 else 1 - fx) * (fy if corner // 2 else 1 - fy)
+                inside = live & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+                mask = inside[:, None] & (c < C)[None, :]
+                address = planes + ((row * width + column) * (3 * C) + k * C)[:, None] + c[None, :]
+                total += tl.load(address, mask=mask, other=0.0).to(tl.float32) * weight[:, None]
+        return total
+
+    @triton.jit
+    def look_up_backward(
+        gradient,
+        planes,
+        grad_planes,
+        x,
+        y,
+        z,
+        live,
+        height,
+        width,
+        AXES: tl.constexpr,
+        C: tl.constexpr,
+        SIDE: tl.constexpr,
+        M: tl.constexpr,
+        NEED_PLANES: tl.constexpr,
+        NEED_POINTS: tl.constexpr,
+    ):
+        """Of `look_up`, for the sum's gradient [M, SIDE]: adds to `grad_planes` and returns that of x, y, z."""
+        c = tl.arange(0, SIDE)
+        along_x = tl.zeros((M,), tl.float32)
+        along_y = tl.zeros((M,), tl.float32)
+        along_z = tl.zeros((M,), tl.float32)
+        for k in tl.static_range(3):
+            u = _coordinate(x, y, z, (AXES >> (4 * k)) & 3)
+            v = _coordinate(x, y, z, (AXES >> (4 * k + 2)) & 3)
+            x0, y0, fx, fy = _corner(u, v, height, width)
+            slope_u = tl.zeros((M,), tl.float32)
+            slope_v = tl.zeros((M,), tl.float32)
+            for corner in tl.static_range(4):
+                column = x0 + (corner % 2)
+                row = y0 + (corner // 2)
+                share_u = fx if corner % 2 else 1 - fx
+                share_v = fy if corner // 2 else 1 - fy
+                inside = live & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+                mask = inside[:, None] & (c < C)[None, :]
+                place = ((row * width + column) * (3 * C) + k * C)[:, None] + c[None, :]
+                if NEED_PLANES:
+                    tl.atomic_add(
+                        grad_planes + place, gradient * (share_u * share_v)[:, None], mask=mask, sem="relaxed"
+                    )
+                if NEED_POINTS:
+                    value = tl.load(planes + place, mask=mask, other=0.0).to(tl.float32)
+                    dot = tl.sum(value * gradient, axis=1)
+                    slope_u += dot * (share_v if corner % 2 else -share_v)
+                    slope_v += dot * (share_u if corner // 2 else -share_u)
+            if NEED_POINTS:
+                along_x, along_y, along_z = _add_along(
+                    along_x, along_y, along_z, slope_u * (width * 0.5), (AXES >> (4 * k)) & 3
+                )
+                along_x, along_y, along_z = _add_along(
+                    along_x, along_y, along_z, slope_v * (height * 0.5), (AXES >> (4 * k + 2)) & 3
+                )
+        return along_x, along_y, along_z
+
+    @triton.jit
+    def store_points(points, rows, live, x, y, z):
+        tl.store(points + rows * 3, x, mask=live)
+        tl.store(points + rows * 3 + 1, y, mask=live)
+        tl.store(points + rows * 3 + 2, z, mask=live)
+
+    @triton.jit
     def _forward(
         planes,
         points,
@@ -47,41 +169,20 @@ if triton is not None:
         samples,
         height,
         width,
-        s_b,
-        s_p,
-        s_c,
-        s_h,
-        s_w,
-        U0: tl.constexpr,
-        V0: tl.constexpr,
-        U1: tl.constexpr,
-        V1: tl.constexpr,
-        U2: tl.constexpr,
-        V2: tl.constexpr,
+        AXES: tl.constexpr,
         C: tl.constexpr,
-        BLOCK_M: tl.constexpr,
+        SIDE: tl.constexpr,
+        M: tl.constexpr,
     ):
         batch = tl.program_id(1).to(tl.int64)
-        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        c = tl.arange(0, C)
+        m = tl.program_id(0) * M + tl.arange(0, M)
+        c = tl.arange(0, SIDE)
         live = m < samples
-        base = points + (batch * samples + m) * 3
-        total = tl.zeros((BLOCK_M, C), tl.float32)
-        for k in tl.static_range(3):
-            u = tl.load(base + (U0 if k == 0 else (U1 if k == 1 else U2)), mask=live, other=0.0)
-            v = tl.load(base + (V0 if k == 0 else (V1 if k == 1 else V2)), mask=live, other=0.0)
-            x0, y0, fx, fy = _corner(u, v, height, width)
-            plane = planes + batch * s_b + k * s_p
-            for corner in tl.static_range(4):
-                x = x0 + (corner % 2)
-                y = y0 + (corner // 2)
-                weight = (fx if corner % 2 else 1 - fx) * (fy if corner // 2 else 1 - fy)
-                inside = live & (x >= 0) & (x < width) & (y >= 0) & (y < height)
-                address = plane + (y * s_h + x * s_w)[:, None] + (c * s_c)[None, :]
-                value = tl.load(address, mask=inside[:, None], other=0.0).to(tl.float32)
-                total += value * weight[:, None]
-        row = (batch * samples + m)[:, None] * C + c[None, :]
-        tl.store(out + row, (total / 3).to(out.dtype.element_ty), mask=live[:, None])
+        rows = batch * samples + m
+        x, y, z = load_points(points, rows, live, 1.0)
+        total = look_up(planes + batch * height * width * 3 * C, x, y, z, live, height, width, AXES, C, SIDE, M)
+        mask = live[:, None] & (c < C)[None, :]
+        tl.store(out + rows[:, None] * C + c[None, :], (total / 3).to(out.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _backward(
@@ -93,81 +194,55 @@ if triton is not None:
         samples,
         height,
         width,
-        s_b,
-        s_p,
-        s_c,
-        s_h,
-        s_w,
-        U0: tl.constexpr,
-        V0: tl.constexpr,
-        U1: tl.constexpr,
-        V1: tl.constexpr,
-        U2: tl.constexpr,
-        V2: tl.constexpr,
+        AXES: tl.constexpr,
         C: tl.constexpr,
-        BLOCK_M: tl.constexpr,
+        SIDE: tl.constexpr,
+        M: tl.constexpr,
         NEED_PLANES: tl.constexpr,
         NEED_POINTS: tl.constexpr,
     ):
         batch = tl.program_id(1).to(tl.int64)
-        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        c = tl.arange(0, C)
+        m = tl.program_id(0) * M + tl.arange(0, M)
+        c = tl.arange(0, SIDE)
         live = m < samples
-        base = points + (batch * samples + m) * 3
-        row = (batch * samples + m)[:, None] * C + c[None, :]
-        gradient = tl.load(grad_out + row, mask=live[:, None], other=0.0).to(tl.float32) / 3
-        for k in tl.static_range(3):
-            u = tl.load(base + (U0 if k == 0 else (U1 if k == 1 else U2)), mask=live, other=0.0)
-            v = tl.load(base + (V0 if k == 0 else (V1 if k == 1 else V2)), mask=live, other=0.0)
-            x0, y0, fx, fy = _corner(u, v, height, width)
-            # Gradients lie [B, H, W, P·C]: one sample's channels are one cache line.
-            plane = grad_planes + batch * height * width * 3 * C + k * C
-            slope_u = tl.zeros((BLOCK_M,), tl.float32)
-            slope_v = tl.zeros((BLOCK_M,), tl.float32)
-            for corner in tl.static_range(4):
-                x = x0 + (corner % 2)
-                y = y0 + (corner // 2)
-                along_u = fx if corner % 2 else 1 - fx
-                along_v = fy if corner // 2 else 1 - fy
-                inside = live & (x >= 0) & (x < width) & (y >= 0) & (y < height)
-                if NEED_PLANES:
-                    address = plane + ((y * width + x) * 3 * C)[:, None] + c[None, :]
-                    tl.atomic_add(
-                        address, gradient * (along_u * along_v)[:, None], mask=inside[:, None], sem="relaxed"
-                    )
-                if NEED_POINTS:
-                    source = planes + batch * s_b + k * s_p + (y * s_h + x * s_w)[:, None] + (c * s_c)[None, :]
-                    value = tl.load(source, mask=inside[:, None], other=0.0).to(tl.float32)
-                    dot = tl.sum(value * gradient, axis=1)
-                    slope_u += dot * (along_v if corner % 2 else -along_v)
-                    slope_v += dot * (along_u if corner // 2 else -along_u)
-            if NEED_POINTS:
-                tl.atomic_add(
-                    grad_points + (batch * samples + m) * 3 + (U0 if k == 0 else (U1 if k == 1 else U2)),
-                    slope_u * (width * 0.5),
-                    mask=live,
-                    sem="relaxed",
-                )
-                tl.atomic_add(
-                    grad_points + (batch * samples + m) * 3 + (V0 if k == 0 else (V1 if k == 1 else V2)),
-                    slope_v * (height * 0.5),
-                    mask=live,
-                    sem="relaxed",
-                )
+        rows = batch * samples + m
+        x, y, z = load_points(points, rows, live, 1.0)
+        mask = live[:, None] & (c < C)[None, :]
+        gradient = tl.load(grad_out + rows[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32) / 3
+        first = batch * height * width * 3 * C
+        x, y, z = look_up_backward(
+            gradient,
+            planes + first,
+            grad_planes + first,
+            x,
+            y,
+            z,
+            live,
+            height,
+            width,
+            AXES,
+            C,
+            SIDE,
+            M,
+            NEED_PLANES,
+            NEED_POINTS,
+        )
+        if NEED_POINTS:
+            store_points(grad_points, rows, live, x, y, z)
 
 
 class _SamplePlanes(torch.autograd.Function):
+    """planes [B, H, W, 3, C], points [B, M, 3] → [B, M, C]."""
+
     @staticmethod
-    def forward(ctx, planes, points, axes, dtype):
-        batch, _, channels, height, width = planes.shape
-        ctx.source_dtype = planes.dtype
-        planes, points = planes.to(dtype), points.contiguous()
-        out = torch.empty(batch, points.shape[1], channels, device=planes.device, dtype=dtype)
-        grid = (triton.cdiv(points.shape[1], BLOCK), batch)
+    def forward(ctx, planes, points, axes):
+        batch, height, width, _, channels = planes.shape
+        count = points.shape[1]
+        out = torch.empty(batch, count, channels, device=planes.device, dtype=planes.dtype)
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device_of(planes):
-            _forward[grid](
-                planes, points, out, points.shape[1], height, width, *planes.stride(), *axes, C=channels, BLOCK_M=BLOCK
+            _forward[triton.cdiv(count, BLOCK), batch](
+                planes, points, out, count, height, width, axes, channels, block_side(channels), BLOCK
             )
         ctx.save_for_backward(planes, points)
         ctx.axes = axes
@@ -177,47 +252,24 @@ class _SamplePlanes(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
         planes, points = ctx.saved_tensors
-        batch, count, channels, height, width = planes.shape
+        batch, height, width, _, channels = planes.shape
+        count = points.shape[1]
         need_planes, need_points = ctx.needs_input_grad[:2]
-        shape = (batch, height, width, count, channels) if need_planes else (1,)
-        grad_planes = torch.zeros(shape, device=planes.device, dtype=torch.float32)
-        grad_points = torch.zeros_like(points) if need_points else points
-        grid = (triton.cdiv(points.shape[1], BLOCK), batch)
+        # What is not needed is an input, which the kernel then leaves alone.
+        grad_planes = torch.zeros_like(planes, dtype=torch.float32) if need_planes else planes
+        grad_points = torch.empty_like(points) if need_points else points
+        sizes = (count, height, width, ctx.axes, channels, block_side(channels), BLOCK)
         with torch.cuda.device_of(planes):
-            _backward[grid](
-                planes,
-                points,
-                grad_out.contiguous(),
-                grad_planes,
-                grad_points,
-                points.shape[1],
-                height,
-                width,
-                *planes.stride(),
-                *ctx.axes,
-                C=channels,
-                BLOCK_M=BLOCK,
-                NEED_PLANES=need_planes,
-                NEED_POINTS=need_points,
+            _backward[triton.cdiv(count, BLOCK), batch](
+                planes, points, grad_out.contiguous(), grad_planes, grad_points, *sizes, need_planes, need_points
             )
-        if need_planes:
-            grad_planes = grad_planes.permute(0, 3, 4, 1, 2).to(ctx.source_dtype)
-        return grad_planes if need_planes else None, grad_points if need_points else None, None, None
+        return grad_planes.to(planes.dtype) if need_planes else None, grad_points if need_points else None, None
 
 
-def sample_planes(
-    planes: torch.Tensor, points: torch.Tensor, plane_axes: Sequence[str], dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def sample_planes(planes: torch.Tensor, points: torch.Tensor, plane_axes: Sequence[str]) -> torch.Tensor:
     """Mean of the bilinear look-ups on the three planes, zero outside of them.
 
     planes [B, 3, C, H, W] (fastest where a pixel's channels are adjacent), points [B, M, 3] in units where the box is
-    [-1, 1] → [B, M, C] in `dtype` (that of `planes` where left out), to which the planes are rounded for reading.
-    Once differentiable in planes (accumulated in float32) and points.
+    [-1, 1] → [B, M, C] in the dtype of `planes`. Once differentiable in planes (accumulated in float32) and points.
     """
-    axes = tuple("xyz".index(a) for pair in plane_axes for a in pair)
-    channels = planes.shape[2]
-    missing = (1 << (channels - 1).bit_length()) - channels
-    if missing:  # Triton's blocks have powers of two as sides
-        planes = F.pad(planes.movedim(2, -1), (0, missing)).movedim(-1, 2)
-    features = _SamplePlanes.apply(planes, points.float(), axes, dtype or planes.dtype)
-    return features[..., :channels] if missing else features
+    return _SamplePlanes.apply(pixels_first(planes), points.float().contiguous(), packed_axes(plane_axes))

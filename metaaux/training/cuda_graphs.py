@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..cuda_graphs import capture
+
 
 # torch.cuda.make_graphed_callables captures forward and backward passes apart, and so neither gradients taken inside a
 # function nor their derivatives (R1, second order); nor does it take dictionaries.
@@ -40,12 +42,8 @@ class CapturedFunction:
                 torch.cuda.current_stream().wait_stream(stream)
                 return outputs
             self.inputs = [tensor.clone() for tensor in inputs]
-            graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
-            # "thread_local" because NCCL's watchdog thread queries events meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.outputs = self.function(*self.inputs)
-            self.graph = graph
+            self.graph, self.outputs = capture(lambda: self.function(*self.inputs))
         for static, tensor in zip(self.inputs, inputs, strict=True):
             if static is not tensor:
                 static.copy_(tensor)

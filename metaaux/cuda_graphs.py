@@ -1,0 +1,418 @@
+"""CUDA graphs: a pass of hundreds of small kernels is recorded once, and launched as one from there on.
+
+A full-size inversion has tens of thousands of kernels, most of them so short that the GPU waits for the host to launch
+the next one. `CudaGraphs` keeps the recordings of one pipeline's passes for all of its threads; `CudaGraphs.bind` says
+what a pass may do. Training has its own `training.cuda_graphs`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import threading
+import warnings
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+Result = TypeVar("Result")
+
+#: Runs a pass: (name, function, inputs) → outputs; see `CudaGraphs.bind`.
+RunPass = Callable[[str, Callable[[Any], Any], Any], Any]
+
+# PyTorch allows one capture at a time in a process.
+_CAPTURING = threading.Lock()
+
+
+def run_eagerly(name: str, function: Callable[[Any], Result], inputs: Any) -> Result:
+    """A `RunPass` that launches kernel by kernel."""
+    return function(inputs)
+
+
+def capture(
+    function: Callable[[], Result], pool: Any = None, stream: torch.cuda.Stream | None = None
+) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """Records `function`, whose kernels must be compiled and chosen already.
+
+    Args:
+        function: is run once, and nothing of it is computed.
+        pool: memory of the graph, as `torch.cuda.graph_pool_handle` gives it. Default: its own.
+        stream: where it is recorded. Default: PyTorch's stream for all captures.
+
+    Returns:
+        The graph, and what `function` returned: tensors that a replay fills.
+    """
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # "thread_local": other threads go on meanwhile, and NCCL's watchdog queries events.
+        with _CAPTURING, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            outputs = function()
+    except BaseException:
+        torch.cuda.set_stream(before)  # PyTorch leaves its own where a capture cannot be ended
+        raise
+    return graph, outputs
+
+
+def _flatten(value: Any, tensors: list[torch.Tensor]) -> Hashable:
+    """Appends the tensors of nested mappings and sequences; what else it holds, and the tensors' layouts."""
+    # torch.utils._pytree knows which tensors there are, but its description of dictionaries cannot be hashed.
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return value.dtype, value.shape, value.stride(), value.device
+    if isinstance(value, Mapping):
+        return dict, tuple((name, _flatten(entry, tensors)) for name, entry in value.items())
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(_flatten(entry, tensors) for entry in value)
+    return value
+
+
+def _with_tensors(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """The same nested value with other tensors, in the order of `_flatten`."""
+    if isinstance(value, torch.Tensor):
+        return next(tensors)
+    if isinstance(value, Mapping):
+        return {name: _with_tensors(entry, tensors) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_tensors(entry, tensors) for entry in value)
+    return value
+
+
+#: What is compared of a module beside its tensors.
+_PLAIN = frozenset((bool, int, float, str, torch.dtype, type(None)))
+
+
+def _state_of(parts: Sequence[Any]) -> list:
+    """All that a recording takes from networks for granted: where their tensors lie, in which layout, and what numbers
+    and words their modules hold. Values of tensors are no part of it: a replay reads them anew."""
+    state, stack, seen = [], list(parts), set()
+    while stack:
+        part = stack.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        own = vars(part)
+        state.append((type(part), [(name, value) for name, value in own.items() if type(value) in _PLAIN]))
+        if isinstance(part, torch.nn.Module):
+            tensors = [*own["_parameters"].values(), *own["_buffers"].values()]
+            state.append([(t.data_ptr(), t.dtype, t.shape) for t in tensors if t is not None])
+            state.append(dict(own.get("_internal_dict", ())))  # diffusers' configuration
+            stack.extend(child for child in own["_modules"].values() if child is not None)
+        else:
+            stack.extend(value for value in own.values() if hasattr(value, "__dict__") and not isinstance(value, type))
+    return state
+
+
+def _arithmetic() -> tuple:
+    """PyTorch's settings by which it chooses kernels."""
+    cudnn = torch.backends.cudnn
+    settings = (
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        cudnn.enabled,
+        cudnn.benchmark,
+        cudnn.deterministic,
+    )
+    if hasattr(torch.backends, "fp32_precision"):  # since 2.9, where asking by the former names may raise
+        return (*settings, torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision)
+    return (*settings, torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32)
+
+
+class _Streams:
+    """Streams that nobody else here uses: those of lanes, and those of threads that are at work.
+
+    PyTorch has 32 a device and gives them out in turn, so one may come twice; and cuBLAS has one workspace a stream.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: list[torch.cuda.Stream] = []
+        self._taken: set[int] = set()
+
+    def take(self, device: torch.device) -> torch.cuda.Stream:
+        with self._lock:
+            known = [stream for stream in self._free if stream.device_index == device.index]
+            made = (torch.cuda.Stream(device) for _ in range(32))
+            stream = known[0] if known else next((s for s in made if s.cuda_stream not in self._taken), None)
+            stream = stream or torch.cuda.Stream(device)
+            if known:
+                self._free.remove(stream)
+            self._taken.add(stream.cuda_stream)
+            return stream
+
+    def give_back(self, stream: torch.cuda.Stream) -> None:
+        with self._lock:
+            self._free.append(stream)
+
+
+_STREAMS = _Streams()
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """A captured pass: `replay` reads the buffers `inputs` and fills the tensors of `outputs`."""
+
+    replay: Callable[[], None]
+    inputs: list[torch.Tensor]
+    outputs: Any
+
+
+class Lane:
+    """Recordings that run one at a time and share the buffers of their inputs.
+
+    Args:
+        device: where they run.
+
+    Attributes:
+        lock: held by the thread that launches something.
+        recordings: by key, the longest unused first.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.lock = threading.Lock()
+        self.recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+        self._buffers: weakref.WeakValueDictionary[Hashable, torch.Tensor] = weakref.WeakValueDictionary()
+
+    @property
+    def idle(self) -> bool:
+        """Whether a pass of the calling thread could start at once, or follow what this thread launched itself."""
+        return not self.lock.locked()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Work launched within waits for what other threads launched here; the lock is held meanwhile."""
+        with self.lock:
+            yield
+
+    def record(self, function: Callable[[Any], Any], inputs: Any, tensors: list[torch.Tensor]) -> Recording:
+        """Captures a pass with buffers in place of its inputs."""
+        buffers, seen = [], Counter()
+        for tensor in tensors:
+            layout = (tensor.dtype, tensor.shape, tensor.stride())
+            seen[layout] += 1
+            key = (layout, seen[layout])
+            if (buffer := self._buffers.get(key)) is None:
+                self._buffers[key] = buffer = torch.empty_like(tensor, requires_grad=False)
+            buffers.append(buffer)
+        replay, outputs = self.capture(lambda: function(_with_tensors(inputs, iter(buffers))))
+        return Recording(replay, buffers, outputs)
+
+    def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """What does `function` again, and the outputs that it fills."""
+        raise NotImplementedError
+
+    def wait(self) -> None:
+        """Returns when all that was launched here is done."""
+
+    def close(self) -> None:
+        """Gives back what is the lane's alone. Nothing is recorded here any more."""
+
+
+class CudaLane(Lane):
+    """A lane with a memory pool that its graphs share (`torch.cuda.graph_pool_handle`)."""
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), _STREAMS.take(device)
+        self.done = torch.cuda.Event()  # what was launched last
+        self.user: int | None = None  # by which thread
+
+    @property
+    def idle(self) -> bool:
+        return super().idle and (self.user == threading.get_ident() or self.done.query())
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        with super().turn():
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(self.done)
+            self.user = threading.get_ident()
+            try:
+                yield
+            finally:
+                self.done.record(stream)
+
+    def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        with torch.cuda.device(self.device):
+            graph, outputs = capture(function, self.pool, self.stream)
+        return graph.replay, outputs
+
+    def wait(self) -> None:
+        self.done.synchronize()
+
+    def close(self) -> None:
+        _STREAMS.give_back(self.stream)
+
+
+class CudaGraphs:
+    """Recordings of passes, one for each pass, networks, shapes, precision and device; shared by threads.
+
+    Each of `concurrency` lanes has memory of its own. Within a lane the recordings share one memory pool
+    (`torch.cuda.graph_pool_handle`) and the buffers of inputs of one shape: a lane needs as much as its largest pass
+    and the outputs of all, not the sum of all passes. Therefore one of them runs at a time.
+
+    A call takes an idle lane and holds its lock while it launches three things on the thread's current stream, which
+    is a fraction of a millisecond: inputs are copied in, the graph is replayed, outputs are copied out. So the passes
+    of several photos take turns, and what threads do on the CPU in between goes on side by side. Another lane is only
+    made once the others were found busy.
+
+    Args:
+        concurrency: passes that a GPU may run at once: batches of one leave much of it idle. Memory grows with it.
+        capacity: recordings that a lane keeps; the longest unused goes first.
+
+    Attributes:
+        captures: recordings made so far.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    lane_type: type[Lane] = CudaLane
+
+    def __init__(self, concurrency: int = 2, capacity: int = 16):
+        if concurrency < 1 or capacity < 1:
+            raise ValueError(f"concurrency and capacity must be 1 or more, got {concurrency} and {capacity}")
+        self.concurrency, self.capacity, self.captures = concurrency, capacity, 0
+        self._lock = threading.Lock()
+        self._lanes: dict[torch.device, list[Lane]] = {}
+        self._states: dict[Hashable, tuple[int, list]] = {}
+        self._serial = itertools.count()
+        self._refused: set[Hashable] = set()
+
+    def bind(self, kind: Hashable, *parts: Any) -> RunPass:
+        """What runs passes that use these networks.
+
+        The returned function takes the pass' name, the pass itself, and its inputs: nested mappings and sequences of
+        tensors and constants. The pass takes these alone and returns nested mappings and sequences of tensors. It may
+        overwrite its inputs, which are copies. Its Python code runs at the first call only, so name and constants say
+        all that it depends on beside tensors and networks. The networks are in eval mode; a pass draws no random
+        numbers and never makes the host wait.
+
+        What it returns is the caller's. The first call runs kernel by kernel and is recorded afterwards. Calls on
+        other devices than CUDA, inside of autocast or under a dispatch mode are never recorded, nor are passes that
+        cannot be: a warning reports these once, and from there on they run kernel by kernel.
+
+        Args:
+            kind: says what the networks are for. Once a tensor of theirs was replaced or an attribute changed, the
+                recordings of this kind are given up; new values in the same tensors need no new recording.
+            parts: networks that the passes use, and objects that hold some.
+        """
+        state = _state_of(parts)
+        with self._lock:
+            known = self._states.get(kind)
+            if stale := known is None or known[1] != state:
+                self._states[kind] = known = (next(self._serial), state)
+        if stale:
+            self._drop(lambda key: key[0] == kind and key[1] < known[0])
+        return functools.partial(self._run, kind, known[0])
+
+    @contextlib.contextmanager
+    def stream(self, device: torch.device) -> Iterator[None]:
+        """A stream of the calling thread's own, since what threads launch on one stream runs one after the other.
+
+        Tensors made inside have to be done with, or copied to the CPU, before it ends.
+        """
+        if device.type != "cuda":
+            yield
+            return
+        before = torch.cuda.current_stream(device)
+        own = _STREAMS.take(before.device)
+        own.wait_stream(before)
+        try:
+            with torch.cuda.stream(own):
+                yield
+        finally:
+            before.wait_stream(own)
+            _STREAMS.give_back(own)
+
+    def release(self) -> None:
+        """Gives up all recordings and their memory, once the GPU has done what was launched."""
+        self._drop(lambda key: True)
+        with self._lock:
+            lanes = [lane for lanes in self._lanes.values() for lane in lanes]
+            self._lanes.clear()
+            self._states.clear()
+            self._refused.clear()
+        for lane in lanes:
+            lane.close()
+        if lanes:
+            torch.cuda.empty_cache()
+
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether passes are recorded there."""
+        return device.type == "cuda"
+
+    def _records(self, tensors: list[torch.Tensor]) -> bool:
+        return (
+            all(self.runs_on(tensor.device) for tensor in tensors)
+            and not is_in_torch_dispatch_mode()
+            and not torch.is_autocast_enabled("cuda")
+        )
+
+    def _drop(self, unwanted: Callable[[tuple], bool]) -> None:
+        with self._lock:
+            lanes = [lane for lanes in self._lanes.values() for lane in lanes]
+        for lane in lanes:
+            with lane.lock:
+                for key in [key for key in lane.recordings if unwanted(key)]:
+                    lane.wait()
+                    del lane.recordings[key]
+
+    def _lane(self, device: torch.device, key: Hashable) -> Lane:
+        """An idle lane, best one with this recording; a new one while there may be more; else the longest unused."""
+        with self._lock:
+            lanes = self._lanes.setdefault(device, [])
+            # In the order of their last use.
+            lane = min(lanes, key=lambda lane: (not lane.idle, key not in lane.recordings), default=None)
+            if lane is not None and (lane.idle or len(lanes) == self.concurrency):
+                lanes.remove(lane)
+            else:
+                lane = self.lane_type(device)
+            lanes.append(lane)
+            return lane
+
+    def _run(self, kind: Hashable, serial: int, name: str, function: Callable[[Any], Any], inputs: Any) -> Any:
+        tensors: list[torch.Tensor] = []
+        key = (kind, serial, name, _flatten(inputs, tensors), _arithmetic())
+        if key in self._refused or not self._records(tensors):
+            return function(inputs)
+        lane = self._lane(tensors[0].device, key)
+        with torch.inference_mode(False), lane.turn():
+            recording = lane.recordings.get(key)
+            if recording is None:
+                return self._first(lane, key, function, inputs, tensors)
+            lane.recordings.move_to_end(key)
+            with torch.no_grad():
+                torch._foreach_copy_(recording.inputs, tensors)
+                recording.replay()
+                outputs: list[torch.Tensor] = []
+                _flatten(recording.outputs, outputs)
+                return _with_tensors(recording.outputs, iter([output.clone() for output in outputs]))
+
+    def _first(self, lane: Lane, key: tuple, function: Callable[[Any], Any], inputs: Any, tensors: list) -> Any:
+        """A pass that is not recorded here: launched kernel by kernel, which makes its kernels ready, and recorded."""
+        outputs = function(_with_tensors(inputs, iter([tensor.detach().clone() for tensor in tensors])))
+        try:
+            recording = lane.record(function, inputs, tensors)
+        except RuntimeError as error:
+            self._refused.add(key)
+            warnings.warn(
+                f"the pass {key[2]!r} of {key[0]} cannot be recorded as a CUDA graph and is launched kernel by kernel "
+                f"from here on ({str(error).splitlines()[0]})",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return outputs
+        with self._lock:
+            self.captures += 1
+        lane.recordings[key] = recording
+        while len(lane.recordings) > self.capacity:
+            lane.wait()
+            lane.recordings.popitem(last=False)
+        return outputs

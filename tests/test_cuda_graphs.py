@@ -1,0 +1,511 @@
+"""Inference by recordings: `cuda_graphs`, `replay`, and the pipeline's `enable_cuda_graphs`."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from metaaux import MetaAuxInverter, devices
+from metaaux.adaptation import InnerLoop, InnerProblem
+from metaaux.cuda_graphs import CudaGraphs, Lane
+from metaaux.export.images import image_to_tensor
+from metaaux.models.auxiliary import AuxiliaryOutput
+from metaaux.models.views import private_view
+from metaaux.replay import PackedTensors, ReplayedProblem
+from metaaux.tasks import Tasks
+
+
+def tensors_of(value):
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+class CpuLane(Lane):
+    """A lane whose recordings compute anew on the CPU: what is tested is everything around a capture."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.replays = 0
+
+    def capture(self, function):
+        outputs = function()
+
+        def replay():
+            self.replays += 1
+            with torch.no_grad():
+                for old, new in zip(tensors_of(outputs), tensors_of(function()), strict=True):
+                    old.copy_(new)
+
+        return replay, outputs
+
+
+class CpuGraphs(CudaGraphs):
+    lane_type = CpuLane
+
+    def runs_on(self, device):
+        return True
+
+    @property
+    def lanes(self):
+        return [lane for lanes in self._lanes.values() for lane in lanes]
+
+    @property
+    def replays(self):
+        return sum(lane.replays for lane in self.lanes)
+
+
+def assert_equal_inversions(first, second, tolerance=1e-5):
+    assert torch.allclose(first.w, second.w, atol=tolerance)
+    assert first.weight_offsets.keys() == second.weight_offsets.keys()
+    for layer, offset in first.weight_offsets.items():
+        assert torch.allclose(offset, second.weight_offsets[layer], atol=tolerance), layer
+    if first.offset_planes is not None:
+        assert torch.allclose(first.offset_planes, second.offset_planes, atol=tolerance)
+    for one, other in zip(first.steps, second.steps, strict=True):
+        for key in one.keys() - {"seconds"}:
+            assert one[key] == pytest.approx(other[key], rel=tolerance, abs=tolerance), (key, one["step"])
+
+
+@pytest.fixture
+def recorded(tiny_inverter):
+    """The tiny pipeline with recordings that run on the CPU, and what keeps them."""
+    tiny_inverter._graphs = CpuGraphs()
+    yield tiny_inverter, tiny_inverter._graphs
+    tiny_inverter.disable_cuda_graphs()
+
+
+class TestInversion:
+    @pytest.mark.parametrize("flip", [False, True])
+    def test_replays_are_the_eager_passes(self, recorded, crops, cameras, flip):
+        inverter, graphs = recorded
+        inverter.disable_cuda_graphs()
+        photos = list(zip(crops, cameras))[:2]
+        expected = [inverter.invert(crop, steps=3, camera=camera, flip=flip) for crop, camera in photos]
+        views = [inverter.render(inversion, yaw=10) for inversion in expected]
+        inverter._graphs = graphs
+        inverter.invert(crops[2], steps=1, camera=cameras[2], flip=flip)
+        inverter.render(expected[0])
+        captures, replays = graphs.captures, graphs.replays
+        for (crop, camera), inversion, view in zip(photos, expected, views):
+            assert_equal_inversions(inverter.invert(crop, steps=3, camera=camera, flip=flip), inversion)
+            assert inverter.render(inversion, yaw=10).tobytes() == view.tobytes()
+        # Encoder, start, step, end; planes and view. Of each photo 3 steps.
+        assert captures == 6 and graphs.captures == captures
+        assert graphs.replays == replays + 2 * (3 + 3 + 2)
+
+    def test_reports_and_settings(self, recorded, crops, cameras):
+        inverter, graphs = recorded
+        calls = []
+        inversion = inverter.invert(crops[0], 2, lambda *call: calls.append(call), camera=cameras[0])
+        assert [step for step, _, _ in calls] == [-1, 0, 1, 2]
+        assert [losses for _, _, losses in calls] == inversion.steps
+        assert calls[-1][1].tobytes() == inverter.render(inversion).tobytes()
+        assert len({image.tobytes() for _, image, _ in calls}) == 4
+
+    def test_flip_loss_on_some_steps_has_a_recording_of_its_own(self, tiny_components, crops, cameras):
+        inverter = MetaAuxInverter(**tiny_components, flip_share=0.5)
+        inverter.set_progress_bar_config(disable=True)
+        expected = inverter.invert(crops[1], steps=3, camera=cameras[1], flip=True)
+        inverter._graphs = CpuGraphs()
+        for _ in range(2):
+            assert_equal_inversions(inverter.invert(crops[1], steps=3, camera=cameras[1], flip=True), expected)
+        assert inverter._graphs.captures == 5  # encoder, start, two kinds of steps, end
+
+    def test_several_photos_and_other_rates(self, recorded, crops, cameras):
+        inverter, graphs = recorded
+        inverter.disable_cuda_graphs()
+        expected = inverter.invert(crops[:2], steps=1, camera=cameras[:2])
+        inverter._graphs = graphs
+        inverter.invert(crops[0], steps=1, camera=cameras[0])
+        for captures in (8, 8):
+            assert_equal_inversions(inverter.invert(crops[:2], steps=1, camera=cameras[:2]), expected)
+            assert graphs.captures == captures
+
+    def test_2d_generator(self, tiny_2d_inverter, crops, cameras):
+        expected = tiny_2d_inverter.invert(crops[0], steps=2, camera=cameras[0])
+        view = tiny_2d_inverter.render(expected)
+        tiny_2d_inverter._graphs = graphs = CpuGraphs()
+        try:
+            for _ in range(2):
+                assert_equal_inversions(tiny_2d_inverter.invert(crops[0], steps=2, camera=cameras[0]), expected)
+                assert tiny_2d_inverter.render(expected).tobytes() == view.tobytes()
+            assert graphs.captures == 6
+        finally:
+            tiny_2d_inverter.disable_cuda_graphs()
+
+    def test_threads_get_what_each_would_alone(self, recorded, crops, cameras):
+        inverter, graphs = recorded
+        solo = [inverter.invert(crop, steps=2, camera=camera) for crop, camera in zip(crops, cameras)]
+        with ThreadPoolExecutor(8) as pool:
+            numbers = [number % 3 for number in range(8)]
+            results = list(pool.map(lambda n: inverter.invert(crops[n], steps=2, camera=cameras[n]), numbers))
+        for number, result in zip(numbers, results):
+            assert_equal_inversions(result, solo[number])
+        assert len(graphs.lanes) <= graphs.concurrency
+
+    def test_on_a_cpu_nothing_changes(self, tiny_inverter, tiny_inversion, crops, cameras):
+        tiny_inverter.enable_cuda_graphs()
+        graphs = tiny_inverter._graphs
+        try:
+            inversion = tiny_inverter.invert(crops[1], steps=3, camera=cameras[1])
+            assert tiny_inverter.render(inversion).size == (32, 32)
+            assert graphs.captures == 0 and not graphs._lanes
+        finally:
+            tiny_inverter.disable_cuda_graphs()
+        assert_equal_inversions(inversion, tiny_inverter.invert(crops[1], steps=3, camera=cameras[1]), 0)
+
+
+class TestRecordings:
+    def run(self, graphs, network, *inputs):
+        return graphs.bind("test", network)("pass", lambda given: {"y": [network(x) for x in given]}, list(inputs))
+
+    def test_outputs_are_the_callers_and_inputs_stay(self):
+        graphs, network = CpuGraphs(), nn.Linear(2, 2).requires_grad_(False)
+        inputs = [torch.randn(3, 2) for _ in range(4)]
+        kept = [x.clone() for x in inputs]
+        run = graphs.bind("test", network)
+        outputs = [run("pass", lambda given: network(given["x"].add_(1)), {"x": x}) for x in inputs]
+        assert all(torch.equal(x, copy) for x, copy in zip(inputs, kept))
+        assert all(torch.equal(y, network(x + 1)) for x, y in zip(inputs, outputs))
+        assert graphs.captures == 1 and graphs.replays == 3
+
+    def test_another_layout_or_constant_has_its_own(self):
+        graphs, network = CpuGraphs(), nn.Identity()
+        run = graphs.bind("test", network)
+        for x in (torch.ones(2, 3), torch.ones(3, 2), torch.ones(3, 2).T, torch.ones(2, 3, dtype=torch.float64)):
+            for factor in (1.0, 2.0):
+                for _ in range(2):
+                    result = run("scale", lambda given: given["x"] * given["by"], {"x": x, "by": factor})
+                    assert torch.equal(result, x * factor)
+        assert graphs.captures == graphs.replays == 8
+
+    def test_changed_values_are_read_and_replaced_tensors_recorded_anew(self):
+        graphs, network = CpuGraphs(), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval().requires_grad_(False)
+        x = torch.randn(3, 2)
+        self.run(graphs, network, x)
+        network.load_state_dict({name: torch.ones_like(value) for name, value in network.state_dict().items()})
+        assert torch.equal(self.run(graphs, network, x)["y"][0], network(x)) and graphs.captures == 1
+        changes = (
+            lambda: setattr(network[0], "weight", nn.Parameter(torch.randn(2, 2), requires_grad=False)),
+            lambda: setattr(network[0].bias, "data", torch.randn(2)),
+            lambda: network[1].register_buffer("running_mean", torch.randn(2)),
+            lambda: setattr(network[1], "eps", 0.5),
+            lambda: network.append(nn.ReLU()),
+        )
+        for number, change in enumerate(changes, start=2):
+            change()
+            for _ in range(2):
+                assert torch.equal(self.run(graphs, network, x)["y"][0], network(x))
+            assert graphs.captures == number
+            assert sum(len(lane.recordings) for lane in graphs.lanes) == 1  # the former one is given up
+
+    def test_capacity(self):
+        graphs = CpuGraphs(capacity=2)
+        for length in (1, 2, 1, 3, 1, 2):
+            self.run(graphs, nn.Identity(), torch.ones(length))
+        assert graphs.captures == 4
+        assert [key[3][1][0][1] for key in graphs.lanes[0].recordings] == [(1,), (2,)]
+
+    def test_what_cannot_be_recorded_is_reported_once(self):
+        class Unable(CpuLane):
+            def capture(self, function):
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+        graphs = CpuGraphs()
+        graphs.lane_type = Unable
+        with pytest.warns(RuntimeWarning, match="'pass' of test cannot be recorded .* not permitted"):
+            assert self.run(graphs, nn.Identity(), torch.ones(2))["y"][0].tolist() == [1, 1]
+        assert self.run(graphs, nn.Identity(), torch.zeros(2))["y"][0].tolist() == [0, 0]  # warnings are errors here
+        assert graphs.captures == 0
+
+    def test_a_busy_lane_gets_company_and_a_second_one_is_waited_for(self):
+        graphs, network = CpuGraphs(concurrency=2), nn.Identity()
+        self.run(graphs, network, torch.ones(1))
+        first = graphs.lanes[0]
+        with first.lock:
+            for _ in range(2):
+                self.run(graphs, network, torch.ones(1))
+        assert len(graphs.lanes) == 2 and graphs.captures == 2
+        second = next(lane for lane in graphs.lanes if lane is not first)
+        with ThreadPoolExecutor(1) as pool:
+            with first.lock, second.lock:
+                waiting = pool.submit(self.run, graphs, network, torch.ones(1))
+                assert not waiting.done()
+            assert waiting.result()["y"][0].item() == 1
+        assert graphs.captures == 2
+
+    def test_release(self, recorded, crops, cameras):
+        inverter, graphs = recorded
+        first = inverter.invert(crops[0], steps=1, camera=cameras[0])
+        inverter.to("cpu")
+        assert not graphs.lanes and inverter._graphs is graphs
+        assert_equal_inversions(inverter.invert(crops[0], steps=1, camera=cameras[0]), first)
+        inverter.disable_cuda_graphs()
+        assert not graphs.lanes and inverter._graphs is None
+
+    @pytest.mark.parametrize("numbers", [{"concurrency": 0}, {"capacity": 0}])
+    def test_numbers_below_one(self, numbers):
+        with pytest.raises(ValueError, match="1 or more"):
+            CudaGraphs(**numbers)
+
+    def test_packed_tensors(self):
+        tensors = {"a": torch.randn(3, 5), "b": torch.randn(()), "c": torch.randn(1, 64)}
+        packed = PackedTensors.of(tensors)
+        assert list(packed) == list(tensors) and all(torch.equal(packed[name], t) for name, t in tensors.items())
+        assert all(t.data_ptr() % 64 == packed.flat.data_ptr() % 64 for t in packed.values())
+        packed.fill({name: tensor + 1 for name, tensor in tensors.items()})
+        again = PackedTensors(packed.shapes, packed.flat.clone())
+        assert all(torch.equal(again[name], t + 1) for name, t in tensors.items())
+
+    def test_private_view_has_modules_of_its_own_and_shares_tensors(self, tiny_components):
+        for network in tiny_components.values():
+            view = private_view(network)
+            assert not set(view.modules()) & set(network.modules())
+            assert [id(t) for t in view.state_dict(keep_vars=True).values()] == [
+                id(t) for t in network.state_dict(keep_vars=True).values()
+            ]
+            view.train()
+            assert not any(module.training for module in network.modules())
+
+
+class RefuseWaiting(TorchFunctionMode):
+    """Raises where the host would wait for a GPU, or give it data of its own: what is read into Python, and tensors
+    made of Python's numbers."""
+
+    NAMES = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "new_tensor", "tensor"}
+    NAMES |= {"as_tensor", "from_numpy", "nonzero", "unique", "masked_select", "argwhere", "bincount"}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        listed = name in ("__getitem__", "__setitem__") and any(
+            isinstance(index, list) or isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
+        if name in self.NAMES or listed:
+            raise AssertionError(f"{name} makes the host wait")
+        return function(*args, **(kwargs or {}))
+
+
+class RefuseReading(TorchDispatchMode):
+    """The same below Python, backward passes included."""
+
+    NAMES = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten._unique")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function).startswith(self.NAMES):
+            raise AssertionError(f"{function} makes the host wait")
+        return function(*args, **(kwargs or {}))
+
+
+def problem_of(inverter, crop, camera, make=InnerProblem, flip=True, steps=2):
+    """The inner problem of one photo on the pipeline's device, and the parameters that it starts from."""
+    device = inverter.device
+    target, cameras = image_to_tensor(crop)[None].to(device), camera[None].to(device)
+    network = private_view(inverter.auxiliary)
+    parameters = {name: p.detach().requires_grad_() for name, p in network.adaptable_parameters().items()}
+    inner = InnerLoop.of(network, steps, rates=dict.fromkeys(parameters, 1e-3), max_gradient_norm=1.0, momentum=0.5)
+    with torch.no_grad():
+        tasks = Tasks(target, cameras, inverter.encoder(target), None)
+
+    def begin():
+        with torch.no_grad():
+            return make(inverter.generator, network, inverter.inversion_loss(flip), tasks, inner)
+
+    return begin, parameters
+
+
+def run_through(begin, parameters):
+    problem = begin()
+    image, _ = problem.start()
+    adapted, _ = problem.run(parameters)
+    offsets, image, losses = problem.finish(adapted)
+    return image, losses, offsets
+
+
+class TestHostNeverWaits:
+    def test_modes_refuse(self):
+        for wait in (
+            lambda: torch.ones(1).item(),
+            lambda: bool(torch.ones(1) > 0),
+            lambda: torch.ones(3)[torch.ones(3) > 0],
+            lambda: torch.ones(3)[..., [0, 1]],
+            lambda: torch.ones(1).new_tensor([1.0]),
+            lambda: torch.tensor([1.0]),
+        ):
+            with pytest.raises(AssertionError, match="makes the host wait"), RefuseWaiting():
+                wait()
+        with pytest.raises(AssertionError, match="makes the host wait"), RefuseReading():
+            torch.ones(2).nonzero()
+
+    @pytest.mark.parametrize("kind", ["3D", "2D"])
+    def test_adaptation(self, tiny_inverter, tiny_2d_inverter, crops, cameras, monkeypatch, kind):
+        inverter = tiny_inverter if kind == "3D" else tiny_2d_inverter
+        begin, parameters = problem_of(inverter, crops[1], cameras[1], flip=kind == "3D")
+        monkeypatch.setattr(devices, "is_cpu", lambda x: False)
+        with RefuseWaiting(), RefuseReading():
+            image, losses, _ = run_through(begin, parameters)
+        assert torch.isfinite(image).all() and torch.isfinite(losses["total"]).all()
+
+    def test_views(self, tiny_inverter, tiny_inversion, monkeypatch):
+        head = tiny_inverter.prepare(tiny_inversion)
+        generator, camera = tiny_inverter.generator, head.camera[None]
+        monkeypatch.setattr(devices, "is_cpu", lambda x: False)
+        with torch.no_grad(), RefuseWaiting(), RefuseReading():
+            planes = generator.planes(head.ws, head.weight_offsets)
+            image = generator.synthesize(head.ws, camera, head.weight_offsets, head.offset_planes, planes).image
+        assert torch.isfinite(image).all()
+
+
+@contextlib.contextmanager
+def no_waiting():
+    """PyTorch itself refuses to wait for the GPU within."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+class TestGpu:
+    @pytest.fixture(scope="class")
+    def inverter(self, tiny_folder):
+        inverter = MetaAuxInverter.from_pretrained(tiny_folder).to("cuda")
+        inverter.set_progress_bar_config(disable=True)
+        return inverter
+
+    @pytest.fixture
+    def graphs(self, inverter):
+        inverter.enable_cuda_graphs()
+        yield inverter._graphs
+        inverter.disable_cuda_graphs()
+
+    @pytest.fixture(scope="class")
+    def eager(self, inverter, crops, cameras):
+        return [inverter.invert(crop, steps=3, camera=camera) for crop, camera in zip(crops, cameras)]
+
+    def test_synthesis_and_views(self, inverter, eager, graphs):
+        head = inverter.prepare(eager[0])
+        given = (head.ws, head.camera[None].cuda(), head.weight_offsets, head.offset_planes)
+        with torch.no_grad():
+            for planes in (None, head.planes):
+                expected = inverter.generator.synthesize(*given, planes).image
+                for _ in range(3):
+                    image = inverter.synthesize(*given, planes)
+                    assert torch.allclose(image, expected, atol=1e-5)
+            for inversion in eager:
+                replayed = inverter.prepare(inversion)
+                expected = inverter.generator.planes(replayed.ws, replayed.weight_offsets)
+                assert torch.allclose(replayed.planes, expected, atol=1e-5)
+        assert graphs.captures == 3
+
+    def test_second_photo_replays(self, inverter, eager, graphs, crops, cameras):
+        for number, (crop, camera) in enumerate(zip(crops, cameras)):
+            calls = []
+            result = inverter.invert(crop, 3, lambda *call: calls.append(call), camera=camera)  # noqa: B023
+            assert_equal_inversions(result, eager[number])
+            assert [step for step, _, _ in calls] == [-1, 0, 1, 2, 3]
+            assert graphs.captures == 4
+
+    def test_flip_loss_and_several_photos(self, inverter, eager, graphs, crops, cameras):
+        inverter.disable_cuda_graphs()
+        flipped = inverter.invert(crops[1], steps=2, camera=cameras[1], flip=True)
+        several = inverter.invert(crops, steps=2, camera=cameras)
+        inverter.enable_cuda_graphs()
+        for _ in range(2):
+            assert_equal_inversions(inverter.invert(crops[1], steps=2, camera=cameras[1], flip=True), flipped)
+            assert_equal_inversions(inverter.invert(crops, steps=2, camera=cameras), several)
+
+    def test_threads(self, inverter, eager, graphs, crops, cameras):
+        ready = threading.Barrier(8)
+
+        def invert(number):
+            ready.wait()
+            result = inverter.invert(crops[number % 3], steps=3, camera=cameras[number % 3])
+            return result, inverter.render(result, yaw=5)
+
+        for _ in range(2):  # the first time recordings are made meanwhile
+            with ThreadPoolExecutor(8) as pool:
+                for number, (result, view) in enumerate(pool.map(invert, range(8))):
+                    assert_equal_inversions(result, eager[number % 3])
+                    assert view.size == (32, 32)
+        assert 1 <= len(graphs._lanes[inverter.device]) <= graphs.concurrency
+
+    def test_new_values_are_read_and_a_move_records_anew(self, inverter, eager, graphs, crops, cameras):
+        inverter.invert(crops[0], steps=1, camera=cameras[0])
+        weight = inverter.generator.decoder.out.weight
+        saved = weight.clone()
+        with torch.no_grad():
+            weight.mul_(0.5)
+        captures = graphs.captures
+        changed = inverter.invert(crops[0], steps=1, camera=cameras[0])
+        assert graphs.captures == captures
+        with torch.no_grad():
+            weight.copy_(saved)
+        assert abs(changed.steps[-1]["mse"] - eager[0].steps[2]["mse"]) > 1e-4
+        inverter.generator.decoder.out.weight = nn.Parameter(saved.clone(), requires_grad=False)
+        assert_equal_inversions(inverter.invert(crops[0], steps=3, camera=cameras[0]), eager[0])
+        assert graphs.captures > captures
+
+    def test_host_never_waits(self, inverter, graphs, crops, cameras):
+        def replayed(*arguments):
+            return ReplayedProblem(graphs, *arguments)
+
+        results = []
+        for make in (InnerProblem, replayed):
+            begin, parameters = problem_of(inverter, crops[1], cameras[1], make)
+            run_through(begin, parameters)
+            with no_waiting():
+                results.append(run_through(begin, parameters))
+        (image, losses, offsets), (other, other_losses, other_offsets) = results
+        assert torch.allclose(image, other, atol=1e-5)
+        assert isinstance(other_offsets, AuxiliaryOutput)
+        assert losses["total"].item() == pytest.approx(other_losses["total"].item(), rel=1e-5)
+        assert torch.allclose(offsets.offset_planes, other_offsets.offset_planes, atol=1e-5)
+
+    def test_views_never_wait(self, inverter, eager, graphs):
+        head = inverter.prepare(eager[1])
+        given = (head.ws, head.camera[None].cuda(), head.weight_offsets, head.offset_planes)
+        for _ in range(2):
+            inverter.synthesize(*given), inverter.synthesize(*given, head.planes)
+        with no_waiting():
+            inverter.synthesize(*given), inverter.synthesize(*given, head.planes)
+            inverter.generator.synthesize(*given)
+
+    def test_disabling_frees_the_memory(self, inverter, crops, cameras):
+        inverter.disable_cuda_graphs()
+        inverter.enable_cuda_graphs()
+        inverter.invert(crops[0], steps=2, camera=cameras[0])
+        lanes = inverter._graphs._lanes[inverter.device]
+        pools = [tuple(lane.pool) for lane in lanes]
+
+        def reserved():
+            segments = torch.cuda.memory_snapshot()
+            return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) in pools)
+
+        del lanes
+        held = reserved()
+        inverter.disable_cuda_graphs()
+        assert held > 0
+        assert reserved() <= held / 2  # cuBLAS keeps its workspace
+
+    def test_what_cannot_be_captured_goes_on_without(self, graphs):
+        run = graphs.bind("test", nn.Identity())
+        x = torch.arange(3.0, device="cuda")
+        with pytest.warns(RuntimeWarning, match="cannot be recorded"):
+            first = run("sync", lambda given: given["x"] * given["x"].sum().item(), {"x": x})
+        second = run("sync", lambda given: given["x"] * given["x"].sum().item(), {"x": x + 1})
+        assert first.tolist() == [0, 3, 6] and second.tolist() == [6, 12, 18]
+        # The stream is usable, and so are further recordings.
+        for _ in range(2):
+            assert run("double", lambda given: given["x"] * 2, {"x": x}).tolist() == [0, 2, 4]
+        assert graphs.captures == 1
