@@ -19,7 +19,7 @@ from torch import nn
 
 from .. import devices
 from ..cameras import CAMERA_RADIUS
-from . import fused_decoder, fused_march, renderer, triplane_cuda
+from . import decoder_cpu, fused_decoder, fused_march, renderer, triplane_cuda
 from .recomputation import recomputed
 from .stylegan2 import (
     FullyConnected,
@@ -52,8 +52,8 @@ class GeneratorOutput:
     depth: torch.Tensor
 
 
-# Rays rendered together on the CPU.
-RAYS_AT_ONCE = 512
+# Samples of the rays that are rendered together on the CPU.
+SAMPLES_AT_ONCE = 36864
 
 
 def _spans(count: int, size: int) -> list[tuple[int, int]]:
@@ -75,12 +75,15 @@ class TriPlaneDecoder(nn.Module):
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[..., C] → densities [...] in float32 before activation, colour logits [..., C]."""
+        weight, bias = self.out.scaled(features.dtype)
         x = F.softplus(self.hidden(features))
-        weight = self.out.weight.to(x.dtype) * self.out.weight_gain
-        bias = self.out.bias.to(x.dtype) * self.out.bias_gain
         # Apart, so that the wide product has aligned sides and the density is neither copied nor rounded twice.
         density = (x @ weight[0]).float() + bias[0].float()
         return density, F.linear(x, weight[1:], bias[1:])
+
+    def in_blocks(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for float32 on a CPU, once differentiable."""
+        return decoder_cpu.decode(features, *self.hidden.scaled(features.dtype), *self.out.scaled(features.dtype))
 
 
 def shade(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -254,6 +257,8 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
             deformation = renderer.sample_planes(offset_planes, points, config.plane_axes, config.box_size, lookup)
             points = points + deformation * len(config.plane_axes)
         features = renderer.sample_planes(planes, points, config.plane_axes, config.box_size, lookup)
+        if isinstance(planes, renderer.PlaneTable):
+            return self.decoder.in_blocks(features)
         return self.decoder(features.to(dtype))
 
     def density(
@@ -294,7 +299,7 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
             offset_planes = None if offset_planes is None else renderer.PlaneTable.of(offset_planes.float())
             if not torch.is_grad_enabled():
                 # A group of rays at a time, so that what is made of its samples stays in the processor's cache.
-                size = RAYS_AT_ONCE
+                size = max(1, SAMPLES_AT_ONCE // max(config.depth_samples, config.importance_samples))
         if size is None:
             colours, distance, opacity = march(planes, offset_planes, origins, directions, depths)
         else:
