@@ -139,6 +139,13 @@ class InversionLoss:
         self.identity = identity
         self.discriminator = discriminator
         self.dtype = dtype
+        # Features and logits of one network can come of one pass.
+        self._one_network = (
+            discriminator is not None
+            and isinstance(perceptual, DiscriminatorPerceptualDistance)
+            and perceptual.discriminator is discriminator
+            and perceptual.dtype is None
+        )
         if discriminator is not None:
             # Groups of one: a photo's loss must not depend on the other photos of the batch.
             self.discriminator = private_view(discriminator)
@@ -219,11 +226,14 @@ class InversionLoss:
         perceptual = identity = adversarial = zero
         with self._autocast(image):
             if self.perceptual is not None:
-                perceptual = self.perceptual.distance(self.perceptual.taps(image), reference.taps)  # Eq. 10
+                taps, logits = self._seen(image, image_raw, camera)
+                perceptual = self.perceptual.distance(taps, reference.taps)  # Eq. 10
+            elif self.discriminator is not None:
+                logits = self.discriminator(image, image_raw, camera)
             if self.identity is not None:
                 identity = 1 - F.cosine_similarity(self.identity(image, camera), reference.identity, dim=1)  # Eq. 11
             if self.discriminator is not None:
-                adversarial = self._adversarial(image, image_raw, camera)
+                adversarial = _non_saturating(logits)
         total = (
             self.weights.mse * mse
             + self.weights.perceptual * perceptual
@@ -251,17 +261,40 @@ class InversionLoss:
         """
         reference = target if isinstance(target, Reference) else self.reference(target, camera)
         loss = image.new_zeros(len(image))
+        weights = self.weights
         with self._autocast(image):
-            if self.weights.flip_perceptual > 0:
-                distance = self.perceptual.distance(self.perceptual.taps(image), reference.taps)
-                loss = loss + self.weights.flip_perceptual * distance
-            if self.weights.flip_adversarial > 0:
-                loss = loss + self.weights.flip_adversarial * self._adversarial(image, image_raw, camera)
+            if weights.flip_perceptual > 0 and weights.flip_adversarial > 0:
+                taps, logits = self._seen(image, image_raw, camera)
+            elif weights.flip_perceptual > 0:
+                taps = self.perceptual.taps(image)
+            elif weights.flip_adversarial > 0:
+                logits = self.discriminator(image, image_raw, camera)
+            if weights.flip_perceptual > 0:
+                loss = loss + weights.flip_perceptual * self.perceptual.distance(taps, reference.taps)
+            if weights.flip_adversarial > 0:
+                loss = loss + weights.flip_adversarial * _non_saturating(logits)
         return loss
 
     def _autocast(self, image: torch.Tensor) -> contextlib.AbstractContextManager:
         return autocast(image.device, None if self.dtype == torch.float32 else self.dtype)
 
-    def _adversarial(self, image: torch.Tensor, image_raw: torch.Tensor, camera: torch.Tensor) -> torch.Tensor:
-        # StyleGAN's non-saturating generator loss.
-        return F.softplus(-self.discriminator(image, image_raw, camera)).flatten(1).mean(1)
+    def _seen(
+        self, image: torch.Tensor, image_raw: torch.Tensor, camera: torch.Tensor
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Perceptual taps of reconstructions, and the discriminator's logits of them [B, 1] if there is one."""
+        discriminator = self.discriminator
+        if self._one_network and not discriminator.config.dual:
+            taps = discriminator.features(image, None)
+            return taps, discriminator.judge(taps[-1], camera)
+        if self._one_network and (reduced := self.perceptual.reduced(image)).shape == image_raw.shape:
+            # One batch of both kinds of input, which works through the weights once.
+            features = discriminator.features(torch.cat((image, image)), torch.cat((reduced, image_raw)))
+            taps, judged = zip(*(feature.chunk(2) for feature in features), strict=True)
+            return list(taps), discriminator.judge(judged[-1], camera)
+        logits = None if discriminator is None else discriminator(image, image_raw, camera)
+        return self.perceptual.taps(image), logits
+
+
+def _non_saturating(logits: torch.Tensor) -> torch.Tensor:
+    """StyleGAN's generator loss: logits [B, 1] → [B]."""
+    return F.softplus(-logits).flatten(1).mean(1)

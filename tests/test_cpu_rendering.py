@@ -6,7 +6,7 @@ import pytest
 import torch
 from eg3d_reference import hashed, hashed_cameras
 
-from metaaux.models import eg3d, renderer
+from metaaux.models import decoder_cpu, eg3d, renderer
 
 AXES = ("xy", "xz", "zy")
 
@@ -30,7 +30,7 @@ def test_table_keeps_what_is_not_a_number():
 @pytest.mark.parametrize("jitter", [False, True])
 @pytest.mark.parametrize("with_offsets", [False, True])
 def test_with_and_without_gradients(tiny_components, monkeypatch, jitter, with_offsets):
-    monkeypatch.setattr(eg3d, "RAYS_AT_ONCE", 24)  # 64 rays: two groups and a rest
+    monkeypatch.setattr(eg3d, "SAMPLES_AT_ONCE", 24 * 4)  # 64 rays: two groups and a rest
     generator = tiny_components["generator"]
     ws, cameras = hashed("w", (2, 16)), hashed_cameras("camera", 2)
     offsets = 0.02 * hashed("offsets", (2, 3, 3, 8, 8)) if with_offsets else None
@@ -42,6 +42,26 @@ def test_with_and_without_gradients(tiny_components, monkeypatch, jitter, with_o
     for name in ("image", "image_raw", "depth"):
         first, second = (getattr(result, name) for result in results)
         torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_decoder_in_blocks_and_its_gradients_equal_the_plain_one(monkeypatch):
+    monkeypatch.setattr(decoder_cpu, "BLOCK", 40)  # 100 samples: two blocks and a rest
+    decoder = eg3d.TriPlaneDecoder(5, 8, 0.7)
+    features = (9 * hashed("features", (2, 50, 5))).requires_grad_()
+    features.data[0, 0] = 200.0  # where exp overflows
+    factors = hashed("densities", (2, 50)), hashed("colours", (2, 50, 5))
+    inputs = (features, *decoder.parameters())
+    results = []
+    for way in (decoder, decoder.in_blocks):
+        outputs = way(features)
+        gradients = torch.autograd.grad(sum((a * b).sum() for a, b in zip(outputs, factors, strict=True)), inputs)
+        results.append((*outputs, *gradients))
+    with torch.no_grad():
+        results.append((*decoder.in_blocks(features), *gradients))
+    for other in results[1:]:
+        for first, second in zip(results[0], other, strict=True):
+            assert first.abs().max() > 0.1
+            torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-4)
 
 
 def test_arguments_stay_as_they_are(tiny_components):

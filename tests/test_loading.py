@@ -427,9 +427,10 @@ import socket
 def refuse(*args, **kwargs):
     raise AssertionError("the network was used")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-import skimage.data
+import skimage.data, sys
 from metaaux import MetaAuxInverter
 inverter = MetaAuxInverter.from_pretrained()
+assert not {"mediapipe", "gradio", "trimesh"} & set(sys.modules), "what was not used yet was loaded"
 inverter.set_progress_bar_config(disable=True)
 inversion = inverter.invert(skimage.data.astronaut(), steps=2)
 assert inverter.render(inversion, yaw=15).size == (inverter.generator.config.image_size,) * 2

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from metaaux import MetaAuxInverter
 from metaaux.baselines import MethodOptions, make_methods
 from metaaux.evaluation.metrics import ReconstructionMetrics
 from metaaux.losses import InversionLoss, LossWeights, perceptual_distance
 from metaaux.models.auxiliary import AuxiliaryNetwork
+from metaaux.models.discriminator import DualDiscriminator
 from metaaux.models.perceptual import LPIPS, DiscriminatorPerceptualDistance
 from metaaux.training.encoder import EncoderConfig, reconstruction_loss
 from metaaux.training.phases import AuxiliaryConfig, load_networks
@@ -156,6 +159,31 @@ def test_the_identity_network_is_told_the_camera(tiny_components, pair):
     torch.testing.assert_close(loss(image, None, photo, camera)["identity"], torch.zeros(3), atol=1e-6, rtol=0)
     other = loss.reference(photo, camera.roll(1, 0))
     assert (loss(image, None, other, camera)["identity"] > 1e-3).all()
+
+
+@pytest.mark.parametrize("case", ["one batch", "another size", "2D"])
+def test_one_pass_gives_features_and_logits_as_two_do(tiny_components, pair, case):
+    image, image_raw, photo, camera = pair
+    discriminator = tiny_components["discriminator"]
+    if case == "2D":
+        config = {name: value for name, value in discriminator.config.items() if not name.startswith("_")}
+        discriminator = DualDiscriminator(**config | {"dual": False}).eval().requires_grad_(False)
+    raw_size = image_raw.shape[-1] // (2 if case == "another size" else 1)
+    weights = LossWeights(identity=0, flip_perceptual=0.5, flip_adversarial=0.1)
+    results = []
+    for network in (discriminator, copy.deepcopy(discriminator)):
+        distance = DiscriminatorPerceptualDistance(network, raw_size)
+        loss = InversionLoss(weights, distance, None, discriminator)
+        images = [image.clone().requires_grad_(), image_raw.clone().requires_grad_()]
+        with FlopCounterMode(display=False) as counter:
+            terms = loss(*images, photo, camera)
+            flip = loss.flip(*images, photo.flip(-1), camera)
+        gradients = torch.autograd.grad((terms["total"] + flip).sum(), images, allow_unused=case == "2D")
+        results.append(({**terms, "flip": flip}, gradients, counter.get_total_flops()))
+    (one, first, fewer), (two, second, more) = results
+    assert (fewer < more) == (case == "2D")
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-7)
 
 
 def test_a_distance_needs_a_network():

@@ -9,8 +9,6 @@ import numpy as np
 
 from ..head import Head
 from ..models.eg3d import EG3DGenerator
-from .surface import extract_surface
-from .texture import bake, colour_vertices, simplify, unwrap
 
 #: Cells along each side of the generator's cube.
 DEFAULT_RESOLUTION = 192
@@ -65,6 +63,10 @@ def extract_mesh(
     Raises:
         ValueError: `resolution` or `texture` is out of range, or the head has no surface.
     """
+    # trimesh takes a quarter of a second, which a pipeline that makes no mesh need not wait for.
+    from .surface import extract_surface
+    from .texture import bake, colour_vertices, simplify, unwrap
+
     check_sizes(resolution, texture)
     report = progress or (lambda share: None)
     surface = extract_surface(generator, head, resolution, lambda share: report(0.4 * share))

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import trimesh
 from PIL import Image
 
 from ..files import atomic_path, check_output_file
@@ -61,6 +60,8 @@ def write_glb(mesh: HeadMesh, path: str | os.PathLike) -> None:
         ValueError: `path` does not end in `.glb`.
         FileNotFoundError: its folder does not exist.
     """
+    import trimesh  # see `mesh.extract_mesh`
+
     check_mesh_path(path, (".glb",))
     surface = trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=mesh.normals, process=False)
     finish = None
@@ -129,6 +130,8 @@ def write_ply(mesh: HeadMesh, path: str | os.PathLike) -> None:
         ValueError: `path` does not end in `.ply`.
         FileNotFoundError: its folder does not exist.
     """
+    import trimesh  # see `mesh.extract_mesh`
+
     check_mesh_path(path, (".ply",))
     surface = trimesh.Trimesh(
         mesh.vertices, mesh.faces, vertex_normals=mesh.normals, vertex_colors=mesh.colours, process=False

@@ -158,7 +158,11 @@ class DualDiscriminator(ModelMixin, ConfigMixin):
     ) -> torch.Tensor:
         """→ logits [B, 1] in float32, higher for photos. `dtype`: of the blocks, the weights' by default,
         but float32 for float16, in which gradients would underflow."""
-        x = self.features(image, image_raw, dtype)[-1].float()
+        return self.judge(self.features(image, image_raw, dtype)[-1], cameras)
+
+    def judge(self, features: torch.Tensor, cameras: torch.Tensor | None) -> torch.Tensor:
+        """The last of `features` [B, C, 4, 4], cameras [B, 25] → logits [B, 1] in float32."""
+        x = features.float()
         x = self.conv(minibatch_deviation(x, self.config.deviation_group))
         x = self.out(self.fc(x.flatten(1)))
         if self.config.camera_dim:

@@ -19,7 +19,7 @@ from torch import nn
 
 from .. import devices
 from ..cameras import CAMERA_RADIUS
-from . import fused_decoder, renderer
+from . import decoder_cpu, fused_decoder, fused_march, renderer, triplane_cuda
 from .recomputation import recomputed
 from .stylegan2 import (
     FullyConnected,
@@ -52,8 +52,8 @@ class GeneratorOutput:
     depth: torch.Tensor
 
 
-# Rays rendered together on the CPU.
-RAYS_AT_ONCE = 512
+# Samples of the rays that are rendered together on the CPU.
+SAMPLES_AT_ONCE = 36864
 
 
 def _spans(count: int, size: int) -> list[tuple[int, int]]:
@@ -75,12 +75,15 @@ class TriPlaneDecoder(nn.Module):
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[..., C] → densities [...] in float32 before activation, colour logits [..., C]."""
+        weight, bias = self.out.scaled(features.dtype)
         x = F.softplus(self.hidden(features))
-        weight = self.out.weight.to(x.dtype) * self.out.weight_gain
-        bias = self.out.bias.to(x.dtype) * self.out.bias_gain
         # Apart, so that the wide product has aligned sides and the density is neither copied nor rounded twice.
         density = (x @ weight[0]).float() + bias[0].float()
         return density, F.linear(x, weight[1:], bias[1:])
+
+    def in_blocks(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for float32 on a CPU, once differentiable."""
+        return decoder_cpu.decode(features, *self.hidden.scaled(features.dtype), *self.out.scaled(features.dtype))
 
 
 def shade(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -254,6 +257,8 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
             deformation = renderer.sample_planes(offset_planes, points, config.plane_axes, config.box_size, lookup)
             points = points + deformation * len(config.plane_axes)
         features = renderer.sample_planes(planes, points, config.plane_axes, config.box_size, lookup)
+        if isinstance(planes, renderer.PlaneTable):
+            return self.decoder.in_blocks(features)
         return self.decoder(features.to(dtype))
 
     def density(
@@ -294,7 +299,7 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
             offset_planes = None if offset_planes is None else renderer.PlaneTable.of(offset_planes.float())
             if not torch.is_grad_enabled():
                 # A group of rays at a time, so that what is made of its samples stays in the processor's cache.
-                size = RAYS_AT_ONCE
+                size = max(1, SAMPLES_AT_ONCE // max(config.depth_samples, config.importance_samples))
         if size is None:
             colours, distance, opacity = march(planes, offset_planes, origins, directions, depths)
         else:
@@ -322,6 +327,12 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
         features = (colours * 2 - 1).unflatten(1, (side, side)).permute(0, 3, 1, 2)
         return Rendering(features, distance.reshape(batch, 1, side, side), opacity.reshape(batch, 1, side, side))
 
+    def _marches_fused(self, planes) -> bool:
+        """Whether the rays' kernels, which have no derivative, can composite."""
+        config = self.config
+        on_gpu = triplane_cuda.is_supported(planes, config.plane_axes) and not torch.is_grad_enabled()
+        return on_gpu and fused_march.is_supported(config.depth_samples, config.importance_samples)
+
     def _march(
         self, planes, offset_planes, origins, directions, depths, uniform=None, *, lookup, dtype, jitter, limits=None
     ):
@@ -334,6 +345,15 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
             return density.reshape(depths.shape), logits.reshape(*depths.shape, -1)
 
         densities, logits = evaluate(depths)
+        if lookup == "auto" and self._marches_fused(planes):
+            if limits is None:
+                limits = torch.stack((depths.min(), depths.max()))
+            samples, quantiles = config.importance_samples, None
+            if jitter:
+                quantiles = renderer.random_quantiles(depths, samples, uniform, config.stratified_importance)
+            fine_depths = fused_march.importance_depths(depths, densities, samples, quantiles)
+            fine = fine_depths, *evaluate(fine_depths)
+            return fused_march.composite((depths, densities, logits), fine, limits)
         if not config.importance_samples:
             weights, distance, opacity = renderer.merge_and_weigh(depths, densities, limits)
             return self.shade(logits, weights), distance, opacity

@@ -240,8 +240,12 @@ class DiscriminatorPerceptualDistance:
 
     def taps(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Features [B, C_l, H_l, W_l] of the discriminator's blocks, fine to coarse, of images [B, 3, S, S]."""
+        return self.discriminator.features(image, self.reduced(image), dtype=self.dtype)
+
+    def reduced(self, image: torch.Tensor) -> torch.Tensor:
+        """What takes the rendering's place beside images [B, 3, S, S]: [B, 3, raw_size, raw_size]."""
         raw_size = image.shape[-1] // 2 if self.raw_size is None else self.raw_size
-        return self.discriminator.features(image, resize_antialiased(image, raw_size), dtype=self.dtype)
+        return resize_antialiased(image, raw_size)
 
     def distance(self, x_taps: list[torch.Tensor], y_taps: list[torch.Tensor]) -> torch.Tensor:
         """Distance [B] of two lists of taps: squared differences of unit vectors, spatial means summed over blocks."""

@@ -98,23 +98,22 @@ class PlaneTable:
         self, points: torch.Tensor, plane_axes: Sequence[str], box_size: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Where points [B, M, 3] lie: the row of the first of four corners on each plane, and the fractions u and v of
-        the way to the next ones, each [B, M, P]."""
+        the way to the next ones, each [P, B·M]."""
+        coordinates = points.float().flatten(0, 1).t().contiguous()
+        along = {}
+        for axis, side in {pair for axes in plane_axes for pair in zip(axes, (self.width, self.height))}:
+            # In pixels; whatever lies outside meets the border's zeros.
+            x = (coordinates[AXES[axis]] * (side / box_size) + (side - 1) / 2).clamp_(-2, side)
+            low = x.floor()
+            fraction = x - low
+            along[axis, side] = low.nan_to_num_().to(torch.int32), fraction  # which stays NaN, and so the result
+        columns, u = (torch.stack(t) for t in zip(*(along[axes[0], self.width] for axes in plane_axes)))
+        rows, v = (torch.stack(t) for t in zip(*(along[axes[1], self.height] for axes in plane_axes)))
         stride = self.width + 4
-        cells = (self.height + 4) * stride
-        base = torch.empty(*points.shape[:2], self.count, dtype=torch.int64, device=points.device)
-        u, v = (torch.empty(base.shape, dtype=torch.float32, device=points.device) for _ in range(2))
-        first = torch.arange(self.batch, device=points.device)[:, None] * (self.count * cells)
-        for plane, axes in enumerate(plane_axes):
-            corner = []
-            for axis, side, fraction in zip(axes, (self.width, self.height), (u, v)):
-                # In pixels; whatever lies outside meets the border's zeros.
-                x = (points[..., AXES[axis]].float() * (side / box_size) + (side - 1) / 2).clamp_(-2, side)
-                low = x.floor()
-                torch.sub(x, low, out=fraction[..., plane])
-                corner.append(low.nan_to_num_().to(torch.int64))  # the fraction stays NaN, and so the result
-            torch.add(
-                (corner[1] * stride).add_(corner[0]), first + (plane * cells + 2 * stride + 2), out=base[..., plane]
-            )
+        first = torch.arange(self.batch * self.count, dtype=torch.int32, device=points.device)
+        first = (first * ((self.height + 4) * stride) + (2 * stride + 2)).view(self.batch, self.count, 1)
+        base = rows.mul_(stride).add_(columns)
+        base.view(self.count, self.batch, -1).add_(first.transpose(0, 1))
         return base, u, v
 
     @property
@@ -125,7 +124,21 @@ class PlaneTable:
 
 def _corner_weights(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Bilinear weights of a cell's corners, in the order of `PlaneTable.corners`."""
-    return (1 - u) * (1 - v), u * (1 - v), (1 - u) * v, u * v
+    both = u * v
+    across, along = v - both, u - both
+    return (1 - v) - along, along, across, both
+
+
+def _corner_slopes(x: torch.Tensor, one: float, along_u: bool) -> tuple[torch.Tensor, ...]:
+    """Derivatives of `_corner_weights` along one fraction, given the other one, x; both are scaled so that 1 is
+    `one`."""
+    rest = one - x
+    return (-rest, rest, -x, x) if along_u else (-rest, -x, rest, x)
+
+
+def _bags(corners: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """What belongs to each of the four corners on P planes, P tensors [N], point by point: [N, 4·P]."""
+    return torch.stack([row for rows in zip(*corners, strict=True) for row in rows], dim=-1)
 
 
 class _TableLookup(torch.autograd.Function):
@@ -137,10 +150,10 @@ class _TableLookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, points, table, plane_axes, box_size):
         base, u, v = table.cells(points.detach(), plane_axes, box_size)
-        ctx.table, ctx.plane_axes, ctx.box_size = table, plane_axes, box_size
+        ctx.table, ctx.plane_axes, ctx.box_size, ctx.shape = table, plane_axes, box_size, points.shape
         ctx.save_for_backward(rows, base, u, v)
-        index, weight = _bags(table, base, u, v)
-        sums = F.embedding_bag(index, rows, mode="sum", per_sample_weights=weight.to(rows.dtype))
+        index, weight = _bags([base + corner for corner in table.corners]), _bags(_corner_weights(u, v))
+        sums = F.embedding_bag(index, rows, mode="sum", per_sample_weights=weight.mul_(1 / table.count).to(rows.dtype))
         return sums.unflatten(0, points.shape[:2])
 
     @staticmethod
@@ -152,37 +165,17 @@ class _TableLookup(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             rows_gradient = _rows_gradient(ctx.table, base, u, v, gradient)
         if ctx.needs_input_grad[1]:
-            index, weight = _bags(ctx.table, base, u, v)
-            with torch.enable_grad():
-                weight.requires_grad_()
-                sums = F.embedding_bag(index, rows.detach(), mode="sum", per_sample_weights=weight)
-            dots = torch.autograd.grad(sums, weight, gradient)[0].reshape(*base.shape, 4) / ctx.table.count
-            along_u = torch.lerp(dots[..., 1] - dots[..., 0], dots[..., 3] - dots[..., 2], v)
-            along_v = torch.lerp(dots[..., 2] - dots[..., 0], dots[..., 3] - dots[..., 1], u)
-            points_gradient = torch.zeros(*base.shape[:2], 3, dtype=torch.float32, device=base.device)
-            for plane, axes in enumerate(ctx.plane_axes):
-                for axis, slope, side in zip(axes, (along_u, along_v), (ctx.table.width, ctx.table.height)):
-                    points_gradient[..., AXES[axis]].add_(slope[..., plane], alpha=side / ctx.box_size)
+            points_gradient = _points_gradient(ctx, rows, base, u, v, gradient).view(ctx.shape)
         return rows_gradient, points_gradient, None, None, None
 
 
-def _bags(table, base, u, v) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of each point and their weights, both [B·M, 4·P]."""
-    index = torch.empty(*base.shape, 4, dtype=torch.int64, device=base.device)
-    weight = torch.empty(*base.shape, 4, dtype=torch.float32, device=base.device)
-    for k, (offset, share) in enumerate(zip(table.corners, _corner_weights(u, v))):
-        torch.add(base, offset, out=index[..., k])
-        torch.mul(share, 1 / table.count, out=weight[..., k])
-    return index.reshape(-1, 4 * table.count), weight.reshape(-1, 4 * table.count)
-
-
 def _rows_gradient(table, base, u, v, gradient) -> torch.Tensor:
-    """Of each row, the sum of the samples' gradients [B·M, C] that touched it, by their weights."""
-    cells, order = base.flatten().to(torch.int32).sort()
+    """Of each row, the sum of the samples' gradients [N, C] that touched it, by their weights."""
+    cells, order = base.flatten().sort()
     u, v = u.flatten()[order], v.flatten()[order]
-    samples = order.div(table.count, rounding_mode="floor")
+    samples = order.remainder_(len(gradient)).to(torch.int32)
     number = len(table.rows)
-    starts = torch.searchsorted(cells, torch.arange(number, dtype=torch.int32, device=cells.device))
+    starts = torch.searchsorted(cells, torch.arange(number, dtype=torch.int32, device=cells.device), out_int32=True)
     total = torch.zeros_like(table.rows)
     for offset, share in zip(table.corners, _corner_weights(u, v)):
         share = share.mul_(1 / table.count).to(gradient.dtype)
@@ -190,6 +183,26 @@ def _rows_gradient(table, base, u, v, gradient) -> torch.Tensor:
         sums = F.embedding_bag(samples, gradient, starts, mode="sum", per_sample_weights=share)
         total[offset:] += sums[: number - offset]
     return total
+
+
+def _points_gradient(ctx, rows, base, u, v, gradient) -> torch.Tensor:
+    """Of each point, [N, 3]: along each axis the look-up's slope, times the gradient [N, C]."""
+    table, result = ctx.table, gradient.new_zeros(len(gradient), 3)
+    corners = [base + corner for corner in table.corners]
+    for axis, number in AXES.items():
+        planes = [plane for plane, axes in enumerate(ctx.plane_axes) if axis in axes]
+        if not planes:
+            continue
+        slopes = []
+        for plane in planes:
+            along_u = ctx.plane_axes[plane][0] == axis
+            scale = (table.width if along_u else table.height) / (ctx.box_size * table.count)
+            slopes.append(_corner_slopes((v if along_u else u)[plane] * scale, scale, along_u))
+        weight = _bags(list(zip(*slopes, strict=True)))
+        index = _bags([[corner[plane] for plane in planes] for corner in corners])
+        slope = F.embedding_bag(index, rows, mode="sum", per_sample_weights=weight.to(rows.dtype))
+        torch.sum(slope.mul_(gradient), dim=1, out=result[:, number])
+    return result
 
 
 def sample_planes(
@@ -253,6 +266,16 @@ def _cumulative_sum(x: torch.Tensor) -> torch.Tensor:
     return torch.cumsum(x.mT.contiguous(), dim=-2).mT if x.is_cuda else torch.cumsum(x, dim=-1)
 
 
+def random_quantiles(
+    depths: torch.Tensor, samples: int, uniform: torch.Tensor | None = None, stratified: bool = False
+) -> torch.Tensor:
+    """Where in the cumulative distribution of its weights each ray is sampled, [B, M, samples] in [0, 1); arguments as
+    those of `importance_depths`."""
+    if uniform is None:
+        uniform = torch.rand(*depths.shape[:2], samples, dtype=torch.float32, device=depths.device)
+    return (uniform + torch.arange(samples, device=uniform.device)) / samples if stratified else uniform
+
+
 def importance_depths(
     depths: torch.Tensor,
     weights: torch.Tensor,
@@ -281,11 +304,7 @@ def importance_depths(
             u = torch.arange(samples, dtype=torch.float32, device=depths.device)
             u = ((u + 0.5) / samples).expand(batch * rays, -1).contiguous()
         else:
-            if uniform is None:
-                uniform = torch.rand(batch, rays, samples, dtype=torch.float32, device=depths.device)
-            u = uniform.flatten(0, 1).contiguous()
-            if stratified:
-                u = (u + torch.arange(samples, device=u.device)) / samples
+            u = random_quantiles(depths, samples, uniform, stratified).flatten(0, 1).contiguous()
         index = torch.searchsorted(cdf, u, right=True)
         below, above = (index - 1).clamp(min=0), index.clamp(max=last)
         cdf_below, cdf_above = cdf.gather(1, below), cdf.gather(1, above)

@@ -50,17 +50,21 @@ class FullyConnected(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
         self.bias = nn.Parameter(torch.full((out_features,), float(bias_init)))
 
+    def scaled(self, dtype: torch.dtype, gain: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight [out, in] and bias [out] as they are applied, `gain` times."""
+        return self.weight.to(dtype) * (self.weight_gain * gain), self.bias.to(dtype) * (self.bias_gain * gain)
+
     def forward(self, x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
         """[..., in] → [..., out], computed in the dtype of `x`; weights and biases count `gain` times."""
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        weight_gain, bias_gain = self.weight_gain * gain, self.bias_gain * gain
         if x.is_cuda:
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            weight_gain, bias_gain = self.weight_gain * gain, self.bias_gain * gain
             # One kernel: at a batch of one, a generator's time is that of its kernels' launches.
             y = torch.addmm(bias, x.flatten(0, -2), weight.t(), beta=bias_gain, alpha=weight_gain)
             y = y.unflatten(0, x.shape[:-1])
         else:
             # New memory is aligned, that of loaded weights not always, by which a product's rounding would differ.
-            y = F.linear(x, weight * weight_gain, bias * bias_gain)
+            y = F.linear(x, *self.scaled(x.dtype, gain))
         return F.leaky_relu(y, LRELU_SLOPE) * LRELU_GAIN if self.activation == "lrelu" else y
 
 

@@ -1,4 +1,4 @@
-"""The fused kernel of look-up and decoder gives what the generator's PyTorch form gives, and its gradients."""
+"""The fused kernels give what the generator's PyTorch form gives, and that of look-up and decoder its gradients."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from metaaux.models import fused_decoder, renderer
-from metaaux.models.eg3d import TriPlaneDecoder
+from metaaux.models import fused_decoder, fused_march, renderer
+from metaaux.models.eg3d import TriPlaneDecoder, shade
 
 AXES = ("xy", "xz", "zx")
 BOX = 1.6
@@ -40,7 +40,8 @@ def kinks(points, offset_planes, sides, axes):
 
 
 def check(device, channels, hidden, sides, offset_sides, samples, axes=AXES, dtype=torch.float32, tolerance=1e-5):
-    """Values and all gradients of both forms, relative to the largest."""
+    """Values and all gradients of both forms: errors relative to the largest, within `tolerance` or twice the PyTorch
+    form's own in float32, whose positions are no more exact."""
     torch.manual_seed(0)
     decoder = TriPlaneDecoder(channels, hidden, 0.5).to(device)
     with torch.no_grad():
@@ -69,10 +70,39 @@ def check(device, channels, hidden, sides, offset_sides, samples, axes=AXES, dty
     fused = derive(lambda *a: fused_decoder.decode(*a, axes, BOX), decoder, dtype)
     exact = derive(lambda *a: reference(*a, axes), copy.deepcopy(decoder).double(), torch.float64)
     names = ("density", "logits", "planes", "points", *(["offsets"] if offsets is not None else []), *"wbwb")
-    for name, value, expected in zip(names, fused, exact, strict=True):
+    plain = derive(lambda *a: reference(*a, axes), decoder, torch.float32)
+    for name, value, usual, expected in zip(names, fused, plain, exact, strict=True):
         assert value.isfinite().all() and expected.abs().max() > 0, name
-        error = (value.double() - expected.double()).abs().max() / expected.abs().max()
-        assert error < tolerance, f"{name}: {error:.1e}"
+        error, own = (((x.double() - expected.double()).abs().max() / expected.abs().max()) for x in (value, usual))
+        assert error < max(tolerance, 2 * own), f"{name}: {error:.1e}, in float32 {own:.1e}"
+
+
+def check_march(device, batch, rays, samples, fine_samples, channels, jitter):
+    """Drawn distances, colours, distance and opacity of both forms."""
+    torch.manual_seed(0)
+    depths = renderer.stratified_depths(torch.zeros(batch, 3, device=device), rays, 2.25, 3.3, samples, jitter)
+    quantiles = renderer.random_quantiles(depths, fine_samples) if jitter else None
+    coarse, fine = (
+        (6 * torch.randn(batch, rays, n, device=device), torch.randn(batch, rays, n, channels, device=device))
+        for n in (samples, fine_samples)
+    )
+    coarse[0][0, 0], fine[0][0, 0] = -80, -80  # an empty ray
+    weights = renderer.compositing_weights(depths, coarse[0])
+    expected = renderer.importance_depths(depths, weights, fine_samples, jitter, quantiles)
+    drawn = fused_march.importance_depths(depths, coarse[0], fine_samples, quantiles)
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
+    all_depths = torch.cat((depths, expected), dim=-1)
+    weights, *maps = renderer.merge_and_weigh(all_depths, torch.cat((coarse[0], fine[0]), dim=-1))
+    colours = shade(torch.cat((coarse[1], fine[1]), dim=2), weights)
+    limits = torch.stack((depths.min(), depths.max()))
+    fused = fused_march.composite((depths, *coarse), (expected, *fine), limits)
+    torch.testing.assert_close(fused, (colours, *maps), rtol=0, atol=1e-5)
+
+
+def odd_marches(device):
+    check_march(device, 1, 6, 48, 48, 32, False)
+    check_march(device, 2, 3, 7, 5, 3, True)
+    check_march(device, 1, 4, 8, 8, 4, True)
 
 
 def odd_shapes(device):
@@ -83,18 +113,24 @@ def odd_shapes(device):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, part of PyTorch's CUDA builds")
-def test_interpreted_kernel_equals_the_pytorch_form():
+def test_interpreted_kernels_equal_the_pytorch_form():
     # Triton's interpreter, which runs kernels on the CPU, is chosen when the kernels are defined: a fresh process.
     folder = Path(__file__).resolve().parent
     paths = [str(folder), str(folder.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "import test_fused_decoder as t; t.odd_shapes('cpu'); print('equal')"],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            "import test_fused_kernels as t; t.odd_shapes('cpu'); t.odd_marches('cpu')",
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert result.stdout.strip() == "equal", result.stderr[-3000:]
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 class TestOnCuda:
@@ -102,6 +138,11 @@ class TestOnCuda:
 
     def test_odd_shapes(self):
         odd_shapes("cuda")
+
+    def test_marches(self):
+        odd_marches("cuda")
+        check_march("cuda", 1, 128 * 128, 48, 48, 32, False)
+        check_march("cuda", 2, 64 * 64, 48, 48, 32, True)
 
     def test_bfloat16(self):
         check("cuda", 32, 64, (64, 64), (16, 16), 5000, dtype=torch.bfloat16, tolerance=3e-2)
@@ -136,5 +177,5 @@ class TestOnCuda:
                 generator.render(planes, cameras, offset_planes=offsets, lookup=lookup)
                 for lookup in ("auto", "grid_sample")
             )
-        torch.testing.assert_close(fused.features, plain.features, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(fused.depth, plain.depth, rtol=1e-4, atol=1e-5)
+        for name in ("features", "depth", "opacity"):
+            torch.testing.assert_close(getattr(fused, name), getattr(plain, name), rtol=1e-4, atol=2e-5)
