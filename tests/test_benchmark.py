@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from metaaux.cli import main
-from metaaux.evaluation.benchmark import _seconds, _Work, load_for_benchmark, run_benchmark
-from metaaux.evaluation.counting import count
+from metaaux.evaluation.benchmark import Work, load_for_benchmark, run_benchmark, seconds_of
+from metaaux.evaluation.counting import count, covered
+from metaaux.evaluation.official import official_arguments, run_official
 from metaaux.evaluation.paired import PairedSettings, run_paired
+from metaaux.evaluation.sweep import run_sweep, run_threads
+from metaaux.models.eg3d import EG3DGenerator
 
 MEASURES = {"synthesis", "cached_view", "adaptation", "adaptation_step", "tuning_step"}
 
@@ -81,7 +84,7 @@ def test_against_another_revision(tiny_folder, tmp_path):
 
 def test_a_tuning_step_is_timed_without_the_copy_that_it_works_on(tiny_inverter, monkeypatch):
     before = [p.clone() for p in tiny_inverter.generator.parameters()]
-    work = _Work(tiny_inverter, steps=1, random_weights=False)
+    work = Work(tiny_inverter, steps=1, random_weights=False)
     monkeypatch.setattr(copy, "deepcopy", None)
     work.tuning_step()
     changed = [not torch.equal(a, b) for a, b in zip(before, work.tuned.parameters(), strict=True)]
@@ -92,7 +95,87 @@ def test_a_tuning_step_is_timed_without_the_copy_that_it_works_on(tiny_inverter,
 def test_seconds_are_measured():
     import time
 
-    assert _seconds(lambda: time.sleep(0.02), torch.device("cpu")) >= 0.02
+    assert seconds_of(lambda: time.sleep(0.02), torch.device("cpu")) >= 0.02
+
+
+def test_sweep(tiny_inverter):
+    """Precisions in turn, with their differences from float32, and inversions at once."""
+    float32, bfloat16 = run_sweep(tiny_inverter, steps=1, repeats=1, warmup=1, threads=2)
+    assert (float32["precision"], bfloat16["precision"]) == ("float32", "bfloat16")
+    assert float32["difference"] == {"image": 0, "loss": 0}
+    assert 0 < bfloat16["difference"]["image"] < 0.2 and 0 < bfloat16["difference"]["loss"] < 0.05
+    for entry in (float32, bfloat16):
+        assert set(entry["measures"]) == MEASURES and not entry["cuda_graphs"]
+        assert entry["threads"]["difference"] == entry["threads"]["difference_alone"] == {"image": 0, "loss": 0}
+        assert entry["threads"]["ratio"] == pytest.approx(
+            entry["threads"]["all_per_second"] / entry["threads"]["one_per_second"]
+        )
+    assert tiny_inverter.precision == "float32"
+
+
+def test_threads_that_disturb_each_other_are_found(tiny_inverter, monkeypatch):
+    import threading
+
+    work = Work(tiny_inverter, steps=0, random_weights=False)
+
+    def invert(picture):
+        value = float(threading.current_thread() is not threading.main_thread())
+        return picture.cpu() + value, 1 + value, []
+
+    monkeypatch.setattr(work, "invert", invert)
+    figures = run_threads(work, 2)
+    assert figures["difference"] == {"image": pytest.approx(1, abs=1e-6), "loss": 1}
+    assert figures["difference_alone"] == {"image": 0, "loss": 0}
+
+
+def test_covered():
+    assert covered([(5, 9), (0, 3), (2, 4), (6, 7)]) == 8
+    assert covered([]) == 0
+
+
+OFFICIAL_LIKE = """
+import torch
+class TriPlaneGenerator(torch.nn.Module):
+    def __init__(self, z_dim, img_resolution, rendering_kwargs, sr_kwargs, **others):
+        super().__init__()
+        print("noise on stdout")
+        assert rendering_kwargs["superresolution_module"].endswith("SuperresolutionHybrid2X")
+        assert (others["c_dim"], sr_kwargs["channel_max"], others["channel_max"]) == (25, 16, 16)
+        self.z_dim, self.img_resolution, self.planes = z_dim, img_resolution, None
+        self.weight = torch.nn.Parameter(torch.ones(1))
+    def mapping(self, z, c):
+        return z
+    def synthesis(self, ws, c, cache_backbone=False, use_cached_backbone=False, noise_mode=None, force_fp32=False):
+        assert noise_mode == "const" and self.neural_rendering_resolution == 16 and c.shape == (1, 25)
+        assert not use_cached_backbone or self.planes
+        self.planes = self.planes or cache_backbone
+        return {"image": self.weight * torch.ones(1, 3, self.img_resolution, self.img_resolution)}
+"""
+
+
+def test_official_code(tiny_inverter, tmp_path):
+    """A process of its own, with what the official classes take; here a stand-in with their interface."""
+    for folder in ("training", "torch_utils/ops"):
+        (tmp_path / "eg3d" / folder).mkdir(parents=True)
+    (tmp_path / "eg3d" / "training" / "triplane.py").write_text(OFFICIAL_LIKE)
+    for name in ("bias_act", "upfirdn2d"):
+        (tmp_path / "eg3d" / "torch_utils" / "ops" / f"{name}.py").write_text("")
+    shape = {"image_size": 128, "super_resolution_kind": "2X", "neural_resolution": 16, "channel_base": 512}
+    with torch.device("meta"):
+        generator = EG3DGenerator(**shape, channel_max=16)
+    figures = run_official(tmp_path, generator, torch.device("cpu"), repeats=2, warmup=1)
+    assert figures["operations"] == "reference" and "need CUDA" in figures["reason"]
+    assert set(figures["measures"]) == {"released", "float32"}
+    for measures in figures["measures"].values():
+        assert set(measures) == {"synthesis", "cached_view", "tuning_step"}
+        assert all(measure["repeats"] == 2 and measure["median_ms"] > 0 for measure in measures.values())
+    (tmp_path / "eg3d" / "training" / "triplane.py").write_text("raise SystemExit(3)")
+    with pytest.raises(RuntimeError, match="ended with code 3"):
+        run_official(tmp_path, generator, torch.device("cpu"))
+    with pytest.raises(ValueError, match="holds no checkout of NVlabs/eg3d"):
+        run_official(tmp_path / "eg3d", generator, torch.device("cpu"))
+    with pytest.raises(ValueError, match="no generator of this model's shape"):
+        official_arguments(tiny_inverter.generator)
 
 
 @pytest.fixture

@@ -465,11 +465,14 @@ class Engine:
         try:
             from ..devices import best_device
             from ..pipeline import MetaAuxInverter
+            from ..precision import check_precision
 
             device = self.settings.device or best_device()
+            check_precision(self.settings.precision, device)
             for model in self.settings.models:
                 inverter = MetaAuxInverter.from_pretrained(model)
                 inverter.set_progress_bar_config(disable=True)
+                inverter.precision = self.settings.precision
                 # Known before the move: on ZeroGPU weights cannot be read back outside of GPU functions.
                 _ = inverter.fingerprint, inverter.aligner
                 if self.settings.cuda_graphs and not self.zero_gpu:

@@ -34,6 +34,7 @@ class Settings:
         cuda_graphs: whether what a GPU computes is recorded once and replayed for all visitors, which keeps memory and
             is several times as fast (`METAAUX_CUDA_GRAPHS=0` turns it off). On ZeroGPU, where a process lives for one
             call, nothing is recorded.
+        precision: in which the models compute, one of `metaaux.precision.PRECISIONS` (`METAAUX_PRECISION`).
         max_file_mb: largest photo in megabytes (`METAAUX_MAX_FILE_MB`); a head's file may have what its model needs.
         max_megapixels: largest photo (`METAAUX_MAX_MEGAPIXELS`).
         max_photos: photos of one person.
@@ -51,6 +52,7 @@ class Settings:
     max_sessions: int = 100
     mcp: bool = field(default_factory=lambda: find_spec("mcp") is not None)
     cuda_graphs: bool = True
+    precision: str = "float32"
     max_file_mb: int = 20
     max_megapixels: int = 64
     max_photos: int = 5
@@ -63,7 +65,7 @@ class Settings:
         """Settings with what `METAAUX_…` variables say instead of the defaults.
 
         Raises:
-            ValueError: a variable holds no positive whole number, or no model is named.
+            ValueError: a variable holds no positive whole number, no model is named, or there is no such precision.
         """
         values: dict[str, Any] = {}
         if "METAAUX_MODELS" in environment:
@@ -72,6 +74,10 @@ class Settings:
                 raise ValueError("METAAUX_MODELS names no model")
         if environment.get("METAAUX_DEVICE"):
             values["device"] = environment["METAAUX_DEVICE"]
+        if "METAAUX_PRECISION" in environment:
+            from ..precision import check_precision  # which imports PyTorch
+
+            values["precision"] = check_precision(environment["METAAUX_PRECISION"])
         for name in ("mcp", "cuda_graphs"):
             if (variable := f"METAAUX_{name.upper()}") in environment:
                 values[name] = environment[variable].lower() in ("1", "true", "yes", "on")

@@ -55,10 +55,10 @@ class Work:
         self.generator.synthesis(self.ws, self.camera, **self.options)
 
     @torch.no_grad()
-    def cached_view(self) -> None:
+    def view(self) -> None:
         self.generator.synthesis(self.ws, self.side, use_cached_backbone=True, **self.options)
 
-    def tuning_step(self) -> None:
+    def tune(self) -> None:
         weights = list(self.generator.parameters())
         self.generator.requires_grad_(True)
         image = self.generator.synthesis(self.ws, self.camera, **self.options)["image"]
@@ -101,14 +101,14 @@ def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):  # the JSON alone goes out
         results = build_plugins(device)
         work = Work(settings, device)
+        functions = {"synthesis": work.synthesis, "cached_view": work.view, "tuning_step": work.tune}
         measures = {}
         for configuration in ("released", "float32"):
             if configuration == "float32":
                 torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
                 work.options["force_fp32"] = True
             measures[configuration] = {
-                name: measure(getattr(work, name), settings, device)
-                for name in ("synthesis", "cached_view", "tuning_step")
+                name: measure(function, settings, device) for name, function in functions.items()
             }
     print(json.dumps({**results, "measures": measures}), file=answers)
 
