@@ -6,7 +6,7 @@ import pytest
 import torch
 from eg3d_reference import hashed, hashed_cameras
 
-from metaaux.models import decoder_cpu, eg3d, renderer
+from metaaux.models import decoder_cpu, eg3d, renderer, triplane_cuda
 
 AXES = ("xy", "xz", "zy")
 
