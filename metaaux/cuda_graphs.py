@@ -19,15 +19,18 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
 
+aten = torch.ops.aten
 Result = TypeVar("Result")
 
 #: Runs a pass: (name, function, inputs) → outputs; see `CudaGraphs.bind`.
 RunPass = Callable[[str, Callable[[Any], Any], Any], Any]
 
-# PyTorch allows one capture at a time in a process.
+# PyTorch allows one capture at a time in a process, and no emptying of its cache meanwhile.
 _CAPTURING = threading.Lock()
+# Captures of a pass that may fail.
+_TRIES = 3
 
 
 def run_eagerly(name: str, function: Callable[[Any], Result], inputs: Any) -> Result:
@@ -55,8 +58,41 @@ def capture(
             outputs = function()
     except BaseException:
         torch.cuda.set_stream(before)  # PyTorch leaves its own where a capture cannot be ended
+        if pool is not None:
+            # And its allocator would go on as if the capture did, which fails much later and elsewhere.
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(before.device_index, pool)
+                torch._C._cuda_releasePool(before.device_index, pool)
         raise
     return graph, outputs
+
+
+class HostWaits(TorchDispatchMode):
+    """Notes the operators that make the host wait for a GPU, which no graph can hold; backward passes are seen too.
+
+    Attributes:
+        found: their names.
+    """
+
+    _WAITING = frozenset(
+        (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten._unique2, aten.bincount)
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        packet = function.overloadpacket
+        if (
+            packet in self._WAITING
+            or (packet is aten._to_copy and result.device != args[0].device)
+            or (packet is aten.copy_ and args[0].device != args[1].device)
+            or (packet is aten.index and any(i is not None and i.dtype == torch.bool for i in args[1]))
+        ):
+            self.found.append(str(packet))
+        return result
 
 
 def _flatten(value: Any, tensors: list[torch.Tensor]) -> Hashable:
@@ -284,6 +320,7 @@ class CudaGraphs:
         self._lanes: dict[torch.device, list[Lane]] = {}
         self._states: dict[Hashable, tuple[int, list]] = {}
         self._serial = itertools.count()
+        self._failures: Counter[Hashable] = Counter()
         self._refused: set[Hashable] = set()
 
     def bind(self, kind: Hashable, *parts: Any) -> RunPass:
@@ -339,11 +376,13 @@ class CudaGraphs:
             lanes = [lane for lanes in self._lanes.values() for lane in lanes]
             self._lanes.clear()
             self._states.clear()
+            self._failures.clear()
             self._refused.clear()
         for lane in lanes:
             lane.close()
         if lanes:
-            torch.cuda.empty_cache()
+            with _CAPTURING:
+                torch.cuda.empty_cache()
 
     def runs_on(self, device: torch.device) -> bool:
         """Whether passes are recorded there."""
@@ -398,17 +437,15 @@ class CudaGraphs:
 
     def _first(self, lane: Lane, key: tuple, function: Callable[[Any], Any], inputs: Any, tensors: list) -> Any:
         """A pass that is not recorded here: launched kernel by kernel, which makes its kernels ready, and recorded."""
-        outputs = function(_with_tensors(inputs, iter([tensor.detach().clone() for tensor in tensors])))
+        with HostWaits() as waits:
+            outputs = function(_with_tensors(inputs, iter([tensor.detach().clone() for tensor in tensors])))
+        if waits.found:
+            self._refuse(key, f"it makes the host wait for the GPU, by {waits.found[0]}")
+            return outputs
         try:
             recording = lane.record(function, inputs, tensors)
         except RuntimeError as error:
-            self._refused.add(key)
-            warnings.warn(
-                f"the pass {key[2]!r} of {key[0]} cannot be recorded as a CUDA graph and is launched kernel by kernel "
-                f"from here on ({str(error).splitlines()[0]})",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            self._failed(lane, key, error)
             return outputs
         with self._lock:
             self.captures += 1
@@ -417,3 +454,25 @@ class CudaGraphs:
             lane.wait()
             lane.recordings.popitem(last=False)
         return outputs
+
+    def _failed(self, lane: Lane, key: tuple, error: RuntimeError) -> None:
+        """After a capture that failed: without memory the other lanes have to do; else another thread may have
+        disturbed it, so that it is tried again, but not for ever."""
+        with self._lock:
+            lanes = self._lanes.get(lane.device, [])
+            if isinstance(error, torch.OutOfMemoryError) and lane in lanes and len(lanes) > 1:
+                lanes.remove(lane)
+                self.concurrency = len(lanes)
+                return
+            self._failures[key] += 1
+        if self._failures[key] == _TRIES:
+            self._refuse(key, str(error).splitlines()[0])
+
+    def _refuse(self, key: tuple, reason: str) -> None:
+        self._refused.add(key)
+        warnings.warn(
+            f"the pass {key[2]!r} cannot be recorded as a CUDA graph ({reason}); from here on it is launched "
+            "kernel by kernel",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -102,18 +102,23 @@ class RenderingMixin:
 
     def _products(self) -> contextlib.AbstractContextManager:
         """Where what is launched has the products of this pipeline's precision."""
-        return products(self.precision, self._execution_device)
+        return products(self.precision, self._weights_device)
 
     @property
     def _recordings(self) -> CudaGraphs | None:
         """Where passes on this pipeline's device are recorded; `None`: they are not."""
         graphs = self._graphs
-        return graphs if graphs is not None and graphs.runs_on(self._execution_device) else None
+        return graphs if graphs is not None and graphs.runs_on(self._weights_device) else None
+
+    @property
+    def _weights_device(self) -> torch.device:
+        # diffusers' `_execution_device` looks through all modules, which takes longer than a replay.
+        return next(self.generator.parameters()).device
 
     def _own_stream(self) -> contextlib.AbstractContextManager:
         """Where recordings of several threads run side by side; see `CudaGraphs.stream`."""
         graphs = self._recordings
-        return contextlib.nullcontext() if graphs is None else graphs.stream(self._execution_device)
+        return contextlib.nullcontext() if graphs is None else graphs.stream(self._weights_device)
 
     def _run_pass(self, kind: str, *networks: torch.nn.Module) -> RunPass:
         """What runs passes of these networks, by recordings where there are any."""

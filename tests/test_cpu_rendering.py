@@ -6,7 +6,7 @@ import pytest
 import torch
 from eg3d_reference import hashed, hashed_cameras
 
-from metaaux.models import decoder_cpu, eg3d, renderer
+from metaaux.models import decoder_cpu, eg3d, renderer, triplane_cuda
 
 AXES = ("xy", "xz", "zy")
 
@@ -62,6 +62,17 @@ def test_the_decoder_in_blocks_and_its_gradients_equal_the_plain_one(monkeypatch
         for first, second in zip(results[0], other, strict=True):
             assert first.abs().max() > 0.1
             torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_cpu_does_the_same_where_triton_is_installed(tiny_components, monkeypatch, gradients):
+    generator, cameras = tiny_components["generator"], hashed_cameras("camera", 1)
+    images = []
+    for triton in (None, object()):
+        monkeypatch.setattr(triplane_cuda, "triton", triton)
+        with torch.set_grad_enabled(gradients):
+            images.append(generator.synthesize(hashed("w", (1, 16)), cameras).image)
+    assert torch.equal(*images)
 
 
 def test_arguments_stay_as_they_are(tiny_components):

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from metaaux import MetaAuxInverter, devices
 from metaaux.adaptation import InnerLoop, InnerProblem
-from metaaux.cuda_graphs import CudaGraphs, Lane
+from metaaux.cuda_graphs import CudaGraphs, HostWaits, Lane
 from metaaux.export.images import image_to_tensor
 from metaaux.models.auxiliary import AuxiliaryOutput
 from metaaux.models.views import private_view
@@ -213,17 +213,53 @@ class TestRecordings:
         assert graphs.captures == 4
         assert [key[3][1][0][1] for key in graphs.lanes[0].recordings] == [(1,), (2,)]
 
-    def test_what_cannot_be_recorded_is_reported_once(self):
-        class Unable(CpuLane):
+    def test_what_makes_the_host_wait_is_reported_once(self):
+        graphs = CpuGraphs()
+        run = graphs.bind("test", nn.Identity())
+        x = torch.ones(2)
+        for wait in (lambda x: x * x.sum().item(), lambda x: x[x > 0], lambda x: x * bool((x > 0).all())):
+            name = f"waits {wait}"
+            with pytest.warns(RuntimeWarning, match="cannot be recorded .* makes the host wait for the GPU, by aten"):
+                assert run(name, wait, x).tolist() == wait(x).tolist()
+            assert run(name, wait, 2 * x).tolist() == wait(2 * x).tolist()  # a second warning would be an error
+        assert graphs.captures == 0
+
+    @pytest.mark.parametrize("failures", [2, 3])
+    def test_a_capture_that_fails_is_tried_again(self, failures, recwarn):
+        class Disturbed(CpuLane):
+            left = failures
+
             def capture(self, function):
-                raise RuntimeError("operation not permitted when stream is capturing")
+                Disturbed.left -= 1
+                if Disturbed.left >= 0:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                return super().capture(function)
 
         graphs = CpuGraphs()
-        graphs.lane_type = Unable
-        with pytest.warns(RuntimeWarning, match="'pass' of test cannot be recorded .* not permitted"):
-            assert self.run(graphs, nn.Identity(), torch.ones(2))["y"][0].tolist() == [1, 1]
-        assert self.run(graphs, nn.Identity(), torch.zeros(2))["y"][0].tolist() == [0, 0]  # warnings are errors here
-        assert graphs.captures == 0
+        graphs.lane_type = Disturbed
+        for value in range(5):
+            assert self.run(graphs, nn.Identity(), torch.full((2,), value))["y"][0].tolist() == [value, value]
+        assert graphs.captures == (failures < 3)
+        assert [str(w.message) for w in recwarn] == [
+            "the pass 'pass' cannot be recorded as a CUDA graph (operation failed due to a previous error during "
+            "capture); from here on it is launched kernel by kernel"
+        ] * (failures == 3)
+
+    def test_a_lane_without_memory_leaves_the_work_to_the_others(self):
+        class Small(CpuLane):
+            def capture(self, function):
+                if graphs.captures:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return super().capture(function)
+
+        graphs = CpuGraphs(concurrency=3)
+        graphs.lane_type = Small
+        self.run(graphs, nn.Identity(), torch.ones(1))
+        with graphs.lanes[0].lock:
+            assert self.run(graphs, nn.Identity(), torch.ones(1))["y"][0].item() == 1
+        assert len(graphs.lanes) == graphs.concurrency == graphs.captures == 1
+        self.run(graphs, nn.Identity(), torch.ones(1))
+        assert graphs.replays == 1
 
     def test_a_busy_lane_gets_company_and_a_second_one_is_waited_for(self):
         graphs, network = CpuGraphs(concurrency=2), nn.Identity()
@@ -293,17 +329,6 @@ class RefuseWaiting(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class RefuseReading(TorchDispatchMode):
-    """The same below Python, backward passes included."""
-
-    NAMES = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten._unique")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if str(function).startswith(self.NAMES):
-            raise AssertionError(f"{function} makes the host wait")
-        return function(*args, **(kwargs or {}))
-
-
 def problem_of(inverter, crop, camera, make=InnerProblem, flip=True, steps=2):
     """The inner problem of one photo on the pipeline's device, and the parameters that it starts from."""
     device = inverter.device
@@ -330,7 +355,7 @@ def run_through(begin, parameters):
 
 
 class TestHostNeverWaits:
-    def test_modes_refuse(self):
+    def test_python_is_watched(self):
         for wait in (
             lambda: torch.ones(1).item(),
             lambda: bool(torch.ones(1) > 0),
@@ -341,26 +366,25 @@ class TestHostNeverWaits:
         ):
             with pytest.raises(AssertionError, match="makes the host wait"), RefuseWaiting():
                 wait()
-        with pytest.raises(AssertionError, match="makes the host wait"), RefuseReading():
-            torch.ones(2).nonzero()
 
     @pytest.mark.parametrize("kind", ["3D", "2D"])
     def test_adaptation(self, tiny_inverter, tiny_2d_inverter, crops, cameras, monkeypatch, kind):
         inverter = tiny_inverter if kind == "3D" else tiny_2d_inverter
         begin, parameters = problem_of(inverter, crops[1], cameras[1], flip=kind == "3D")
         monkeypatch.setattr(devices, "is_cpu", lambda x: False)
-        with RefuseWaiting(), RefuseReading():
+        with RefuseWaiting(), HostWaits() as waits:
             image, losses, _ = run_through(begin, parameters)
         assert torch.isfinite(image).all() and torch.isfinite(losses["total"]).all()
+        assert not waits.found
 
     def test_views(self, tiny_inverter, tiny_inversion, monkeypatch):
         head = tiny_inverter.prepare(tiny_inversion)
         generator, camera = tiny_inverter.generator, head.camera[None]
         monkeypatch.setattr(devices, "is_cpu", lambda x: False)
-        with torch.no_grad(), RefuseWaiting(), RefuseReading():
+        with torch.no_grad(), RefuseWaiting(), HostWaits() as waits:
             planes = generator.planes(head.ws, head.weight_offsets)
             image = generator.synthesize(head.ws, camera, head.weight_offsets, head.offset_planes, planes).image
-        assert torch.isfinite(image).all()
+        assert torch.isfinite(image).all() and not waits.found
 
 
 @contextlib.contextmanager
@@ -488,24 +512,30 @@ class TestGpu:
         lanes = inverter._graphs._lanes[inverter.device]
         pools = [tuple(lane.pool) for lane in lanes]
 
-        def reserved():
-            segments = torch.cuda.memory_snapshot()
-            return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) in pools)
+        def small_blocks():
+            segments = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) in pools]
+            blocks = [block for segment in segments for block in segment["blocks"]]
+            # cuBLAS keeps its workspaces, which are larger than any tensor of the tiny networks.
+            return [b["size"] for b in blocks if b["state"].startswith("active") and b["size"] < 4 * 2**20]
 
         del lanes
-        held = reserved()
+        assert small_blocks()
         inverter.disable_cuda_graphs()
-        assert held > 0
-        assert reserved() <= held / 2  # cuBLAS keeps its workspace
+        assert not small_blocks()
 
     def test_what_cannot_be_captured_goes_on_without(self, graphs):
         run = graphs.bind("test", nn.Identity())
         x = torch.arange(3.0, device="cuda")
-        with pytest.warns(RuntimeWarning, match="cannot be recorded"):
+        with pytest.warns(RuntimeWarning, match="makes the host wait"):
             first = run("sync", lambda given: given["x"] * given["x"].sum().item(), {"x": x})
         second = run("sync", lambda given: given["x"] * given["x"].sum().item(), {"x": x + 1})
         assert first.tolist() == [0, 3, 6] and second.tolist() == [6, 12, 18]
-        # The stream is usable, and so are further recordings.
+        # What is first noticed in the capture does not do harm either: the next recordings are made.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(2):
+                result = run("hidden", lambda given: given["x"] * float(given["x"].sum().cpu().numpy()), {"x": x})
+                assert result.tolist() == [0, 3, 6]
         for _ in range(2):
             assert run("double", lambda given: given["x"] * 2, {"x": x}).tolist() == [0, 2, 4]
         assert graphs.captures == 1

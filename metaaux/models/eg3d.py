@@ -281,7 +281,8 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
 
         `offset_planes` [B, P, 3, r, r] deforms the sample points by the sum of their look-ups (Eq. 3, 4), world units.
         Rendering is deterministic unless `jitter` draws the sample distances from the global random state, as training
-        does. `lookup`: see `renderer.sample_planes`. `dtype` of the decoder: that of `planes` unless given.
+        does. `lookup`: see `renderer.sample_planes`; "auto" takes `fused_decoder` and `fused_march` where they run.
+        `dtype` of the decoder: that of `planes` unless given.
         """
         config = self.config
         side = resolution or config.neural_resolution

@@ -54,10 +54,9 @@ class _Settings(NamedTuple):
     precision: str
 
 
-def is_supported(
-    planes: torch.Tensor, offset_planes: torch.Tensor | None, decoder: torch.nn.Module, plane_axes: Sequence[str]
-) -> bool:
-    """Whether the kernel can run on `planes` [B, 3, C, H, W], `offset_planes` [B, 3, 3, r, r] and this decoder.
+def is_supported(planes: object, offset_planes: object, decoder: torch.nn.Module, plane_axes: Sequence[str]) -> bool:
+    """Whether the kernel can run on `planes`, `offset_planes` or `None`, and this decoder: on tensors [B, 3, C, H, W]
+    and [B, 3, 3, r, r] rather than `renderer.PlaneTable`s.
 
     Not on AMD's GPUs: exact float32 products are there those of plain arithmetic, whose operands do not stay in
     registers. On an H100 that is slower than the PyTorch form.

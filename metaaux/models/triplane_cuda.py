@@ -23,9 +23,10 @@ BLOCK = 64
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def is_supported(planes: torch.Tensor, plane_axes: Sequence[str]) -> bool:
-    """Whether the fused look-up can run on `planes` [B, 3, C, H, W]."""
-    return triton is not None and planes.is_cuda and planes.dtype in DTYPES and len(plane_axes) == 3
+def is_supported(planes: object, plane_axes: Sequence[str]) -> bool:
+    """Whether the fused look-up can run on `planes`: a tensor [B, 3, C, H, W] rather than `renderer.PlaneTable`."""
+    on_gpu = triton is not None and isinstance(planes, torch.Tensor) and planes.is_cuda
+    return on_gpu and planes.dtype in DTYPES and len(plane_axes) == 3
 
 
 def pixels_first(planes: torch.Tensor) -> torch.Tensor:
