@@ -6,6 +6,7 @@ It imports nothing of this package, whose modules and settings would mix with th
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import statistics
 import sys
@@ -18,17 +19,17 @@ import torch
 
 def build_plugins(device: torch.device) -> dict[str, Any]:
     """Builds the CUDA plugins of the official code, or turns them off where that fails."""
-    from torch_utils.ops import bias_act, upfirdn2d
-
+    # By name, as they are no requirement of this package.
+    operations = [importlib.import_module(f"torch_utils.ops.{name}") for name in ("bias_act", "upfirdn2d")]
     if device.type != "cuda":
         return {"operations": "reference", "reason": f"plugins need CUDA, the device is {device.type}"}
     try:
-        for operation in (bias_act, upfirdn2d):
+        for operation in operations:
             operation._init()
     except Exception as error:  # whatever a compiler may fail with
-        for operation in (bias_act, upfirdn2d):
+        for operation in operations:
             operation._init = lambda: False
-        return {"operations": "reference", "reason": str(error).strip().splitlines()[0][:300]}
+        return {"operations": "reference", "reason": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
     return {"operations": "plugins"}
 
 
@@ -36,10 +37,9 @@ class Work:
     """What is timed: a generator with random weights, and one call a measure."""
 
     def __init__(self, settings: dict[str, Any], device: torch.device):
-        from training.triplane import TriPlaneGenerator
-
         torch.manual_seed(0)
-        self.generator = TriPlaneGenerator(**settings["arguments"]).eval().requires_grad_(False).to(device)
+        triplane = importlib.import_module("training.triplane")
+        self.generator = triplane.TriPlaneGenerator(**settings["arguments"]).eval().requires_grad_(False).to(device)
         self.generator.neural_rendering_resolution = settings["neural_resolution"]
         self.camera, self.side = (torch.tensor([settings[name]], device=device) for name in ("camera", "side_camera"))
         z = torch.randn(1, self.generator.z_dim, device=device)
