@@ -148,7 +148,6 @@ def _arithmetic() -> tuple:
     """PyTorch's settings by which it chooses kernels."""
     cudnn = torch.backends.cudnn
     settings = (
-        torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None,
         torch.is_grad_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         cudnn.enabled,
@@ -333,8 +332,8 @@ class CudaGraphs:
         numbers and never makes the host wait.
 
         What it returns is the caller's. The first call runs kernel by kernel and is recorded afterwards. Calls on
-        other devices than CUDA, inside of an autocast that caches or under a dispatch mode are never recorded, nor are
-        passes that cannot be: a warning reports these once, and from there on they run kernel by kernel.
+        other devices than CUDA, inside of autocast or under a dispatch mode are never recorded, nor are passes that
+        cannot be: a warning reports these once, and from there on they run kernel by kernel.
 
         Args:
             kind: says what the networks are for. Once a tensor of theirs was replaced or an attribute changed, the
@@ -392,7 +391,7 @@ class CudaGraphs:
         return (
             all(self.runs_on(tensor.device) for tensor in tensors)
             and not is_in_torch_dispatch_mode()
-            and not (torch.is_autocast_enabled("cuda") and torch.is_autocast_cache_enabled())
+            and not torch.is_autocast_enabled("cuda")
         )
 
     def _drop(self, unwanted: Callable[[tuple], bool]) -> None:

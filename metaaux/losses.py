@@ -198,7 +198,7 @@ class InversionLoss:
             return Reference(
                 target,
                 None if self.perceptual is None else self.perceptual.taps(target),
-                None if self.identity is None else self.identity(target, camera),
+                None if self.identity is None else self.identity(target, camera).to(target.dtype),
             )
 
     def __call__(
@@ -231,9 +231,10 @@ class InversionLoss:
             elif self.discriminator is not None:
                 logits = self.discriminator(image, image_raw, camera)
             if self.identity is not None:
-                identity = 1 - F.cosine_similarity(self.identity(image, camera), reference.identity, dim=1)  # Eq. 11
+                embedding = self.identity(image, camera).to(image.dtype)
+                identity = 1 - F.cosine_similarity(embedding, reference.identity, dim=1)  # Eq. 11
             if self.discriminator is not None:
-                adversarial = _non_saturating(logits)
+                adversarial = _non_saturating(logits.to(image.dtype))
         total = (
             self.weights.mse * mse
             + self.weights.perceptual * perceptual
@@ -272,7 +273,7 @@ class InversionLoss:
             if weights.flip_perceptual > 0:
                 loss = loss + weights.flip_perceptual * self.perceptual.distance(taps, reference.taps)
             if weights.flip_adversarial > 0:
-                loss = loss + weights.flip_adversarial * _non_saturating(logits)
+                loss = loss + weights.flip_adversarial * _non_saturating(logits.to(image.dtype))
         return loss
 
     def _autocast(self, image: torch.Tensor) -> contextlib.AbstractContextManager:

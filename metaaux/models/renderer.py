@@ -230,9 +230,10 @@ def sample_planes(
     if lookup == "gather":
         features = bilinear_gather(flat, uv)
     else:
-        # In float32: it takes positions in the planes' precision, in which samples would move by a pixel.
-        flat = flat.float().contiguous(memory_format=torch.channels_last)
-        features = F.grid_sample(flat, uv[:, None], align_corners=False)[:, :, 0].transpose(1, 2).to(planes.dtype)
+        # It takes positions in the planes' precision, and in bfloat16 samples would move by a pixel.
+        flat = flat.to(torch.promote_types(flat.dtype, uv.dtype)).contiguous(memory_format=torch.channels_last)
+        features = F.grid_sample(flat, uv[:, None].to(flat.dtype), align_corners=False)[:, :, 0]
+        features = features.transpose(1, 2).to(planes.dtype)
     return features.reshape(batch, count, -1, channels).mean(dim=1)
 
 
