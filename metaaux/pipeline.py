@@ -40,7 +40,7 @@ from .models.presets import preset_of
 from .models.recogniser import FaceRecogniser
 from .models.stylegan2 import StyleGAN2Generator
 from .models.weights import check_computable, unwrapped
-from .precision import autocast, reduced_dtype
+from .precision import autocast, check_precision, reduced_dtype
 from .rendering import RenderingMixin
 from .replay import ReplayedProblem
 
@@ -355,6 +355,7 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
 
     def _check_ready(self) -> None:
         """Raises RuntimeError where a component is in training mode, ValueError for precisions that do not compute."""
+        check_precision(self.precision, self._weights_device)
         training = [name for name, part in self.components.items() if part is not None and part.training]
         if training:
             raise RuntimeError(

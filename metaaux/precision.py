@@ -4,6 +4,8 @@
 - tf32: on CUDA, inputs of matrix products and convolutions are rounded to 10 bits of mantissa.
 - bfloat16: convolutions and matrix products of the networks compute in bfloat16. In a generator they do so by its
   `dtype`, in which styles, demodulation, rays and the image's sum stay in float32; other networks run under autocast.
+- `None`: float32 as PyTorch is set. On CUDA its defaults are TF32 for convolutions (cuDNN's) and IEEE for matrix
+  products, thus for the tri-planes' decoder too.
 """
 
 from __future__ import annotations
@@ -18,20 +20,20 @@ import torch
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
-def check_precision(precision: str, device: str | torch.device | None = None) -> str:
+def check_precision(precision: str | None, device: str | torch.device | None = None) -> str | None:
     """`precision`, if there is one of that name and, where a device is given, it differs from the others there.
 
     Raises:
         ValueError: another name, or tf32 for a device other than CUDA.
     """
-    if precision not in PRECISIONS:
+    if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision must be {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}, got {precision!r}")
     if precision == "tf32" and device is not None and torch.device(device).type != "cuda":
         raise ValueError(f"tf32 is a precision of NVIDIA's GPUs, the device is {device}: take float32 or bfloat16")
     return precision
 
 
-def reduced_dtype(precision: str) -> torch.dtype | None:
+def reduced_dtype(precision: str | None) -> torch.dtype | None:
     """In which networks compute; `None`: that of their weights."""
     return torch.bfloat16 if precision == "bfloat16" else None
 
@@ -92,11 +94,12 @@ class _SharedFlags:
         self._thread = threading.local()
 
     @contextlib.contextmanager
-    def using(self, tf32: bool) -> Iterator[None]:
-        """The flags are set in the block. A block within it that wants others gives this one's turn up meanwhile:
-        flags are read when work is launched, and nobody holds a turn while waiting for another one."""
-        outer = getattr(self._thread, "tf32", None)
-        if outer == tf32:
+    def using(self, tf32: bool | None) -> Iterator[None]:
+        """The flags are set in the block, and left as the program set them for `None`. A block within it that wants
+        others gives this one's turn up meanwhile: flags are read when work is launched, and nobody holds a turn while
+        waiting for another one."""
+        outer = getattr(self._thread, "turn", None)
+        if outer == (tf32,):
             yield
             return
         if outer is not None:
@@ -109,41 +112,51 @@ class _SharedFlags:
                 self._leave()
         finally:
             if outer is not None:
-                self._enter(outer)
+                self._enter(*outer)
 
-    def _enter(self, tf32: bool) -> None:
+    def _enter(self, tf32: bool | None) -> None:
         turn = object()
         with self._changed:
             self._waiting.append(turn)
             try:
                 self._changed.wait_for(lambda: self._waiting[0] is turn and (not self._users or self._tf32 == tf32))
                 if not self._users:
-                    self._before = _Flags()
-                    _Flags.set(tf32)
                     self._tf32 = tf32
+                    if tf32 is not None:
+                        self._before = _Flags()
+                        _Flags.set(tf32)
                 self._users += 1
             finally:
                 self._waiting.remove(turn)
                 self._changed.notify_all()
-        self._thread.tf32 = tf32
+        self._thread.turn = (tf32,)
 
     def _leave(self) -> None:
-        self._thread.tf32 = None
+        self._thread.turn = None
         with self._changed:
             self._users -= 1
             if not self._users:
-                self._before.restore()
+                if self._before is not None:
+                    self._before.restore()
+                    self._before = None
                 self._changed.notify_all()
 
 
 _SHARED = _SharedFlags()
 
 
-def products(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """Work launched on a CUDA device in the block has this precision's float32 products; elsewhere nothing changes.
+def products(precision: str | None, device: torch.device) -> contextlib.AbstractContextManager:
+    """Work launched on a CUDA device in the block has this precision's float32 products; elsewhere there is one kind.
 
-    PyTorch has these settings for a process, not for a thread. They are as before once no thread is in such a block.
-    Threads in blocks of the same precision run side by side; those of another wait until these have left. What other
-    code launches meanwhile, in a thread of its own and outside of any such block, has this precision too.
+    This is the only place where the package sets these settings of PyTorch's, which are a process', not a thread's.
+    They are as before once no thread is in such a block. Threads in blocks of the same precision run side by side;
+    those of another, `None` included, wait until these have left, so that nobody's results depend on what others do.
+    What other code launches meanwhile, in a thread of its own and outside of any such block, has this precision too.
+
+    Raises:
+        ValueError: see `check_precision`.
     """
-    return _SHARED.using(precision == "tf32") if device.type == "cuda" else contextlib.nullcontext()
+    check_precision(precision, device)
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return _SHARED.using(None if precision is None else precision == "tf32")

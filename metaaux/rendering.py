@@ -33,7 +33,7 @@ class RenderingMixin:
     generator: EG3DGenerator | StyleGAN2Generator
     latent_directions: LatentDirections | None
     _graphs: CudaGraphs | None = None
-    _precision = "float32"
+    _precision: str | None = None
 
     @property
     def has_viewpoints(self) -> bool:
@@ -82,14 +82,16 @@ class RenderingMixin:
             graphs.release()
 
     @property
-    def precision(self) -> str:
-        """In which the networks compute, "float32" (IEEE, the default), "tf32" or "bfloat16".
+    def precision(self) -> str | None:
+        """In which the networks compute: "float32" (IEEE's), "tf32" (on CUDA alone) or "bfloat16".
 
-        Weights stay as they are. Cameras, rays, demodulation, the losses' sums and gradient steps stay in float32 in
-        any case, and so do meshes but for TF32 products. tf32 makes a difference on CUDA alone. It is set for passes
-        of this pipeline and unset after them; PyTorch has it for a process, so passes of pipelines of other precisions
-        wait meanwhile, and what other threads compute by themselves at the time is TF32 too
-        (`metaaux.precision.products`). To be set while no call is at work.
+        `None`, the default, is float32 as PyTorch is set: on CUDA TF32 for convolutions, IEEE's for matrix products.
+
+        Weights stay as they are. Cameras, rays, demodulation, the losses' sums and gradient steps are in float32 in
+        any case, and so are meshes but for products in TF32. The settings are PyTorch's for a process: they are set
+        for the passes of this pipeline and unset after them, so that passes of pipelines of other precisions wait
+        meanwhile; see `metaaux.precision.products`. To be set while no call is at work; a call raises ValueError for
+        "tf32" on another device than CUDA.
 
         Raises:
             ValueError: set to another name.
@@ -97,7 +99,7 @@ class RenderingMixin:
         return self._precision
 
     @precision.setter
-    def precision(self, name: str) -> None:
+    def precision(self, name: str | None) -> None:
         self._precision = check_precision(name)
 
     def _products(self) -> contextlib.AbstractContextManager:

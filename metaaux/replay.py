@@ -87,8 +87,8 @@ class ReplayedProblem(InnerProblem):
         tasks: Tasks,
         inner: InnerLoop,
     ):
-        # The weights stand for whether there is Eq. 12: photos with and without it come in turn.
-        self.run_pass = graphs.bind(("adaptation", loss.weights), generator, auxiliary, loss)
+        # The weights stand for whether there is Eq. 12: photos with and without it come in turn; so do precisions.
+        self.run_pass = graphs.bind(("adaptation", loss.weights, loss.dtype), generator, auxiliary, loss)
         self.loss, self.inner = loss, inner
 
         def begin(given: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import threading
 import time
+from dataclasses import replace
 
 import gradio as gr
 import pytest
@@ -61,6 +62,15 @@ class TestSettings:
         assert Settings().cuda_graphs and engine.inverter()._graphs is not None
         assert not Settings.from_environment({"METAAUX_CUDA_GRAPHS": "off"}).cuda_graphs
 
+    def test_precision(self, tiny_folder, monkeypatch):
+        monkeypatch.setattr(Engine, "_warm_up", lambda self: None)
+        assert Settings().precision is None
+        settings = Settings.from_environment({"METAAUX_PRECISION": "bfloat16", "METAAUX_DEVICE": "cpu"})
+        assert settings.precision == "bfloat16"
+        engine = Engine(replace(settings, models=(str(tiny_folder),)))
+        engine.start()
+        assert engine.inverter().precision == "bfloat16"
+
     def test_no_recordings_where_a_process_lives_for_one_call(self, tiny_folder, monkeypatch):
         monkeypatch.setattr("metaaux.demo.engine.spaces_config.zero_gpu", True)
         monkeypatch.setattr("metaaux.demo.engine.on_gpu", lambda function, duration: function)
@@ -69,7 +79,8 @@ class TestSettings:
         assert engine.inverter()._graphs is None
 
     @pytest.mark.parametrize(
-        ("name", "value"), [("METAAUX_WORKERS", "0"), ("METAAUX_MAX_QUEUE", "x"), ("METAAUX_MODELS", " ,")]
+        ("name", "value"),
+        [("METAAUX_WORKERS", "0"), ("METAAUX_MAX_QUEUE", "x"), ("METAAUX_MODELS", " ,"), ("METAAUX_PRECISION", "fp8")],
     )
     def test_wrong_values_are_named(self, name, value):
         with pytest.raises(ValueError, match=name):

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -98,25 +99,48 @@ def test_seconds_are_measured():
     assert seconds_of(lambda: time.sleep(0.02), torch.device("cpu")) >= 0.02
 
 
-def test_sweep(tiny_inverter):
-    """Precisions in turn, with their differences from float32, and inversions at once."""
-    float32, bfloat16 = run_sweep(tiny_inverter, steps=1, repeats=1, warmup=1, threads=2)
-    assert (float32["precision"], bfloat16["precision"]) == ("float32", "bfloat16")
+def test_several_precisions_and_threads_at_once(tiny_folder, tmp_path, monkeypatch, capsys):
+    """In one file, with their differences from float32; what a tf32 on a CPU would be is not left out in silence."""
+    out = tmp_path / "figures.json"
+    arguments = ["--out", str(out), "--model", str(tiny_folder), "--device", "cpu", "--repeats", "1", "--warmup", "1"]
+    run = ["metaaux", "benchmark", *arguments, "--steps", "1", "--threads-at-once", "1", "--precision"]
+    monkeypatch.setattr(sys, "argv", [*run, "bfloat16,float32"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    figures = json.loads(out.read_text())
+    bfloat16, float32 = figures["configurations"]
+    assert (bfloat16["precision"], float32["precision"]) == ("bfloat16", "float32")
+    assert figures["precision"] == "bfloat16" and figures["measures"] == bfloat16["measures"]
     assert float32["difference"] == {"image": 0, "loss": 0}
     assert 0 < bfloat16["difference"]["image"] < 0.2 and 0 < bfloat16["difference"]["loss"] < 0.05
     for entry in (float32, bfloat16):
         assert set(entry["measures"]) == MEASURES and not entry["cuda_graphs"]
-        assert entry["threads"]["difference"] == entry["threads"]["difference_alone"] == {"image": 0, "loss": 0}
-        assert entry["threads"]["ratio"] == pytest.approx(
-            entry["threads"]["all_per_second"] / entry["threads"]["one_per_second"]
-        )
-    assert tiny_inverter.precision == "float32"
+        assert entry["threads_at_once"]["threads"] == 1
+    assert "bfloat16, kernel by kernel" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*run, "float32,tf32"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code and "tf32 is a precision of NVIDIA's GPUs, the device is cpu" in capsys.readouterr().err
 
 
-def test_threads_that_disturb_each_other_are_found(tiny_inverter, monkeypatch):
-    import threading
+def test_a_sweep_leaves_the_pipeline_as_it_was(tiny_inverter, monkeypatch):
+    def failing(*_, **__):
+        assert tiny_inverter.precision == "bfloat16"
+        raise KeyError
 
+    monkeypatch.setattr("metaaux.evaluation.sweep.run_benchmark", failing)
+    with pytest.raises(KeyError):
+        run_sweep(tiny_inverter, ["bfloat16"], steps=0)
+    assert tiny_inverter.precision is None and tiny_inverter._graphs is None
+
+
+def test_threads_are_compared_with_one(tiny_inverter, monkeypatch):
+    """Results that depend on other threads' would be found."""
     work = Work(tiny_inverter, steps=0, random_weights=False)
+    figures = run_threads(work, 2)
+    assert figures["difference"] == figures["difference_alone"] == {"image": 0, "loss": 0}
+    assert figures["ratio"] == pytest.approx(figures["all_per_second"] / figures["one_per_second"])
 
     def invert(picture):
         value = float(threading.current_thread() is not threading.main_thread())
@@ -153,7 +177,7 @@ class TriPlaneGenerator(torch.nn.Module):
 """
 
 
-def test_official_code(tiny_inverter, tmp_path):
+def test_official_code(tiny_inverter, tmp_path, monkeypatch):
     """A process of its own, with what the official classes take; here a stand-in with their interface."""
     for folder in ("training", "torch_utils/ops"):
         (tmp_path / "eg3d" / folder).mkdir(parents=True)
@@ -169,7 +193,8 @@ def test_official_code(tiny_inverter, tmp_path):
     for measures in figures["measures"].values():
         assert set(measures) == {"synthesis", "cached_view", "tuning_step"}
         assert all(measure["repeats"] == 2 and measure["median_ms"] > 0 for measure in measures.values())
-    (tmp_path / "eg3d" / "training" / "triplane.py").write_text("raise SystemExit(3)")
+    (tmp_path / "worker.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr("metaaux.evaluation.official._WORKER", tmp_path / "worker.py")
     with pytest.raises(RuntimeError, match="ended with code 3"):
         run_official(tmp_path, generator, torch.device("cpu"))
     with pytest.raises(ValueError, match="holds no checkout of NVlabs/eg3d"):

@@ -7,8 +7,11 @@ import threading
 import numpy as np
 import pytest
 import torch
+from test_cuda_graphs import CpuGraphs, assert_equal_inversions
 
 from metaaux import MetaAuxInverter
+from metaaux.baselines.optimization import LatentSettings
+from metaaux.baselines.registry import MethodOptions, make_methods
 from metaaux.cameras import camera_from_pose
 from metaaux.models import renderer
 from metaaux.models.modulation import modulated_conv2d
@@ -26,12 +29,21 @@ def inverter(tiny_folder):
 
 
 def test_names(inverter):
-    assert inverter.precision == "float32"
+    assert inverter.precision is None
     with pytest.raises(ValueError, match="precision must be float32, tf32 or bfloat16, got 'fp8'"):
         inverter.precision = "fp8"
     with pytest.raises(ValueError, match="tf32 is a precision of NVIDIA's GPUs, the device is cpu"):
         check_precision("tf32", "cpu")
-    assert check_precision("tf32", "cuda:1") == "tf32"
+    assert check_precision("tf32", "cuda:1") == "tf32" and check_precision(None, "cpu") is None
+
+
+def test_tf32_on_a_cpu(inverter, tiny_inversion, crops, cameras):
+    """It may be set before a move to a GPU; calls elsewhere say what is wrong, before any work."""
+    inverter.precision = "tf32"
+    with pytest.raises(ValueError, match="tf32 is a precision of NVIDIA's GPUs, the device is cpu"):
+        inverter.invert(crops[0], steps=0, camera=cameras[0], on_step=lambda *_: pytest.fail("it began"))
+    with pytest.raises(ValueError, match="the device is cpu"):
+        inverter.render(tiny_inversion)
 
 
 def test_inversions_and_views_in_bfloat16(inverter, tiny_inverter, tiny_inversion, crops, cameras):
@@ -48,8 +60,24 @@ def test_inversions_and_views_in_bfloat16(inverter, tiny_inverter, tiny_inversio
     reduced, full = (np.asarray(p.render(tiny_inversion, yaw=10)).astype(float) for p in (inverter, tiny_inverter))
     difference = np.abs(reduced - full)
     assert 0 < difference.max() and difference.mean() < 3
-    inverter.precision = "float32"
-    assert inverter.render(tiny_inversion, yaw=10) == tiny_inverter.render(tiny_inversion, yaw=10)
+    for name in ("float32", None):
+        inverter.precision = name
+        assert inverter.render(tiny_inversion, yaw=10) == tiny_inverter.render(tiny_inversion, yaw=10)
+
+
+def test_recordings_of_each_precision(inverter, crops, cameras):
+    """They are kept beside each other, so that changing to and fro takes none anew."""
+
+    def invert(precision):
+        inverter.precision = precision
+        return inverter.invert(crops[0], steps=1, camera=cameras[0])
+
+    expected = {precision: invert(precision) for precision in (None, "bfloat16")}
+    inverter._graphs, captures = CpuGraphs(), []
+    for precision in (None, "bfloat16", None, "bfloat16"):
+        assert_equal_inversions(invert(precision), expected[precision])
+        captures.append(inverter._graphs.captures)
+    assert captures == [4, 8, 8, 8]  # encoder, start, step, end
 
 
 def test_positions_are_not_rounded():
@@ -64,6 +92,35 @@ def test_positions_are_not_rounded():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(chips_from_crops(crop, camera), chips)
         assert torch.equal(modulated_conv2d(x, weight, styles), strengths)
+
+
+def test_sums_of_losses_are_float32(inverter, batch):
+    """They would be numbers of 8 bits else."""
+    inverter.precision = "bfloat16"
+    (image, camera), loss = batch, inverter.inversion_loss()
+    output = inverter.generator.synthesize(inverter.codes(image), camera, dtype=torch.bfloat16)
+    terms = loss(output.image, output.image_raw, image, camera)
+    for name, term in terms.items():
+        assert term.dtype == torch.float32 and not torch.equal(term, term.bfloat16().float()), name
+
+
+@pytest.mark.parametrize("name", ["encoder", "metaaux", "w", "pti", "without_auxiliary"])
+def test_methods_of_an_evaluation(inverter, batch, name):
+    """All of them compute in the pipeline's precision, or their times could not be compared."""
+    image, camera = (tensor[:1] for tensor in batch)
+    options = MethodOptions(steps=1, latent=LatentSettings(steps=2), tuning_steps=1)
+    seen = []
+    hook = inverter.generator.backbone.b8.conv1.register_forward_hook(
+        lambda m, args, output: seen.append(output.dtype)
+    )
+    images = {}
+    for precision in (None, "bfloat16"):
+        inverter.precision = precision
+        images[precision] = make_methods([name], inverter, options)[0].invert(image, camera)[0].image
+    hook.remove()
+    assert images[None].dtype == images["bfloat16"].dtype == torch.float32
+    assert 0 < (images[None] - images["bfloat16"]).abs().max() < 0.2
+    assert seen[-1] == torch.bfloat16
 
 
 def flags():
@@ -99,6 +156,24 @@ class TestFlags:
             assert torch.backends.cuda.matmul.fp32_precision == "tf32" and CUDNN.conv.fp32_precision == "ieee"
         finally:
             torch.backends.cuda.matmul.fp32_precision, CUDNN.conv.fp32_precision = "none", "tf32"
+
+    def test_left_alone_without_a_name(self):
+        """Also by the end of the block, within which the program may have set them."""
+        shared, (matmul, cudnn) = _SharedFlags(), flags()
+        with shared.using(None):
+            assert flags() == (matmul, cudnn)
+            with shared.using(not matmul):
+                assert flags() == (not matmul, not matmul)
+            assert flags() == (matmul, cudnn)
+            CUDNN.allow_tf32 = not cudnn
+        assert flags() == (matmul, not cudnn)
+
+    @pytest.mark.parametrize("other", [False, None])
+    def test_within_each_other_of_another_kind(self, other):
+        shared, outside = _SharedFlags(), flags()
+        with shared.using(other), shared.using(True), shared.using(other):
+            assert flags() == (outside if other is None else (False, False))
+        assert flags() == outside
 
     def test_within_each_other(self):
         shared, outside = _SharedFlags(), flags()

@@ -42,12 +42,12 @@ class LatentOptimization(InversionMethod):
 
     def invert(self, image: torch.Tensor, camera: torch.Tensor) -> list[Reconstruction]:
         w = optimize_latent(self.generator, self.loss, image, camera, self.latent, self.space)
-        return render_each(self.generator, w, camera)
+        return render_each(self.generator, w, camera, self.loss.dtype)
 
     def warm_up(self, image: torch.Tensor, camera: torch.Tensor) -> None:
         latent = LatentSettings(steps=min(3, self.latent.steps))
         w = optimize_latent(self.generator, self.loss, image[:1], camera[:1], latent, self.space)
-        render_each(self.generator, w, camera[:1])
+        render_each(self.generator, w, camera[:1], self.loss.dtype)
 
 
 @register("w+", "optimisation (W+)")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..losses import InversionLoss, LossWeights, perceptual_distance
+from ..precision import reduced_dtype
 from .base import Generator, Reconstruction, render_each
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def reconstruction_loss(inverter: MetaAuxInverter) -> InversionLoss:
     """
     unit = inverter.config.weight_perceptual / PAPER_PERCEPTUAL_WEIGHT
     weights = LossWeights(perceptual=unit, identity=0.0, adversarial=0.0)
-    return InversionLoss(weights, perceptual_distance(inverter.perceptual, inverter.discriminator), None, None)
+    distance = perceptual_distance(inverter.perceptual, inverter.discriminator)
+    return InversionLoss(weights, distance, None, None, dtype=reduced_dtype(inverter.precision))
 
 
 def optimize_latent(
@@ -96,7 +98,7 @@ def optimize_latent(
 
     Args:
         generator: in eval mode; not changed.
-        loss: what is minimised.
+        loss: what is minimised; the generator computes in its precision.
         image, camera: the photos.
         settings: of the optimiser.
         space: "w" gives [B, w_dim], "w+" a code for each layer [B, num_ws, w_dim].
@@ -115,7 +117,7 @@ def optimize_latent(
         reference = loss.reference(image, camera)
         for step in range(settings.steps):
             optimizer.param_groups[0]["lr"] = settings.rate(step)
-            output = generator.synthesize(w, camera)
+            output = generator.synthesize(w, camera, dtype=loss.dtype)
             losses = loss(output.image, output.image_raw, reference, camera)
             optimizer.zero_grad(set_to_none=True)
             losses["total"].sum().backward()
@@ -139,7 +141,7 @@ def tune_generator(
 
     Args:
         generator: in eval mode; not changed.
-        loss: what is minimised.
+        loss: what is minimised; the generator computes in its precision.
         image: the photo [1, 3, S, S] in [-1, 1].
         camera: [1, 25].
         w: its code [1, w_dim] or [1, num_ws, w_dim].
@@ -162,7 +164,7 @@ def tune_generator(
     steps = 0
     with torch.enable_grad():
         for _ in range(settings.steps):
-            output = tuned.synthesize(w, camera)
+            output = tuned.synthesize(w, camera, dtype=loss.dtype)
             losses = loss(output.image, output.image_raw, reference, camera)
             distance = loss.weights.perceptual * losses["perceptual"].item()
             if not math.isfinite(losses["total"].item()):
@@ -189,4 +191,4 @@ def tune_to_photo(
 ) -> Reconstruction:
     """What [`tune_generator`] makes of one photo, as a reconstruction; arguments and errors are the same."""
     tuned, steps = tune_generator(generator, loss, image, camera, w, settings)
-    return replace(render_each(tuned, w, camera)[0], tuning_steps=steps)
+    return replace(render_each(tuned, w, camera, loss.dtype)[0], tuning_steps=steps)

@@ -79,7 +79,7 @@ class PivotalTuning(InversionMethod):
 
     @torch.no_grad()
     def _average_distance(self, photo: torch.Tensor, view: torch.Tensor) -> float:
-        output = self.generator.synthesize(self.generator.w_avg[None].float(), view)
+        output = self.generator.synthesize(self.generator.w_avg[None].float(), view, dtype=self.loss.dtype)
         losses = self.loss(output.image, output.image_raw, photo, view)
         return self.loss.weights.perceptual * losses["perceptual"].item()
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import DeviceOption, Precision, PrecisionOption, check_file, echo
+from .options import DeviceOption, check_file, echo, split_names
 
 
 class WeightsPrecision(str, enum.Enum):
@@ -32,7 +32,15 @@ def benchmark(
     dtype: Annotated[
         WeightsPrecision, typer.Option("--dtype", help="Of the weights of generator and discriminator.")
     ] = WeightsPrecision.float32,
-    precision: PrecisionOption = Precision.float32,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            "--precision",
+            metavar="NAME[,NAME...]",
+            help="As of invert. Several, such as float32,tf32,bfloat16, are timed in one run, on CUDA with and "
+            "without CUDA graphs, and their results compared with float32's.",
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each measure; the median counts.")] = 10,
     warmup: Annotated[int, typer.Option(min=1, help="Runs before them.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Gradient steps of an inversion.")] = 5,
@@ -43,12 +51,14 @@ def benchmark(
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="On CUDA, record passes once and replay them.")
     ] = False,
-    sweep: Annotated[
-        bool,
-        typer.Option("--sweep", help="Time every precision too, on CUDA with and without CUDA graphs, and compare."),
-    ] = False,
-    at_once: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Invert N pictures in N threads at once too, and compare.")
+    threads_at_once: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Invert N pictures in N threads at once too, and compare with one after the other; of several "
+            "precisions on CUDA, those with CUDA graphs.",
+        ),
     ] = 0,
     official: Annotated[
         Path | None,
@@ -73,52 +83,60 @@ def benchmark(
     """Time inversion, synthesis, a cached view and a tuning step: warmed up, synchronised medians."""
     import torch
 
+    from ..devices import usable_device
     from ..evaluation.benchmark import Work, load_for_benchmark, run_benchmark
+    from ..evaluation.sweep import run_sweep, run_threads
     from ..files import write_json
+    from ..precision import check_precision
 
     check_file(out)
+    device, precisions = usable_device(device), split_names(precision or "") or [None]
+    for name in precisions:
+        check_precision(name, device)
+    if against is not None and len(precisions) > 1:
+        raise typer.BadParameter("revisions are compared in one precision", param_hint="--against")
     if threads is not None:
         torch.set_num_threads(threads)
-    inverter, random_weights = load_for_benchmark(model, device, getattr(torch, dtype.value), precision.value)
+    inverter, random_weights = load_for_benchmark(model, device, getattr(torch, dtype.value), precisions[0])
     if cuda_graphs:
         inverter.enable_cuda_graphs()
     if official is not None:
         from ..evaluation.official import official_arguments, run_official
 
         official_arguments(inverter.generator)  # says before any work whether there is such a generator
-    settings = {"steps": steps, "repeats": repeats, "warmup": warmup}
-    work = Work(inverter, steps, random_weights)
-    figures = run_benchmark(inverter, random_weights, **settings, counts=counts, work=work)
-    if sweep or at_once:
-        from ..evaluation.sweep import run_sweep, run_threads
-
-        if at_once:
-            figures["threads_at_once"] = run_threads(work, at_once)
-        if sweep:
-            figures["sweep"] = run_sweep(inverter, random_weights, **settings, threads=at_once)
+    settings = {"steps": steps, "repeats": repeats, "warmup": warmup, "counts": counts}
+    if len(precisions) > 1:
+        figures = run_sweep(inverter, precisions, random_weights, **settings, threads=threads_at_once)
+    else:
+        work = Work(inverter, steps, random_weights)
+        figures = run_benchmark(inverter, random_weights, **settings, work=work)
+        if threads_at_once:
+            figures["threads_at_once"] = run_threads(work, threads_at_once)
+        del work
     if official is not None:
         figures["official"] = run_official(official, inverter.generator, inverter.device, repeats, warmup)
     if against is not None:
         from ..evaluation.paired import PairedSettings, run_paired
 
         model = os.path.abspath(model) if model is not None and os.path.isdir(model) else model
-        paired = PairedSettings(model, str(inverter.device), dtype.value, steps, threads, cuda_graphs, precision.value)
-        del inverter, work  # the processes need their memory
+        paired = PairedSettings(model, device, dtype.value, steps, threads, cuda_graphs, precisions[0])
+        del inverter  # the processes need its memory
         figures["against"] = {"folder": str(against), "measures": run_paired(against, paired, repeats, warmup)}
     write_json(figures, out)
     _print(figures)
 
 
 def _print(figures: dict[str, Any]) -> None:
-    for name, measure in figures["measures"].items():
-        echo(f"{name:<16} {measure['median_ms']:10.2f} ms")
-    for entry in figures.get("sweep", []):
-        medians = ", ".join(f"{name} {measure['median_ms']:.2f}" for name, measure in entry["measures"].items())
-        graphs = "CUDA graphs" if entry["cuda_graphs"] else "kernel by kernel"
-        change = entry["difference"]
-        echo(f"{entry['precision']}, {graphs}: {medians} ms; image ±{change['image']:.1e}, loss {change['loss']:.1e}")
-    if threads := figures.get("threads_at_once"):
-        echo(f"{threads['threads']} threads at once: {threads['ratio']:.2f} x one thread's inversions a second")
+    for entry in figures.get("configurations", [figures]):
+        if "difference" in entry:
+            change = entry["difference"]
+            graphs = "CUDA graphs" if entry["cuda_graphs"] else "kernel by kernel"
+            differences = f"image {change['image']:.1e}, loss {change['loss']:.1e} from float32"
+            echo(f"{entry['precision']}, {graphs} ({differences})")
+        for name, measure in entry["measures"].items():
+            echo(f"{name:<16} {measure['median_ms']:10.2f} ms")
+        if at_once := entry.get("threads_at_once"):
+            echo(f"{at_once['threads']} threads at once: {at_once['ratio']:.2f} x one thread's inversions a second")
     if official := figures.get("official"):
         for configuration, measures in official["measures"].items():
             medians = ", ".join(f"{name} {measure['median_ms']:.2f}" for name, measure in measures.items())

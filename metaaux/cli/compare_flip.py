@@ -12,7 +12,6 @@ from .options import (
     EditOption,
     FolderOption,
     ModelOption,
-    Precision,
     PrecisionOption,
     StepsOption,
     check_folder,
@@ -37,7 +36,7 @@ def compare_flip(
     edit: EditOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
-    precision: PrecisionOption = Precision.float32,
+    precision: PrecisionOption = None,
 ) -> None:
     """Invert turned faces without and with the flip loss (Eq. 12), each photo on its own.
 

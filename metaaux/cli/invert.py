@@ -13,7 +13,6 @@ from .options import (
     FolderOption,
     JsonOption,
     ModelOption,
-    Precision,
     PrecisionOption,
     StepsOption,
     check_folder,
@@ -37,7 +36,7 @@ def invert(
         typer.Option("--flip/--no-flip", help="Flip loss for turned faces. Default: where the face is turned far."),
     ] = None,
     device: DeviceOption = None,
-    precision: PrecisionOption = Precision.float32,
+    precision: PrecisionOption = None,
 ) -> None:
     """Invert the face of a photo.
 

@@ -12,7 +12,6 @@ from .options import (
     EditOption,
     InversionArgument,
     ModelOption,
-    Precision,
     PrecisionOption,
     check_file,
     echo,
@@ -36,7 +35,7 @@ def mesh(
     edit: EditOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
-    precision: PrecisionOption = Precision.float32,
+    precision: PrecisionOption = None,
 ) -> None:
     """Write an inverted head as a closed mesh with a texture baked from rendered views."""
     from tqdm.auto import tqdm

@@ -43,10 +43,11 @@ DeviceOption = Annotated[
     typer.Option("--device", help="For example cuda, cuda:1, mps or cpu. Default: a GPU where there is one."),
 ]
 PrecisionOption = Annotated[
-    Precision,
+    Precision | None,
     typer.Option(
         "--precision",
-        help="Of the networks' products: float32 (IEEE), tf32 (NVIDIA's GPUs) or bfloat16; weights stay as they are.",
+        help="Of the networks' products: float32 (IEEE), tf32 (NVIDIA's GPUs) or bfloat16; weights stay as they are. "
+        "Default: float32 as PyTorch is set, on NVIDIA's GPUs with convolutions in TF32.",
     ),
 ]
 InversionArgument = Annotated[Path, typer.Argument(metavar="INVERSION", help="File written by invert.")]
@@ -85,7 +86,7 @@ class ComparisonOptions:
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many photos.")] = None
     model: ModelOption = None
     device: DeviceOption = None
-    precision: PrecisionOption = Precision.float32
+    precision: PrecisionOption = None
     steps: StepsOption = None
     shard: Annotated[
         str,
@@ -198,7 +199,7 @@ def with_options(options: type, **defaults: Any) -> Callable[[Callable[..., None
 
 
 def load_inverter(
-    model: str | None, device: str | None, precision: Precision = Precision.float32, progress: bool = True
+    model: str | None, device: str | None, precision: Precision | None = None, progress: bool = True
 ) -> MetaAuxInverter:
     """The pipeline of `--model` on `--device`, that computes in `--precision`.
 
@@ -211,9 +212,9 @@ def load_inverter(
     from ..precision import check_precision
 
     device = usable_device(device)
-    check_precision(precision.value, device)
+    name = check_precision(None if precision is None else precision.value, device)
     inverter = MetaAuxInverter.from_pretrained(model).to(device)
-    inverter.precision = precision.value
+    inverter.precision = name
     inverter.set_progress_bar_config(disable=not progress)
     return inverter
 

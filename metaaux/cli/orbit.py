@@ -13,7 +13,6 @@ from .options import (
     EditOption,
     InversionArgument,
     ModelOption,
-    Precision,
     PrecisionOption,
     check_file,
     load_inverter,
@@ -40,7 +39,7 @@ def orbit(
     edit: EditOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
-    precision: PrecisionOption = Precision.float32,
+    precision: PrecisionOption = None,
 ) -> None:
     """Write a video of the camera circling an inverted head."""
     from ..export.video import write_video

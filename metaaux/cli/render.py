@@ -12,7 +12,6 @@ from .options import (
     EditOption,
     InversionArgument,
     ModelOption,
-    Precision,
     PrecisionOption,
     check_file,
     load_inverter,
@@ -28,7 +27,7 @@ def render(
     edit: EditOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
-    precision: PrecisionOption = Precision.float32,
+    precision: PrecisionOption = None,
 ) -> None:
     """Render an inverted head from any side."""
     from ..export.images import save_image

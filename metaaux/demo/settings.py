@@ -11,6 +11,7 @@ from typing import Any
 from spaces.config import Config as spaces_config
 
 from ..hub.loading import EMBEDDED_MODEL
+from ..precision import check_precision
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Settings:
         cuda_graphs: whether what a GPU computes is recorded once and replayed for all visitors, which keeps memory and
             is several times as fast (`METAAUX_CUDA_GRAPHS=0` turns it off). On ZeroGPU, where a process lives for one
             call, nothing is recorded.
-        precision: in which the models compute, one of `metaaux.precision.PRECISIONS` (`METAAUX_PRECISION`).
+        precision: in which the models compute (`METAAUX_PRECISION`), one of `metaaux.precision.PRECISIONS`. `None`: as
+            a pipeline does by itself.
         max_file_mb: largest photo in megabytes (`METAAUX_MAX_FILE_MB`); a head's file may have what its model needs.
         max_megapixels: largest photo (`METAAUX_MAX_MEGAPIXELS`).
         max_photos: photos of one person.
@@ -52,7 +54,7 @@ class Settings:
     max_sessions: int = 100
     mcp: bool = field(default_factory=lambda: find_spec("mcp") is not None)
     cuda_graphs: bool = True
-    precision: str = "float32"
+    precision: str | None = None
     max_file_mb: int = 20
     max_megapixels: int = 64
     max_photos: int = 5
@@ -74,10 +76,11 @@ class Settings:
                 raise ValueError("METAAUX_MODELS names no model")
         if environment.get("METAAUX_DEVICE"):
             values["device"] = environment["METAAUX_DEVICE"]
-        if "METAAUX_PRECISION" in environment:
-            from ..precision import check_precision  # which imports PyTorch
-
-            values["precision"] = check_precision(environment["METAAUX_PRECISION"])
+        if environment.get("METAAUX_PRECISION"):
+            try:
+                values["precision"] = check_precision(environment["METAAUX_PRECISION"])
+            except ValueError as error:
+                raise ValueError(f"METAAUX_PRECISION: {error}") from None
         for name in ("mcp", "cuda_graphs"):
             if (variable := f"METAAUX_{name.upper()}") in environment:
                 values[name] = environment[variable].lower() in ("1", "true", "yes", "on")

@@ -30,7 +30,7 @@ def load_for_benchmark(
     model: str | None = None,
     device: str | None = None,
     dtype: torch.dtype = torch.float32,
-    precision: str = "float32",
+    precision: str | None = None,
 ) -> tuple[MetaAuxInverter, bool]:
     """A pipeline in eval mode on `device`, and whether its weights are random.
 

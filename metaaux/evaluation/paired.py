@@ -55,7 +55,7 @@ class PairedSettings:
     steps: int = 5
     threads: int | None = None
     cuda_graphs: bool = False
-    precision: str = "float32"
+    precision: str | None = None
 
 
 class _Revision:

@@ -35,8 +35,8 @@ PICTURE_ROWS = 6
 
 
 def noted_precision(inverter: MetaAuxInverter) -> dict[str, str]:
-    """For the settings of an evaluation, which for float32 are those of before there were others."""
-    return {} if inverter.precision == "float32" else {"precision": inverter.precision}
+    """For the settings of an evaluation, which without a named precision are those of before there were any."""
+    return {} if inverter.precision is None else {"precision": inverter.precision}
 
 
 class ReconstructionEvaluation:

@@ -1,9 +1,10 @@
-"""All precisions with and without CUDA graphs in one run, what they change of the result, and threads side by side."""
+"""Precisions with and without CUDA graphs in one run, what they change of the result, and threads side by side."""
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -12,48 +13,57 @@ import torch
 
 from ..devices import synchronize
 from ..pipeline import MetaAuxInverter
-from ..precision import PRECISIONS
+from ..precision import check_precision
 from .benchmark import Work, random_picture, run_benchmark
 
 
 def run_sweep(
     inverter: MetaAuxInverter,
+    precisions: Sequence[str],
     random_weights: bool = False,
     steps: int = 5,
     repeats: int = 10,
     warmup: int = 3,
+    counts: bool = False,
     threads: int = 0,
-) -> list[dict[str, Any]]:
-    """Times every precision that the device has, launched kernel by kernel and, on CUDA, by CUDA graphs too.
+) -> dict[str, Any]:
+    """Times a pipeline in several precisions, launched kernel by kernel and, on CUDA, by CUDA graphs too.
 
     Args:
-        inverter, random_weights, steps, repeats, warmup: see `run_benchmark`.
+        inverter: left as it was.
+        precisions: names, see `precision.PRECISIONS`.
+        random_weights, steps, repeats, warmup, counts: see `run_benchmark`.
         threads: inversions at once, see `run_threads`, on CUDA of the configurations with graphs; 0: none.
 
     Returns:
-        For each configuration, IEEE float32 without graphs first: {"precision", "cuda_graphs", "measures",
-        "difference"} and, where they were asked for, "threads". "difference" from the first configuration: "image",
-        the largest of the last reconstruction's values in [-1, 1], and "loss", of its total loss, relative. The
-        pipeline is left as it was.
+        What `run_benchmark` does of the first precision without graphs, and "configurations", a list of {"precision",
+        "cuda_graphs", "measures", "difference"} and, where they were asked for, "threads_at_once". "difference" is
+        from an inversion in float32 without graphs: "image", the largest of the last reconstruction's values in
+        [-1, 1], and "loss", of its total loss, relative.
+
+    Raises:
+        ValueError: there is no such precision on the pipeline's device.
     """
-    on_cuda = inverter.device.type == "cuda"
-    work = Work(inverter, steps, random_weights)
-    results, reference = [], None
+    on_cuda, first, entries = inverter.device.type == "cuda", {}, []
+    for precision in precisions:
+        check_precision(precision, inverter.device)
     with _restored(inverter):
-        for precision in PRECISIONS:
-            if precision == "tf32" and not on_cuda:
-                continue
-            for graphs in (False, True) if on_cuda else (False,):
-                inverter.precision = precision
-                inverter.enable_cuda_graphs() if graphs else inverter.disable_cuda_graphs()
-                figures = run_benchmark(inverter, random_weights, steps, repeats, warmup, work=work)
-                reference = reference or (work.image, work.loss)
-                entry = {key: figures[key] for key in ("precision", "cuda_graphs", "measures")}
-                entry["difference"] = _difference(reference, (work.image, work.loss))
-                if threads and (graphs or not on_cuda):
-                    entry["threads"] = run_threads(work, threads)
-                results.append(entry)
-    return results
+        inverter.precision = "float32"
+        inverter.disable_cuda_graphs()
+        work = Work(inverter, steps, random_weights)
+        work.adaptation()
+        reference = work.image, work.loss
+        for precision, graphs in itertools.product(precisions, (False, True) if on_cuda else (False,)):
+            inverter.precision = precision
+            inverter.enable_cuda_graphs() if graphs else inverter.disable_cuda_graphs()
+            figures = run_benchmark(inverter, random_weights, steps, repeats, warmup, counts, work)
+            first = first or figures
+            entry = {key: figures[key] for key in ("precision", "cuda_graphs", "measures")}
+            entry["difference"] = _difference(reference, (work.image, work.loss))
+            if threads and graphs == on_cuda:
+                entry["threads_at_once"] = run_threads(work, threads)
+            entries.append(entry)
+    return first | {"configurations": entries}
 
 
 def run_threads(work: Work, threads: int) -> dict[str, Any]:
