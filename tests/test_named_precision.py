@@ -16,7 +16,7 @@ from metaaux.cameras import camera_from_pose
 from metaaux.models import renderer
 from metaaux.models.modulation import modulated_conv2d
 from metaaux.models.recogniser import chips_from_crops
-from metaaux.precision import _SharedFlags, check_precision, matmul_in_tf32
+from metaaux.precision import PRECISIONS, _SharedFlags, check_precision, matmul_in_tf32
 
 CUDNN = torch.backends.cudnn
 
@@ -132,6 +132,26 @@ def restored_flags():
     before = torch.backends.cuda.matmul.allow_tf32, CUDNN.allow_tf32
     yield
     torch.backends.cuda.matmul.allow_tf32, CUDNN.allow_tf32 = before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="TF32 is a precision of GPUs")
+def test_on_cuda(inverter, crops, cameras):
+    """Recordings give what plain launches give, in each precision, and PyTorch's settings are left as they were."""
+    inverter.to("cuda")
+    before, totals = flags(), {}
+    for precision in (None, *PRECISIONS):
+        inverter.precision = precision
+        inverter.disable_cuda_graphs()
+        plain = inverter.invert(crops[0], steps=2, camera=cameras[0])
+        inverter.enable_cuda_graphs()
+        for _ in range(2):
+            recorded = inverter.invert(crops[0], steps=2, camera=cameras[0])
+            assert_equal_inversions(recorded, plain, 1e-5 if precision == "float32" else 1e-2)
+        assert flags() == before
+        totals[precision] = plain.steps[-1]["total"]
+    assert totals["bfloat16"] != totals["float32"]
+    assert totals["tf32"] == pytest.approx(totals["float32"], rel=0.01)
 
 
 @pytest.mark.usefixtures("restored_flags")
