@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import enum
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .options import DeviceOption, check_file, echo, split_names
+from .options import DeviceOption, check_file, echo, split_names, with_options
 
 
 class WeightsPrecision(str, enum.Enum):
@@ -20,18 +21,20 @@ class WeightsPrecision(str, enum.Enum):
     bfloat16 = "bfloat16"
 
 
-def benchmark(
-    out: Annotated[Path, typer.Option("--out", metavar="JSON", help="File for the figures.")],
+@dataclass
+class BenchmarkOptions:
+    """What `benchmark` is told."""
+
     model: Annotated[
         str | None,
         typer.Option(
             "--model", help="Hub id or folder; a folder without weights gets random ones. Default: metaaux-mini."
         ),
-    ] = None,
-    device: DeviceOption = None,
+    ] = None
+    device: DeviceOption = None
     dtype: Annotated[
         WeightsPrecision, typer.Option("--dtype", help="Of the weights of generator and discriminator.")
-    ] = WeightsPrecision.float32,
+    ] = WeightsPrecision.float32
     precision: Annotated[
         str | None,
         typer.Option(
@@ -40,17 +43,17 @@ def benchmark(
             help="As of invert. Several, such as float32,tf32,bfloat16, are timed in one run, on CUDA with and "
             "without CUDA graphs, and their results compared with float32's.",
         ),
-    ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each measure; the median counts.")] = 10,
-    warmup: Annotated[int, typer.Option(min=1, help="Runs before them.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Gradient steps of an inversion.")] = 5,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's.")] = None,
+    ] = None
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each measure; the median counts.")] = 10
+    warmup: Annotated[int, typer.Option(min=1, help="Runs before them.")] = 3
+    steps: Annotated[int, typer.Option(min=1, help="Gradient steps of an inversion.")] = 5
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: PyTorch's.")] = None
     counts: Annotated[
         bool, typer.Option("--count", help="Count operations, bytes and operators (on CUDA kernels too) as well.")
-    ] = False,
+    ] = False
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs", help="On CUDA, record passes once and replay them.")
-    ] = False,
+    ] = False
     threads_at_once: Annotated[
         int,
         typer.Option(
@@ -59,7 +62,7 @@ def benchmark(
             help="Invert N pictures in N threads at once too, and compare with one after the other; of several "
             "precisions on CUDA, those with CUDA graphs.",
         ),
-    ] = 0,
+    ] = 0
     official: Annotated[
         Path | None,
         typer.Option(
@@ -68,7 +71,7 @@ def benchmark(
             exists=True,
             file_okay=False,
         ),
-    ] = None,
+    ] = None
     against: Annotated[
         Path | None,
         typer.Option(
@@ -78,7 +81,13 @@ def benchmark(
             exists=True,
             file_okay=False,
         ),
-    ] = None,
+    ] = None
+
+
+@with_options(BenchmarkOptions)
+def benchmark(
+    options: BenchmarkOptions,
+    out: Annotated[Path, typer.Option("--out", metavar="JSON", help="File for the figures.")],
 ) -> None:
     """Time inversion, synthesis, a cached view and a tuning step: warmed up, synchronised medians."""
     import torch
@@ -90,38 +99,46 @@ def benchmark(
     from ..precision import check_precision
 
     check_file(out)
-    device, precisions = usable_device(device), split_names(precision or "") or [None]
+    device, precisions = usable_device(options.device), split_names(options.precision or "") or [None]
     for name in precisions:
         check_precision(name, device)
-    if against is not None and len(precisions) > 1:
+    if options.against is not None and len(precisions) > 1:
         raise typer.BadParameter("revisions are compared in one precision", param_hint="--against")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    inverter, random_weights = load_for_benchmark(model, device, getattr(torch, dtype.value), precisions[0])
-    if cuda_graphs:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    dtype = getattr(torch, options.dtype.value)
+    inverter, random_weights = load_for_benchmark(options.model, device, dtype, precisions[0])
+    if options.cuda_graphs:
         inverter.enable_cuda_graphs()
-    if official is not None:
+    if options.official is not None:
         from ..evaluation.official import official_arguments, run_official
 
         official_arguments(inverter.generator)  # says before any work whether there is such a generator
-    settings = {"steps": steps, "repeats": repeats, "warmup": warmup, "counts": counts}
+    repeats, warmup, at_once = options.repeats, options.warmup, options.threads_at_once
+    settings = {"steps": options.steps, "repeats": repeats, "warmup": warmup, "counts": options.counts}
     if len(precisions) > 1:
-        figures = run_sweep(inverter, precisions, random_weights, **settings, threads=threads_at_once)
+        figures = run_sweep(inverter, precisions, random_weights, **settings, threads=at_once)
     else:
-        work = Work(inverter, steps, random_weights)
+        work = Work(inverter, options.steps, random_weights)
         figures = run_benchmark(inverter, random_weights, **settings, work=work)
-        if threads_at_once:
-            figures["threads_at_once"] = run_threads(work, threads_at_once)
+        if at_once:
+            figures["threads_at_once"] = run_threads(work, at_once)
         del work
-    if official is not None:
-        figures["official"] = run_official(official, inverter.generator, inverter.device, repeats, warmup)
-    if against is not None:
+    if options.official is not None:
+        figures["official"] = run_official(options.official, inverter.generator, inverter.device, repeats, warmup)
+    if options.against is not None:
         from ..evaluation.paired import PairedSettings, run_paired
 
+        model = options.model
         model = os.path.abspath(model) if model is not None and os.path.isdir(model) else model
-        paired = PairedSettings(model, device, dtype.value, steps, threads, cuda_graphs, precisions[0])
+        paired = PairedSettings(
+            model, device, options.dtype.value, options.steps, options.threads, options.cuda_graphs, precisions[0]
+        )
         del inverter  # the processes need its memory
-        figures["against"] = {"folder": str(against), "measures": run_paired(against, paired, repeats, warmup)}
+        figures["against"] = {
+            "folder": str(options.against),
+            "measures": run_paired(options.against, paired, repeats, warmup),
+        }
     write_json(figures, out)
     _print(figures)
 

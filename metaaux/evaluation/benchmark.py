@@ -115,7 +115,7 @@ def run_benchmark(
     numbers = {"synthesis": repeats, "adaptation": max(1, repeats // 4), "tuning_step": repeats}
     if inverter.has_viewpoints:
         numbers["cached_view"] = repeats
-    measures, on_cuda = {}, inverter.device.type == "cuda"
+    measures = {}
     with tqdm(total=len(numbers), unit="measure", disable=None) as bar:
         for name, number in numbers.items():
             bar.set_description(name)
@@ -123,17 +123,9 @@ def run_benchmark(
             for _ in range(warmup):
                 function()
             work.step_seconds.clear()
-            if on_cuda:
-                torch.cuda.reset_peak_memory_stats(inverter.device)
-            measures[name] = _summary([seconds_of(function, inverter.device) for _ in range(number)])
-            if on_cuda:
-                measures[name]["peak_mb"] = torch.cuda.max_memory_allocated(inverter.device) / 1e6
+            measures[name] = _measured(function, number, inverter.device)
             if name == "adaptation":
-                measures["adaptation_step"] = _summary(list(work.step_seconds))
-            if on_cuda:
-                profile = profiled(function, inverter.device)
-                profile["busy_share"] = profile["busy_ms"] / measures[name]["median_ms"]
-                measures[name]["profile"] = profile
+                measures["adaptation_step"] = _summary(work.step_seconds[: number * work.steps])
             if counts:
                 measures[name]["count"] = count(function, inverter.device)
                 if name == "adaptation":
@@ -251,6 +243,18 @@ def _count_of_a_step(work: Work, adaptation: dict[str, Any]) -> dict[str, Any]:
 def seconds_of(function: Callable[[], None], device: torch.device) -> float:
     """How long a call takes, with the device's queue empty before and after."""
     return timed(function, device)[1]
+
+
+def _measured(function: Callable[[], None], repeats: int, device: torch.device) -> dict[str, Any]:
+    """A measure of `run_benchmark`, of a function that is warm."""
+    if device.type != "cuda":
+        return _summary([seconds_of(function, device) for _ in range(repeats)])
+    torch.cuda.reset_peak_memory_stats(device)
+    measure: dict[str, Any] = _summary([seconds_of(function, device) for _ in range(repeats)])
+    measure["peak_mb"] = torch.cuda.max_memory_allocated(device) / 1e6
+    profile = profiled(function, device)
+    measure["profile"] = profile | {"busy_share": profile["busy_ms"] / measure["median_ms"]}
+    return measure
 
 
 def _summary(seconds: list[float]) -> dict[str, float | int]:
