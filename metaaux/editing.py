@@ -13,7 +13,7 @@ MAX_VALUE = 20.0
 
 
 def check_edits(directions: Mapping[str, Direction], edits: Mapping[str, float] | None) -> dict[str, float]:
-    """The edits as plain numbers.
+    """The edits as plain numbers, in the order of `directions`.
 
     Raises:
         ValueError: a name that `directions` lacks (the message lists those there are), or a value that is not a
@@ -31,7 +31,8 @@ def check_edits(directions: Mapping[str, Direction], edits: Mapping[str, float] 
         if not -MAX_VALUE <= number <= MAX_VALUE:
             raise ValueError(f"the edit {name} must lie between -{MAX_VALUE:g} and {MAX_VALUE:g}, got {number}")
         checked[name] = number
-    return checked
+    # Sums of floats depend on their order; what is asked for must not.
+    return {name: checked[name] for name in directions if name in checked}
 
 
 def apply_edits(

@@ -330,6 +330,8 @@ class TestPackage:
         training = {name.lower().replace("_", "-") for name in requirements("requirements-dev.txt")}
         for path in (ROOT / "metaaux").rglob("*.py"):
             allowed = required | training if "training" in path.parts else required
+            # A program of its own that the official code's folder is given to.
+            official = {"torch_utils", "training"} if path.name == "official_worker.py" else set()
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 names = []
                 if isinstance(node, ast.Import):
@@ -337,7 +339,7 @@ class TestPackage:
                 elif isinstance(node, ast.ImportFrom) and node.level == 0:
                     names = [node.module]
                 # Triton comes with PyTorch's CUDA builds, and is imported where there is one only.
-                known = {*sys.stdlib_module_names, "metaaux", "triton"}
+                known = {*sys.stdlib_module_names, "metaaux", "triton"} | official
                 for module in {name.split(".")[0] for name in names} - known:
                     # One that is nothing but a compiled module is not listed (xatlas); it has the module's name.
                     distributions = {d.lower().replace("_", "-") for d in modules.get(module, [module])}
