@@ -267,16 +267,14 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
             target, cameras, w = self._encode(crops, cameras)
 
             # 4. Adapt.
-
             def report(step: int, images: torch.Tensor, losses: dict[str, float]) -> None:
                 progress.update()
                 if on_step is not None:
                     on_step(step, tensor_to_image(images[0]), _step_entry(losses))
 
             options = {"learning_rate": self.config.inner_learning_rate, "flip_share": self.config.flip_share}
-            networks = (self.generator, self.auxiliary, loss)
             options |= {"on_step": report, "make_problem": self.make_problem, "dtype": reduced_dtype(self.precision)}
-            result = adapt(*networks, target, w, cameras, steps, **options)
+            result = adapt(self.generator, self.auxiliary, loss, target, w, cameras, steps, **options)
             return self._inversion(result, w[0], cameras[0], crops[0])
 
     def to(self, *args: Any, **kwargs: Any) -> MetaAuxInverter:

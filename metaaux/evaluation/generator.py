@@ -102,11 +102,10 @@ def evaluate_generator(
         frechet_halves: between two random halves of the data's images, below which nothing can be expected; each has
             half as many images, which by itself makes a distance larger. `None` for less than four.
         frechet_blurred: between the data's images and the same under a 3×3 box filter.
-        nose_in_front: share of heads whose nose tip (FaceMesh vertex 4) is rendered nearer to a frontal camera than
-            both sides of the face at the ears (vertices 234 and 454), each where the canonical face has it.
+        nose_in_front: share of heads whose nose tip is rendered nearer to a frontal camera than both sides of the face
+            at the ears (`NOSE_TIP`, `EAR_SIDES`), each where the canonical face has it.
         canonical_depth_error: mean |rendered - canonical| distance from a frontal camera at the 468 canonical
-            vertices, world units; canonical_depth_error_front: at those before z = 0.06, which the geometry start of
-            training used.
+            vertices, world units; canonical_depth_error_front: at those before z = `FRONT_Z`.
         pose_error: mean |asked - detected| yaw in degrees over `POSE_YAWS`; pose_detected: share of these views in
             which the aligner finds a face. pose_error_wide, pose_detected_wide: likewise over `WIDE_YAWS`. `None`
             where MediaPipe is not installed, errors also where no face is found.
@@ -117,9 +116,8 @@ def evaluate_generator(
         inverter: its generator is measured, its identity network used.
         out: folder; made if missing.
         settings: what is drawn.
-        data: EG3D data set for the Fréchet distance.
-        features: network for it.
-        progress: whether a bar on stderr shows how far it is.
+        data, features: EG3D data set and network for the Fréchet distance.
+        progress: whether to show a bar on stderr.
 
     Raises:
         ValueError: data without a feature network or the other way round, data of one image, or a 2D generator.
@@ -134,8 +132,6 @@ def evaluate_generator(
     frechet = dict.fromkeys(("frechet", "frechet_halves", "frechet_blurred"))
     if data is not None:
         dataset = FaceDataset(data, inverter.generator.config.image_size)
-        if len(dataset) < 2:
-            raise ValueError(f"{data} holds one image; a Fréchet distance needs at least 2")
         frechet = _frechet(inverter.generator, dataset, features, settings, progress)
     figures, ws = _measure_heads(inverter, settings, progress)
     results = {
@@ -251,6 +247,8 @@ def _frechet(
 ) -> dict[str, float | None]:
     """Between all images of the data and untruncated samples, conditioned on and seen from cameras of the data; beside
     it the data's own distances."""
+    if len(dataset) < 2:
+        raise ValueError("the data set holds one image; a Fréchet distance needs at least 2")
     real, blurred, fake = FeatureStatistics(), FeatureStatistics(), FeatureStatistics()
     halves = FeatureStatistics(), FeatureStatistics()
     count = settings.frechet_samples or len(dataset)
