@@ -225,15 +225,15 @@ class InversionLoss:
         mse = (image - reference.image).square().flatten(1).mean(1)  # Eq. 9
         perceptual = identity = adversarial = zero
         with self._autocast(image):
-            if self.perceptual is not None:
-                taps, logits = self._seen(image, image_raw, camera)
+            taps, logits = self._seen(
+                image, image_raw, camera, self.perceptual is not None, self.discriminator is not None
+            )
+            if taps is not None:
                 perceptual = self.perceptual.distance(taps, reference.taps)  # Eq. 10
-            elif self.discriminator is not None:
-                logits = self.discriminator(image, image_raw, camera)
             if self.identity is not None:
                 embedding = self.identity(image, camera).to(image.dtype)
                 identity = 1 - F.cosine_similarity(embedding, reference.identity, dim=1)  # Eq. 11
-            if self.discriminator is not None:
+            if logits is not None:
                 adversarial = _non_saturating(logits.to(image.dtype))
         total = (
             self.weights.mse * mse
@@ -264,15 +264,12 @@ class InversionLoss:
         loss = image.new_zeros(len(image))
         weights = self.weights
         with self._autocast(image):
-            if weights.flip_perceptual > 0 and weights.flip_adversarial > 0:
-                taps, logits = self._seen(image, image_raw, camera)
-            elif weights.flip_perceptual > 0:
-                taps = self.perceptual.taps(image)
-            elif weights.flip_adversarial > 0:
-                logits = self.discriminator(image, image_raw, camera)
-            if weights.flip_perceptual > 0:
+            taps, logits = self._seen(
+                image, image_raw, camera, weights.flip_perceptual > 0, weights.flip_adversarial > 0
+            )
+            if taps is not None:
                 loss = loss + weights.flip_perceptual * self.perceptual.distance(taps, reference.taps)
-            if weights.flip_adversarial > 0:
+            if logits is not None:
                 loss = loss + weights.flip_adversarial * _non_saturating(logits.to(image.dtype))
         return loss
 
@@ -280,20 +277,20 @@ class InversionLoss:
         return autocast(image.device, None if self.dtype == torch.float32 else self.dtype)
 
     def _seen(
-        self, image: torch.Tensor, image_raw: torch.Tensor, camera: torch.Tensor
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Perceptual taps of reconstructions, and the discriminator's logits of them [B, 1] if there is one."""
-        discriminator = self.discriminator
-        if self._one_network and not discriminator.config.dual:
+        self, image: torch.Tensor, image_raw: torch.Tensor, camera: torch.Tensor, with_taps: bool, with_logits: bool
+    ) -> tuple[list[torch.Tensor] | None, torch.Tensor | None]:
+        """Perceptual taps of reconstructions and the discriminator's logits of them [B, 1]; `None` if not wanted."""
+        discriminator, in_one_pass = self.discriminator, self._one_network and with_taps and with_logits
+        if in_one_pass and not discriminator.config.dual:
             taps = discriminator.features(image, None)
             return taps, discriminator.judge(taps[-1], camera)
-        if self._one_network and (reduced := self.perceptual.reduced(image)).shape == image_raw.shape:
+        if in_one_pass and (reduced := self.perceptual.reduced(image)).shape == image_raw.shape:
             # One batch of both kinds of input, which works through the weights once.
             features = discriminator.features(torch.cat((image, image)), torch.cat((reduced, image_raw)))
             taps, judged = zip(*(feature.chunk(2) for feature in features), strict=True)
             return list(taps), discriminator.judge(judged[-1], camera)
-        logits = None if discriminator is None else discriminator(image, image_raw, camera)
-        return self.perceptual.taps(image), logits
+        logits = discriminator(image, image_raw, camera) if with_logits else None
+        return self.perceptual.taps(image) if with_taps else None, logits
 
 
 def _non_saturating(logits: torch.Tensor) -> torch.Tensor:
