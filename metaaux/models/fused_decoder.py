@@ -24,7 +24,7 @@ if triplane_cuda.triton is not None:
     import triton
     import triton.language as tl
 
-    from .triplane_cuda import load_points, look_up, look_up_backward, store_points
+    from .triplane_cuda import load_points, look_up, look_up_backward, softplus, store_points
 
 #: Samples that are worked on together: as many as leave all that is made of them in registers.
 BLOCK = 64
@@ -77,10 +77,6 @@ def product_precision() -> str:
 
 
 if triplane_cuda.triton is not None:
-
-    @triton.jit
-    def _softplus(x):
-        return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
 
     @triton.jit
     def _column(matrix, c, INDEX: tl.constexpr):
@@ -227,7 +223,7 @@ if triplane_cuda.triton is not None:
         gains = hidden_weight_gain, hidden_bias_gain
         features = _features(points, planes, offsets, batch, m, sizes, scale, AXES, OFFSETS, C, SIDE, M)
         units = _hidden_layer(features, hidden_weight, hidden_bias, gains, C, SIDE, H, WIDE, PRECISION)
-        hidden = _softplus(units).to(dtype)
+        hidden = softplus(units).to(dtype)
         sigma = tl.sum(hidden.to(tl.float32) * _density_weight(last_weight, gain, H, WIDE)[None, :], axis=1)
         tl.store(density + rows, sigma + tl.load(last_bias).to(tl.float32) * last_bias_gain, mask=live)
         mask = (h < H)[:, None] & (c < C)[None, :]
@@ -337,7 +333,7 @@ if triplane_cuda.triton is not None:
             mask = live[:, None] & (c < C)[None, :]
             colours = tl.load(grad_logits + rows[:, None] * C + c[None, :], mask=mask, other=0.0)
             sigma = tl.load(grad_density + rows, mask=live, other=0.0)
-            hidden = _softplus(units).to(features.dtype)
+            hidden = softplus(units).to(features.dtype)
             sum_first += tl.sum(sigma[:, None] * hidden.to(tl.float32), axis=0)
             sum_rest += tl.dot(tl.trans(colours), hidden, input_precision=PRECISION)
             sum_sigma += sigma

@@ -15,6 +15,8 @@ if triplane_cuda.triton is not None:
     import triton
     import triton.language as tl
 
+    from .triplane_cuda import softplus
+
 #: Most samples of a ray: more would not stay in registers.
 MAX_SAMPLES = 256
 
@@ -34,7 +36,7 @@ if triplane_cuda.triton is not None:
     @triton.jit
     def _optical(density, next_density, depth, next_depth):
         x = (density + next_density) / 2 - 1
-        return (tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))) * (next_depth - depth)
+        return softplus(x) * (next_depth - depth)
 
     @triton.jit
     def _weights(optical, i):

@@ -4,7 +4,7 @@ One pass reads the four corners on every plane and writes their mean, where `gri
 of planes × samples × channels; the backward pass adds into the planes with coalesced atomics, so that gradients of two
 runs may differ in their last bits. Where Triton or CUDA is missing, `renderer.sample_planes` uses `grid_sample`.
 
-`fused_decoder` builds on the same parts.
+`fused_decoder` and `fused_march` build on the same parts.
 """
 
 from __future__ import annotations
@@ -155,6 +155,10 @@ if triton is not None:
                     along_x, along_y, along_z, slope_v * (height * 0.5), (AXES >> (4 * k + 2)) & 3
                 )
         return along_x, along_y, along_z
+
+    @triton.jit
+    def softplus(x):
+        return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
 
     @triton.jit
     def store_points(points, rows, live, x, y, z):
