@@ -13,6 +13,7 @@ import itertools
 import threading
 import warnings
 import weakref
+from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -198,7 +199,7 @@ class Recording:
     outputs: Any
 
 
-class Lane:
+class Lane(ABC):
     """Recordings that run one at a time and share the buffers of their inputs.
 
     Args:
@@ -239,15 +240,17 @@ class Lane:
         replay, outputs = self.capture(lambda: function(_with_tensors(inputs, iter(buffers))))
         return Recording(replay, buffers, outputs)
 
+    @abstractmethod
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """What does `function` again, and the outputs that it fills."""
-        raise NotImplementedError
 
     def wait(self) -> None:
         """Returns when all that was launched here is done."""
+        return
 
     def close(self) -> None:
         """Gives back what is the lane's alone. Nothing is recorded here any more."""
+        return
 
 
 class CudaLane(Lane):

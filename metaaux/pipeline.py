@@ -371,7 +371,7 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
 
         Of several photos, the code is a mean in which frontal ones weigh more.
         """
-        device = self._execution_device
+        device = self._weights_device
         target = torch.stack([image_to_tensor(crop) for crop in crops]).to(device)
         cameras = cameras.to(device)
         codes = self.codes(target)

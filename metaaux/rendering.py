@@ -165,7 +165,7 @@ class RenderingMixin:
         """
         inversion.check_fits(self.generator, self.fingerprint)
         check_computable({"generator": self.generator})
-        device = self._execution_device
+        device = self._weights_device
         ws = apply_edits(inversion.w[None], self.directions, edits, bool(inversion.weight_offsets)).to(device)
         weight_offsets = {layer: offset.to(device) for layer, offset in inversion.weight_offsets.items()}
         generator = self.generator

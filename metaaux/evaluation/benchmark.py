@@ -247,13 +247,14 @@ def seconds_of(function: Callable[[], None], device: torch.device) -> float:
 
 def _measured(function: Callable[[], None], repeats: int, device: torch.device) -> dict[str, Any]:
     """A measure of `run_benchmark`, of a function that is warm."""
-    if device.type != "cuda":
-        return _summary([seconds_of(function, device) for _ in range(repeats)])
-    torch.cuda.reset_peak_memory_stats(device)
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
     measure: dict[str, Any] = _summary([seconds_of(function, device) for _ in range(repeats)])
-    measure["peak_mb"] = torch.cuda.max_memory_allocated(device) / 1e6
-    profile = profiled(function, device)
-    measure["profile"] = profile | {"busy_share": profile["busy_ms"] / measure["median_ms"]}
+    if on_cuda:
+        measure["peak_mb"] = torch.cuda.max_memory_allocated(device) / 1e6
+        profile = profiled(function, device)
+        measure["profile"] = profile | {"busy_share": profile["busy_ms"] / measure["median_ms"]}
     return measure
 
 
