@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 aten = torch.ops.aten
 Result = TypeVar("Result")
@@ -393,7 +393,8 @@ class CudaGraphs:
     def _records(self, tensors: list[torch.Tensor]) -> bool:
         return (
             all(self.runs_on(tensor.device) for tensor in tensors)
-            and not is_in_torch_dispatch_mode()
+            # This thread's modes; `is_in_torch_dispatch_mode` would tell of another's, such as one that records.
+            and not _get_current_dispatch_mode_stack()
             and not torch.is_autocast_enabled("cuda")
         )
 

@@ -48,15 +48,20 @@ def block_side(channels: int) -> int:
 if triton is not None:
 
     @triton.jit
-    def _corner(coordinate_u, coordinate_v, height, width):
-        x = ((coordinate_u + 1) * width - 1) * 0.5
-        y = ((coordinate_v + 1) * height - 1) * 0.5
+    def _pixel(coordinate, size):
+        """The pixel before a coordinate where the image is [-1, 1], and the share of the next one."""
         # Far outside every corner is masked; bounding the value keeps the conversion to integers defined.
-        x = tl.minimum(tl.maximum(x, -2.0), width + 1.0)
-        y = tl.minimum(tl.maximum(y, -2.0), height + 1.0)
-        x0 = tl.floor(x)
-        y0 = tl.floor(y)
-        return x0.to(tl.int32), y0.to(tl.int32), x - x0, y - y0
+        coordinate = tl.minimum(tl.maximum(coordinate, -3.0), 3.0)
+        half, middle = size * 0.5, (size - 1) * 0.5
+        first = tl.floor(coordinate * half + middle)
+        # Not the position less its whole part, whose last bit is hundreds of times as coarse as the share's.
+        return first.to(tl.int32), coordinate * half + (middle - first)
+
+    @triton.jit
+    def _corner(coordinate_u, coordinate_v, height, width):
+        x0, fx = _pixel(coordinate_u, width)
+        y0, fy = _pixel(coordinate_v, height)
+        return x0, y0, fx, fy
 
     @triton.jit
     def _coordinate(x, y, z, AXIS: tl.constexpr):
