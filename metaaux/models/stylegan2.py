@@ -145,7 +145,7 @@ class SynthesisLayer(nn.Module):
         # The activation's gain is taken into convolution, noise and bias, since it is the same before a leaky ReLU.
         x = modulated_conv2d(x, self.weight, self.affine(w), upsample=self.up, offset=offset, gain=LRELU_GAIN)
         if self.up:
-            x = blur2d(x, padding=1, gain=2.0)
+            x = blur2d(x, padding=1, gain=2)
         if self.use_noise and noise != "none":
             pattern = self.noise_const
             if noise == "random":
