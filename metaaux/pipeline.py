@@ -39,7 +39,7 @@ from .models.perceptual import LPIPS
 from .models.presets import preset_of
 from .models.recogniser import FaceRecogniser
 from .models.stylegan2 import StyleGAN2Generator
-from .models.weights import check_computable, unwrapped
+from .models.weights import check_computable, lay_out, unwrapped
 from .precision import autocast, check_precision, reduced_dtype
 from .rendering import RenderingMixin
 from .replay import ReplayedProblem
@@ -280,6 +280,9 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
     def to(self, *args: Any, **kwargs: Any) -> MetaAuxInverter:
         """As [`~metaaux.hub.HubMixin.to`]; recordings (`enable_cuda_graphs`) are made anew after a move."""
         moved = super().to(*args, **kwargs)
+        # Those whose convolutions see `channels_last` activations and whose weights no step changes.
+        for network in (self.generator, self.discriminator, self.identity):
+            lay_out(network, self.device)
         if self._graphs is not None:
             self._graphs.release()
         return moved

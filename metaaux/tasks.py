@@ -79,7 +79,7 @@ def predict_tasks(
     def predict_one(own, image, camera, planes):
         planes = None if planes is None else planes[None].expand(photos, *planes.shape)
         with autocast(image.device, dtype):
-            output = torch.func.functional_call(auxiliary, own, (image, camera, planes))
+            output = torch.func.functional_call(auxiliary, own, (image, camera, planes), tie_weights=False)
         values = [*output.weight_offsets.values()]
         if output.offset_planes is not None:
             values.append(output.offset_planes)

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from metaaux import devices
-from metaaux.models import modulation, resampling
+from metaaux.models import modulation
 from metaaux.models.discriminator import minibatch_deviation
 from metaaux.models.modulation import modulated_conv2d
 from metaaux.models.resampling import blur2d, downsample2d, upsample2d
+from metaaux.models.stylegan2 import limited
 
 KERNEL = torch.outer(torch.tensor([1.0, 3, 3, 1]), torch.tensor([1.0, 3, 3, 1])) / 64
 
@@ -62,20 +63,59 @@ def test_downsample_is_filtering_and_decimation(size):
     torch.testing.assert_close(downsample2d(x), convolve(F.pad(x, (1, 1, 1, 1)), KERNEL, stride=2))
 
 
-@pytest.mark.parametrize(("padding", "gain"), [(1, 2.0), (2, 1.0)])
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(("padding", "gain"), [(0, 1), (1, 2), (2, 1), (3, 2)])
 def test_blur_is_filtering(padding, gain):
-    x = torch.randn(2, 3, 5, 9)
-    expected = convolve(F.pad(x, (padding,) * 4), KERNEL * gain**2)
-    torch.testing.assert_close(blur2d(x, padding, gain), expected)
-    # As on GPUs, here on the CPU.
-    x = x.contiguous(memory_format=torch.channels_last)
-    sliced = resampling._blur_by_slices(x, padding, gain)
-    torch.testing.assert_close(sliced, expected)
-    assert sliced.is_contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 5, 9).contiguous(memory_format=torch.channels_last)
+    maps = blur2d(x, padding, gain)
+    torch.testing.assert_close(maps, convolve(F.pad(x, (padding,) * 4), KERNEL * gain**2))
+    assert maps.is_contiguous(memory_format=torch.channels_last)
     large = torch.full((1, 1, 6, 6), 3000.0, dtype=torch.float16)
-    torch.testing.assert_close(
-        resampling._blur_by_slices(large, 0, gain), torch.full((1, 1, 3, 3), 3000 * gain**2).half()
-    )
+    torch.testing.assert_close(blur2d(large, 0, gain), torch.full((1, 1, 3, 3), 3000 * gain**2).half())
+
+
+RESAMPLINGS = [
+    lambda x: blur2d(x, padding=1, gain=2),
+    lambda x: blur2d(x, padding=2),
+    upsample2d,
+    lambda x: upsample2d(x, replicate=True),
+    downsample2d,
+]
+
+
+@pytest.mark.parametrize("resample", RESAMPLINGS)
+def test_resampling_on_a_gpu_is_that_on_a_cpu(resample, monkeypatch):
+    """With derivatives of both orders, and under vmap; no map is kept for them."""
+    x = torch.randn(2, 3, 4, 6, dtype=torch.double, requires_grad=True)
+    expected = resample(x)
+    monkeypatch.setattr(devices, "is_cpu", lambda x: False)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = resample(x)
+    torch.testing.assert_close(y, expected)
+    assert all(tensor.ndim < 4 for tensor in kept)
+    assert torch.autograd.gradcheck(resample, x) and torch.autograd.gradgradcheck(resample, x)
+    mapped = torch.func.vmap(lambda own: resample(own[None])[0])(x)
+    torch.testing.assert_close(mapped, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("resample", RESAMPLINGS)
+def test_derivatives_of_resampling_on_cuda(resample, layout):
+    x = torch.randn(2, 3, 4, 6, dtype=torch.double, requires_grad=True)
+    y = resample(x)
+    seed = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, seed)
+    moved = x.detach().cuda().contiguous(memory_format=layout).requires_grad_()
+    (gradient,) = torch.autograd.grad(resample(moved), moved, seed.cuda().contiguous(memory_format=layout))
+    torch.testing.assert_close(gradient.cpu(), expected)
 
 
 @pytest.mark.parametrize("upsample", [False, True])
@@ -134,6 +174,14 @@ def test_half_precision_survives_large_weights_and_styles(per_sample):
     offset = torch.zeros(2, 5, 64, 1, 1) if per_sample else None
     y = modulated_conv2d(x.half(), weight, styles, offset=offset)
     torch.testing.assert_close(y.float(), modulated_conv2d(x, weight, styles), rtol=0, atol=1e-2)
+
+
+def test_limited_activations_are_clamped_and_beyond_the_bound_have_no_slope():
+    x = torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0], requires_grad=True)
+    y = limited(x, 2.0)
+    assert torch.equal(y, x.clamp(-2, 2)) and limited(x, None) is x
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.tensor([0.0, 1, 1, 1, 0]))
+    assert torch.autograd.gradgradcheck(lambda x: limited(x, 2.0), x.detach().double().requires_grad_())
 
 
 def test_deviation_channel_sees_only_its_group():

@@ -92,12 +92,13 @@ def shade(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     logits [B, M, S, C], weights [B, M, S] → [B, M, C] float32 in about [0, 1]: sigmoid widened to [-0.001, 1.001]
     (mip-NeRF's clamp) times weight.
     """
+    colours = torch.sigmoid(logits.float())
     if devices.is_cpu(logits):
-        # A product with few passes over memory: Σ w·(1.002·s - 0.001) = 1.002·Σ w·s - 0.001·Σ w.
-        total = (weights[..., None, :] @ torch.sigmoid(logits.float()))[..., 0, :]
-        return total * 1.002 - 0.001 * weights.sum(dim=-1, keepdim=True)
-    colours = torch.sigmoid(logits.float()) * 1.002 - 0.001
-    return (colours * weights[..., None]).sum(dim=-2)
+        total = (weights[..., None, :] @ colours)[..., 0, :]
+    else:  # not as a product, which may be set to TF32
+        total = (colours * weights[..., None]).sum(dim=-2)
+    # Few passes over memory: Σ w·(1.002·s - 0.001) = 1.002·Σ w·s - 0.001·Σ w.
+    return total * 1.002 - 0.001 * weights.sum(dim=-1, keepdim=True)
 
 
 class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):

@@ -43,8 +43,10 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] -> the same shape, each channel scaled by a gate in (0, 1)."""
-        gates = self.expand(F.relu(self.reduce(x.mean(dim=(2, 3), keepdim=True))))
-        return x * torch.sigmoid(gates)
+        # On single positions a convolution is a matrix product, which is the cheaper call.
+        means = F.relu(F.linear(x.mean(dim=(2, 3)), self.reduce.weight.flatten(1)))
+        gates = F.linear(means, self.expand.weight.flatten(1))
+        return x * torch.sigmoid(gates)[..., None, None]
 
 
 class ImprovedResidualBlock(nn.Module):

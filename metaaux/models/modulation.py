@@ -105,11 +105,10 @@ def modulated_conv2d(
         styles = styles / styles.abs().amax(dim=1, keepdim=True)
     if per_sample:
         # All that scales whole kernels is gathered in one number a kernel, so that the weight is passed over once.
-        scales = styles[:, None] if factor is None else styles[:, None] * factor[..., 0, 0].float()
+        scales = styles[:, None] if factor is None else styles[:, None] * factor.flatten(-3).float()
         if demodulate:
             energy = (scales.square() * weight.square().sum(dim=(-2, -1))).sum(dim=-1, keepdim=True)
-            # The bound is where the shared weights below have a term under the root.
-            scales = scales * (energy.clamp(min=1e-8).rsqrt() * gain)
+            scales = scales * ((energy + 1e-8).rsqrt() * gain)
         elif gain != 1:
             scales = scales * gain
         return _per_sample_conv2d(x, (weight * scales[..., None, None]).to(x.dtype), upsample)

@@ -1,43 +1,66 @@
 """StyleGAN2's resampling with the low-pass kernel [1, 3, 3, 1] (Karras et al. 2020; Zhang 2019 for the reason).
 
-On a CPU one depthwise convolution is several times faster than passes over slices; on GPUs it is slower.
+On a CPU one depthwise convolution is the fastest, on GPUs it is slow. There the kernel is taken for what it is, [1, 1]
+three times over: means of 2×2 pixels.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from .. import devices
 
+Map = Callable[[torch.Tensor], torch.Tensor]
 
-def blur2d(x: torch.Tensor, padding: int, gain: float = 1.0) -> torch.Tensor:
+
+class _Linear(torch.autograd.Function):
+    """A linear map of the input alone, whose way back is its transpose. Differentiable any number of times.
+
+    Autograd would keep the input of each pass over the pixels, and PyTorch's derivative of means with borders is wrong
+    for `channels_last` on CUDA before 2.13 (pytorch/pytorch#188344); on MPS it fails.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, function: Map, transpose: Map) -> torch.Tensor:
+        return function(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.function, ctx.transpose = inputs
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Linear.apply(gradient, ctx.transpose, ctx.function), None, None
+
+
+def blur2d(x: torch.Tensor, padding: int, gain: int = 1) -> torch.Tensor:
     """Low-pass filter [B, C, H, W] with the separable [1, 3, 3, 1] kernel over zero borders of width `padding`.
 
-    `gain` scales the amplitude per axis; the output is [B, C, H + 2·padding - 3, W + 2·padding - 3].
+    `padding` is 0 to 3, and `gain`, 1 or 2, scales the amplitude per axis; the output is
+    [B, C, H + 2·padding - 3, W + 2·padding - 3].
     """
-    return (_blur_by_convolution if devices.is_cpu(x) else _blur_by_slices)(x, padding, gain)
+    if devices.is_cpu(x):
+        return F.conv2d(x, _kernels(x, gain), padding=padding, groups=x.shape[1])
+    return _Linear.apply(x, partial(_blur, padding, gain), partial(_blur, 3 - padding, gain))
 
 
-def _kernels(x: torch.Tensor, gain: float = 1.0) -> torch.Tensor:
+def _blur(padding: int, gain: int, x: torch.Tensor) -> torch.Tensor:
+    # Beyond one pixel of border a mean is zero, so that each pass can bring a border of its own.
+    first, second, third = (int(padding > done) for done in range(3))
+    x = F.avg_pool2d(F.avg_pool2d(x, 2, 1, first), 2, 1, second)
+    return F.avg_pool2d(x, 2, 1, third, divisor_override=4 // gain**2)
+
+
+def _kernels(x: torch.Tensor, gain: int = 1) -> torch.Tensor:
     """[C, 1, 4, 4]: the kernel for each channel of x [B, C, H, W], its amplitude scaled per axis by `gain`."""
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) * (gain / 8)
     return (taps[:, None] * taps).expand(x.shape[1], 1, 4, 4)
-
-
-def _blur_by_convolution(x: torch.Tensor, padding: int, gain: float) -> torch.Tensor:
-    return F.conv2d(x, _kernels(x, gain), padding=padding, groups=x.shape[1])
-
-
-def _blur_by_slices(x: torch.Tensor, padding: int, gain: float) -> torch.Tensor:
-    # Scaled once, and first: half precision could not hold the sums.
-    x = F.pad(x * (gain / 8) ** 2, (padding, padding, padding, padding))
-    for dim in (2, 3):
-        n = x.shape[dim] - 3
-        outer = x.narrow(dim, 0, n) + x.narrow(dim, 3, n)
-        inner = x.narrow(dim, 1, n) + x.narrow(dim, 2, n)
-        x = torch.add(outer, inner, alpha=3)
-    return x
 
 
 def upsample2d(x: torch.Tensor, replicate: bool = False) -> torch.Tensor:
@@ -46,37 +69,42 @@ def upsample2d(x: torch.Tensor, replicate: bool = False) -> torch.Tensor:
     Zero insertion followed by this kernel gives each output ¾ of its nearest and ¼ of its next nearest input. With
     borders that `replicate` the outermost pixels this is bilinear interpolation, whose backward pass is slow on CUDA.
     """
-    # New memory would be laid out by channels were these not the last axis: a tri-plane look-up, which reads all
-    # channels of a pixel, would need a cache line for each of them.
-    x = x.permute(0, 2, 3, 1)
+    # A tri-plane look-up reads all channels of a pixel, and would need a cache line for each were they not adjacent.
+    x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     if devices.is_cpu(x):
-        return _upsample_by_convolution(x.contiguous().permute(0, 3, 1, 2), replicate)
-    if not replicate:
-        x = F.pad(x, (0, 0, 1, 1, 1, 1))
-    for dim in (1, 2):
-        if replicate:
-            x = torch.cat((x.narrow(dim, 0, 1), x, x.narrow(dim, -1, 1)), dim=dim)
-        n = x.shape[dim] - 2
-        before, nearest, after = (x.narrow(dim, start, n) for start in range(3))
-        nearest = nearest * 0.75
-        x = torch.stack((nearest + before * 0.25, nearest + after * 0.25), dim=dim + 1).flatten(dim, dim + 1)
-    return x.permute(0, 3, 1, 2)
+        return _upsample_by_convolution(x, replicate)
+    x = _Linear.apply(x, partial(_up, 4), partial(_down, 1))
+    return x * _border_factors(x) if replicate else x
+
+
+def _border_factors(x: torch.Tensor) -> torch.Tensor:
+    """[H, W] for x [B, C, H, W]: what replaces the quarter that outermost pixels lack with zero borders."""
+    rows, columns = (torch.ones(side, dtype=x.dtype, device=x.device) for side in x.shape[2:])
+    for factors in (rows, columns):
+        factors[0] = factors[-1] = 4 / 3
+    return rows[:, None] * columns
 
 
 def _upsample_by_convolution(x: torch.Tensor, replicate: bool) -> torch.Tensor:
     padding = 1
     if replicate:
         x, padding = F.pad(x, (1, 1, 1, 1), mode="replicate"), 3
-    return F.conv_transpose2d(x, _kernels(x, gain=2.0), stride=2, padding=padding, groups=x.shape[1])
+    return F.conv_transpose2d(x, _kernels(x, gain=2), stride=2, padding=padding, groups=x.shape[1])
 
 
 def downsample2d(x: torch.Tensor) -> torch.Tensor:
     """Downsample [B, C, H, W] by 2 with the [1, 3, 3, 1] kernel and zero borders → [B, C, H/2, W/2]."""
     if devices.is_cpu(x):
         return F.conv2d(x, _kernels(x), stride=2, padding=1, groups=x.shape[1])
-    x = F.pad(x, (1, 1, 1, 1))
-    for dim in (2, 3):
-        n = x.shape[dim] // 2 - 1
-        taps = [x[(slice(None),) * dim + (slice(start, start + 2 * n, 2),)] for start in range(4)]
-        x = (taps[0] + taps[3]) * 0.125 + (taps[1] + taps[2]) * 0.375
-    return x
+    return _Linear.apply(x, partial(_down, 4), partial(_up, 16))
+
+
+def _up(divisor: int, x: torch.Tensor) -> torch.Tensor:
+    """Twice as many pixels: of the sum over them `divisor` 4 makes the mean."""
+    x = F.avg_pool2d(F.interpolate(x, scale_factor=2, mode="nearest"), 2, 1, 1)
+    return F.avg_pool2d(x, 2, 1, divisor_override=divisor)
+
+
+def _down(divisor: int, x: torch.Tensor) -> torch.Tensor:
+    """Half as many pixels; `divisor` as of `_up`."""
+    return F.avg_pool2d(F.avg_pool2d(F.avg_pool2d(x, 2, 1, 1), 2, 1), 2, divisor_override=divisor)

@@ -73,6 +73,12 @@ def normalize_second_moment(x: torch.Tensor) -> torch.Tensor:
     return x * (x.square().mean(dim=-1, keepdim=True) + 1e-8).rsqrt()
 
 
+def limited(x: torch.Tensor, bound: float | None) -> torch.Tensor:
+    """Activations clamped to ±`bound`; `None`: as they are."""
+    # Of torch.clamp, which also knows tensors as bounds, the derivative takes five passes over x and not one.
+    return x if bound is None else F.hardtanh(x, -bound, bound)
+
+
 class MappingNetwork(nn.Module):
     """z (and a condition) → w (StyleGAN2 §2; EG3D conditions on the camera).
 
@@ -145,7 +151,7 @@ class SynthesisLayer(nn.Module):
         # The activation's gain is taken into convolution, noise and bias, since it is the same before a leaky ReLU.
         x = modulated_conv2d(x, self.weight, self.affine(w), upsample=self.up, offset=offset, gain=LRELU_GAIN)
         if self.up:
-            x = blur2d(x, padding=1, gain=2.0)
+            x = blur2d(x, padding=1, gain=2)
         if self.use_noise and noise != "none":
             pattern = self.noise_const
             if noise == "random":
@@ -156,8 +162,7 @@ class SynthesisLayer(nn.Module):
             x = add(x, pattern.to(x.dtype), (self.noise_strength * LRELU_GAIN).to(x.dtype))
         bias = (self.bias * LRELU_GAIN).to(x.dtype)[:, None, None]
         if torch.is_grad_enabled():
-            x = F.leaky_relu(x + bias, LRELU_SLOPE)
-            return x if self.conv_clamp is None else x.clamp(-self.conv_clamp, self.conv_clamp)
+            return limited(F.leaky_relu(x + bias, LRELU_SLOPE), self.conv_clamp)
         # The convolution's result is nobody else's: new memory for each pass would cost more than the pass itself.
         x = F.leaky_relu_(x.add_(bias), LRELU_SLOPE)
         return x if self.conv_clamp is None else x.clamp_(-self.conv_clamp, self.conv_clamp)
@@ -183,8 +188,7 @@ class ToRGB(nn.Module):
     def forward(self, x, w):
         """x [B, in, R, R], w [B, w_dim] → [B, out, R, R]."""
         x = modulated_conv2d(x, self.weight, self.affine(w, self.style_gain), demodulate=False)
-        x = x + self.bias.to(x.dtype)[:, None, None]
-        return x if self.conv_clamp is None else x.clamp(-self.conv_clamp, self.conv_clamp)
+        return limited(x + self.bias.to(x.dtype)[:, None, None], self.conv_clamp)
 
 
 class SynthesisBlock(nn.Module):

@@ -219,3 +219,15 @@ def cast(network: torch.nn.Module, what: str, dtype: torch.dtype) -> torch.nn.Mo
     check_finite(network, what, dtype)
     # diffusers' own `to` warns of modules that should stay in float32, of which these networks have none.
     return torch.nn.Module.to(network, dtype)
+
+
+def lay_out(network: torch.nn.Module, device: torch.device) -> None:
+    """Lays out a network's weights, in place, as convolutions on a device take them: on CUDA as `channels_last`.
+
+    That is the activations' layout there, into which cuDNN would copy weights of another one, forth and back, in each
+    pass. Where group normalisation, whose results are contiguous on CUDA, takes turns with convolutions, contiguous
+    weights are right.
+    """
+    grouped = any(isinstance(module, torch.nn.GroupNorm) for module in network.modules())
+    layout = torch.channels_last if device.type == "cuda" and not grouped else torch.contiguous_format
+    torch.nn.Module.to(network, memory_format=layout)
