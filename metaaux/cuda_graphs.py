@@ -53,14 +53,20 @@ def capture(
         The graph, and what `function` returned: tensors that a replay fills.
     """
     graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    generator = torch.cuda.default_generators[before.device_index]
+    seed, offset = generator.initial_seed(), generator.get_offset()
     try:
         # "thread_local": other threads go on meanwhile, and NCCL's watchdog queries events.
         with _CAPTURING, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             outputs = function()
     except BaseException:
-        torch.cuda.set_stream(before)  # PyTorch leaves its own where a capture cannot be ended
+        # Where a capture cannot be ended, PyTorch leaves its stream set, its random numbers as if they were recorded,
+        torch.cuda.set_stream(before)
+        fresh = torch.Generator(before.device).manual_seed(seed)
+        fresh.set_offset(offset)
+        generator.graphsafe_set_state(fresh)
         if pool is not None:
-            # And its allocator would go on as if the capture did, which fails much later and elsewhere.
+            # and its allocator as if the capture went on, which fails much later and elsewhere.
             with contextlib.suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(before.device_index, pool)
                 torch._C._cuda_releasePool(before.device_index, pool)
@@ -426,7 +432,9 @@ class CudaGraphs:
         if key in self._refused or not self._records(tensors):
             return function(inputs)
         lane = self._lane(tensors[0].device, key)
-        with torch.inference_mode(False), lane.turn():
+        # Leaving inference mode switches gradients on, with which a pass may take other kernels.
+        gradients = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients), lane.turn():
             recording = lane.recordings.get(key)
             if recording is None:
                 return self._first(lane, key, function, inputs, tensors)

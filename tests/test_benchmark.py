@@ -245,3 +245,13 @@ def test_precision(configurations, tiny_folder):
 def test_unknown_device(configurations):
     with pytest.raises(ValueError, match="the device 'abacus' cannot be used"):
         load_for_benchmark(str(configurations), "abacus")
+
+
+@pytest.mark.parametrize(("option", "what"), [("--official", "NVlabs/eg3d"), ("--against", "metaaux")])
+def test_a_folder_without_code_is_refused_before_any_work(tmp_path, monkeypatch, capsys, option, what):
+    monkeypatch.setattr("metaaux.evaluation.benchmark.load_for_benchmark", lambda *a: pytest.fail("work began"))
+    words = ["metaaux", "benchmark", option, str(tmp_path), "--out", str(tmp_path / "x.json")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1 and f"holds no checkout of {what}" in capsys.readouterr().err

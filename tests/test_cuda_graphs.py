@@ -224,6 +224,14 @@ class TestRecordings:
             assert run(name, wait, 2 * x).tolist() == wait(2 * x).tolist()  # a second warning would be an error
         assert graphs.captures == 0
 
+    @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+    def test_gradients_stay_on_or_off(self, context):
+        graphs, seen = CpuGraphs(), []
+        run = graphs.bind("test", nn.Identity())
+        with context():
+            run("pass", lambda given: seen.append(torch.is_grad_enabled()) or given["x"] * 2, {"x": torch.ones(1)})
+        assert seen == [context is torch.enable_grad] * 2  # launched, then recorded
+
     def test_a_dispatch_mode_is_its_threads_own(self):
         graphs = CpuGraphs()
         with ThreadPoolExecutor(1) as pool, HostWaits():
@@ -523,7 +531,7 @@ class TestGpu:
             segments = [s for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) in pools]
             blocks = [block for segment in segments for block in segment["blocks"]]
             # cuBLAS keeps its workspaces, which are larger than any tensor of the tiny networks.
-            return [b["size"] for b in blocks if b["state"].startswith("active") and b["size"] < 4 * 2**20]
+            return [b["size"] for b in blocks if b["state"].startswith("active") and b["size"] < 2**20]
 
         del lanes
         assert small_blocks()
@@ -545,8 +553,12 @@ class TestGpu:
         # What is first noticed in the capture does not do harm either: the next recordings are made.
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            torch.manual_seed(3)
             for _ in range(2):
                 assert run("hidden", hidden, {"x": x}).tolist() == [0, 3, 6]
+        drawn = torch.rand(2, device="cuda")
+        torch.manual_seed(3)
+        assert torch.equal(torch.rand(2, device="cuda"), drawn)
         for _ in range(2):
             assert run("double", lambda given: given["x"] * 2, {"x": x}).tolist() == [0, 2, 4]
         assert graphs.captures == 1

@@ -94,6 +94,8 @@ def benchmark(
 
     from ..devices import usable_device
     from ..evaluation.benchmark import Work, load_for_benchmark, run_benchmark
+    from ..evaluation.official import official_arguments, official_code, run_official
+    from ..evaluation.paired import PairedSettings, revision_folder, run_paired
     from ..evaluation.sweep import run_sweep, run_threads
     from ..files import write_json
     from ..precision import check_precision
@@ -104,6 +106,11 @@ def benchmark(
         check_precision(name, device)
     if options.against is not None and len(precisions) > 1:
         raise typer.BadParameter("revisions are compared in one precision", param_hint="--against")
+    # What is wrong with anything given is said before the long work.
+    if options.against is not None:
+        revision_folder(options.against)
+    if options.official is not None:
+        official_code(options.official)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype.value)
@@ -111,9 +118,7 @@ def benchmark(
     if options.cuda_graphs:
         inverter.enable_cuda_graphs()
     if options.official is not None:
-        from ..evaluation.official import official_arguments, run_official
-
-        official_arguments(inverter.generator)  # says before any work whether there is such a generator
+        official_arguments(inverter.generator)
     repeats, warmup, at_once = options.repeats, options.warmup, options.threads_at_once
     settings = {"steps": options.steps, "repeats": repeats, "warmup": warmup, "counts": options.counts}
     if len(precisions) > 1:
@@ -124,11 +129,10 @@ def benchmark(
         if at_once:
             figures["threads_at_once"] = run_threads(work, at_once)
         del work
+    write_json(figures, out)  # kept whatever happens to what is compared
     if options.official is not None:
         figures["official"] = run_official(options.official, inverter.generator, inverter.device, repeats, warmup)
     if options.against is not None:
-        from ..evaluation.paired import PairedSettings, run_paired
-
         model = options.model
         model = os.path.abspath(model) if model is not None and os.path.isdir(model) else model
         paired = PairedSettings(

@@ -72,6 +72,18 @@ def official_arguments(generator: torch.nn.Module) -> dict[str, Any]:
     }
 
 
+def official_code(folder: Path) -> Path:
+    """Where the modules of a checkout of github.com/NVlabs/eg3d lie.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    code = folder.resolve() / "eg3d"
+    if not (code / "training" / "triplane.py").is_file():
+        raise ValueError(f"{folder} holds no checkout of NVlabs/eg3d: there is no eg3d/training/triplane.py")
+    return code
+
+
 def run_official(
     folder: Path, generator: torch.nn.Module, device: torch.device, repeats: int = 10, warmup: int = 3
 ) -> dict[str, Any]:
@@ -96,9 +108,7 @@ def run_official(
         ValueError: the folder holds no checkout, or the official code has no generator of this shape.
         RuntimeError: its process failed; its messages are on the standard error stream.
     """
-    code = folder.resolve() / "eg3d"
-    if not (code / "training" / "triplane.py").is_file():
-        raise ValueError(f"{folder} holds no checkout of NVlabs/eg3d: there is no eg3d/training/triplane.py")
+    code = official_code(folder)
     settings = {
         "arguments": official_arguments(generator),
         "neural_resolution": generator.config.neural_resolution,

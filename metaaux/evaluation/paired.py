@@ -87,6 +87,18 @@ class _Revision:
         self.process.wait()
 
 
+def revision_folder(folder: Path) -> Path:
+    """The absolute path of a checkout of this package.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    folder = folder.resolve()
+    if not (folder / "metaaux" / "evaluation" / "benchmark.py").is_file():
+        raise ValueError(f"{folder} holds no checkout of metaaux: there is no metaaux/evaluation/benchmark.py")
+    return folder
+
+
 def run_paired(other: Path, settings: PairedSettings, repeats: int = 10, warmup: int = 3) -> dict[str, dict[str, Any]]:
     """Times this revision against another one, run after run in turn.
 
@@ -104,9 +116,7 @@ def run_paired(other: Path, settings: PairedSettings, repeats: int = 10, warmup:
         ValueError: there is no revision in the folder.
         RuntimeError: a revision's process failed; its messages are on the standard error stream.
     """
-    other = other.resolve()
-    if not (other / "metaaux" / "evaluation" / "benchmark.py").is_file():
-        raise ValueError(f"{other} holds no checkout of metaaux: there is no metaaux/evaluation/benchmark.py")
+    other = revision_folder(other)
     revisions: list[_Revision] = []
     try:
         for folder in (Path(__file__).resolve().parents[2], other):
