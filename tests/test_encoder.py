@@ -15,9 +15,11 @@ from PIL import Image
 
 import metaaux
 from metaaux.cameras import camera_from_pose
+from metaaux.data.dataset import FaceDataset, to_signed
 from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.encoder import LatentEncoder
 from metaaux.models.psp import PSPEncoder
+from metaaux.models.recogniser import SAME_PERSON, FaceRecogniser
 from metaaux.training.encoder import (
     ARCHITECTURES,
     EncoderConfig,
@@ -235,6 +237,25 @@ class TestTraining:
         encoder = LatentEncoder.from_pretrained(checkpoint / "encoder")
         assert encoder(images(2, size)).shape == (2, encoder.config.w_dim)
         assert encoder.w_std.min() > 0
+
+    def test_held_out_figures_are_the_saved_encoders_distances_by_the_recogniser(self, training_settings, tmp_path):
+        torch.manual_seed(0)
+        recogniser = FaceRecogniser(widths=(4, 6, 8), depths=(1, 1, 1), embedding_dim=5).eval()
+        torch.nn.init.normal_(recogniser.fc.weight, std=1.8)  # so that distances lie on both sides of the limit
+        recogniser.save_pretrained(tmp_path / "recogniser")
+        settings = nested(training_settings, networks__identity=str(tmp_path / "recogniser"))
+        checkpoint = train(EncoderConfig(**settings), tmp_path / "run")
+        encoder = LatentEncoder.from_pretrained(checkpoint / "encoder")
+        generator = EG3DGenerator.from_pretrained(settings["networks"]["generator"])
+        dataset = FaceDataset(settings["data"]["path"], generator.config.image_size, mirrored_copies=False)
+        photos, cameras = to_signed(dataset.load()), dataset.cameras
+        with torch.no_grad():
+            pictures = generator.synthesize(encoder(photos), cameras).image
+            distances = recogniser.distance(recogniser(pictures, cameras), recogniser(photos, cameras))
+        last = figures(tmp_path / "run")[-1]
+        assert last["val/distance"] == pytest.approx(distances.mean().item(), rel=1e-3)
+        assert last["val/same_person"] == pytest.approx((distances < SAME_PERSON).float().mean().item())
+        assert 0 < last["val/same_person"] < 1
 
     def test_latent_codes_are_learnt_from_samples(self, training_settings):
         config = EncoderConfig(

@@ -26,6 +26,7 @@ CLASSES = {
     "mini/generator-continue": GeneratorConfig,
     "mini/identity": IdentityConfig,
     "mini/encoder": EncoderConfig,
+    "mini/encoder-256": EncoderConfig,
     "mini/plain": AuxiliaryConfig,
     "mini/meta": AuxiliaryConfig,
     "mini/meta-paper": AuxiliaryConfig,

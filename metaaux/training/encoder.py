@@ -25,6 +25,7 @@ from ..losses import InversionLoss, LossWeights, perceptual_distance
 from ..models.discriminator import DualDiscriminator
 from ..models.encoder import ImageEncoder, LatentEncoder
 from ..models.psp import PSPEncoder
+from ..models.recogniser import SAME_PERSON, FaceRecogniser
 from ..tasks import Generator
 from . import loop
 from .averaged import AveragedTrainer, SampleSource
@@ -205,7 +206,8 @@ def latent_error(predicted: torch.Tensor, w: torch.Tensor, w_std: torch.Tensor) 
 class EncoderEvaluation:
     """Held-out figures and the sample sheet: photos over reconstructions over turned heads."""
 
-    PHOTOS = 64
+    PHOTOS = 256
+    SAMPLES = 64
 
     def __init__(
         self, dataset: FaceDataset, samples: SampleSource, distribution: LatentDistribution, loss: InversionLoss
@@ -217,20 +219,32 @@ class EncoderEvaluation:
         shown = range(min(self.PHOTOS, len(dataset)))
         self.photos = to_signed(torch.stack([dataset[i][0] for i in shown])).to(device)
         self.cameras = dataset.cameras[: len(self.photos)].to(device)
-        conditions, cameras = (samples.cameras(self.PHOTOS) for _ in range(2))
+        conditions, cameras = (samples.cameras(self.SAMPLES) for _ in range(2))
         self.w, self.samples = samples.pictures(conditions, cameras, None)
 
     @torch.no_grad()
     def figures(self, encoder: ImageEncoder) -> dict[str, float]:
-        """Losses on the photos, their codes' `mahalanobis`, and the `latent` error on samples."""
+        """Losses on the photos, their codes' `mahalanobis`, and the `latent` error on samples.
+
+        Where the identity network is a `FaceRecogniser`, whose distances mean something by themselves, also its mean
+        `distance` to the photos, and the share of reconstructions that it takes for the `same_person`.
+        """
         predicted = in_parts(encoder, self.at_once, self.photos)
         names = (*self.loss.terms, "total")
+        recogniser = self.loss.identity if isinstance(self.loss.identity, FaceRecogniser) else None
 
         def compare(w, camera, photo):
-            terms = self.loss(self.picture(w, camera), None, photo, camera)
-            return torch.stack([terms[name] for name in names], dim=1)
+            picture = self.picture(w, camera)
+            terms = self.loss(picture, None, photo, camera)
+            columns = [terms[name] for name in names]
+            if recogniser is not None:  # in its own precision, not the run's
+                distance = recogniser.distance(recogniser(picture, camera), recogniser(photo, camera))
+                columns += [distance, (distance < SAME_PERSON).float()]
+            return torch.stack(columns, dim=1)
 
         means = in_parts(compare, self.at_once, predicted, self.cameras, self.photos).mean(0)
+        if recogniser is not None:
+            names += ("distance", "same_person")
         figures = dict(zip(names, means.tolist(), strict=True))
         figures["mahalanobis"] = self.distribution.mahalanobis(predicted).mean().item()
         predicted = in_parts(encoder, self.at_once, self.samples)
@@ -282,6 +296,18 @@ class EncoderTrainer(AveragedTrainer):
         encoder.set_latent_statistics(self.distribution.w_avg.cpu(), self.distribution.w_std.cpu())
         self.adopt(encoder)
         self.phase: tuple | None = None
+        if config.compute.compile and self.device.type == "cuda":
+            self.compile()
+
+    def compile(self) -> None:
+        """Fuse the passes of the encoder, where each normalisation would change the memory layout and back, and of the
+        generator's convolutions."""
+        modules = [self.network, self.generator.backbone]
+        if self.generator.has_viewpoints:
+            modules.append(self.generator.super_resolution)
+        for module in modules:
+            # There are two sizes of batches, of pictures with gradients and of those without.
+            module.compile(dynamic=False)
 
     @property
     def images_per_step(self) -> int:
@@ -292,7 +318,9 @@ class EncoderTrainer(AveragedTrainer):
         """Likewise, and what it is evaluated on."""
         super().load_data(images)
         held_out = self.held_out(EncoderEvaluation.PHOTOS)
-        self.evaluation = EncoderEvaluation(held_out, self.samples, self.distribution, self.loss)
+        # Other sizes than the steps' are not worth a compilation.
+        with torch.compiler.set_stance("force_eager"):
+            self.evaluation = EncoderEvaluation(held_out, self.samples, self.distribution, self.loss)
 
     def latent_pass(self, resolution, conditions, cameras):
         """Flat gradient and figures of samples alone, seen at `cameras`; `conditions` are the mapping's."""
@@ -349,8 +377,9 @@ class EncoderTrainer(AveragedTrainer):
 
     def evaluate(self, run: TrainingRun) -> dict[str, float]:
         """`EncoderEvaluation`'s figures and sheet."""
-        run.sheet("encoder", self.evaluation.sheet(self.average))
-        return self.evaluation.figures(self.average)
+        with torch.compiler.set_stance("force_eager"):
+            run.sheet("encoder", self.evaluation.sheet(self.average))
+            return self.evaluation.figures(self.average)
 
 
 def train(config: EncoderConfig, run_folder: str | os.PathLike, resume: bool = False) -> Path:
