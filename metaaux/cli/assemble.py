@@ -118,9 +118,9 @@ def assemble(
         raise typer.BadParameter("--gains needs it", param_hint="--attributes")
     from ..files import atomic_folder
     from ..hub.layout import read_json
-    from ..models.weights import check_precision
+    from ..models.weights import weight_dtype
 
-    precision = None if dtype == "fp32" else check_precision(dtype)
+    precision = None if dtype == "fp32" else weight_dtype(dtype)
     precisions = {None: precision, **dict.fromkeys(_known_variants(variant))}
     measured = {path: read_json(path) for path in results or ()}
     inverter = _pipeline(options.find(earlier), earlier, settings or ())

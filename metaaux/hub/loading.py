@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import ModelMixin
 
-from ..models.weights import REDUCIBLE, cast, check_precision
+from ..models.weights import REDUCIBLE, cast, weight_dtype
 from .card import CARD, card_files
 from .download import DOWNLOAD_OPTIONS, check_subfolder, download_component, download_pipeline, is_hub_id
 from .layout import CONFIG, INDEX, check_components, check_model_index, has_variant, read_json, variant_files
@@ -144,8 +144,8 @@ def component_dtypes(dtype: torch.dtype | str | Mapping[str, Any] | None) -> Map
         ValueError: it is no precision that the networks compute in.
     """
     if isinstance(dtype, Mapping):
-        return {name: check_precision(value) for name, value in dtype.items()}
-    return {**dict.fromkeys(REDUCIBLE, check_precision(dtype)), "default": torch.float32}
+        return {name: weight_dtype(value) for name, value in dtype.items()}
+    return {**dict.fromkeys(REDUCIBLE, weight_dtype(dtype)), "default": torch.float32}
 
 
 def load_components(

@@ -146,8 +146,8 @@ class FingerprintCache:
         return known[2]
 
 
-def check_precision(dtype: torch.dtype | str | None) -> torch.dtype:
-    """The precision of a name such as "bfloat16", "torch.float16" or "fp16"; "auto" and `None` are float32.
+def weight_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """The dtype that a name such as "bfloat16", "torch.float16" or "fp16" stands for; of "auto" and `None` float32.
 
     Raises:
         ValueError: it is none in which the networks compute.
