@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triplane_cuda import load_points, look_up, look_up_backward, softplus, store_points
+from .triplane_cuda import load_points, look_up, look_up_backward, rows_of, softplus, store_points
 
 
 @triton.jit
@@ -37,7 +37,8 @@ def _features(
     planes,
     offsets,
     batch,
-    m,
+    live,
+    rows,
     sizes,
     scale,
     AXES: tl.constexpr,
@@ -46,10 +47,9 @@ def _features(
     SIDE: tl.constexpr,
     M: tl.constexpr,
 ):
-    """What the decoder reads of samples m [M], [M, SIDE]: the planes' mean in their dtype."""
-    samples, height, width, offset_height, offset_width = sizes
-    live = m < samples
-    x, y, z = load_points(points, batch * samples + m, live, scale)
+    """What the decoder reads of samples, [M, SIDE]: the planes' mean in their dtype."""
+    height, width, offset_height, offset_width = sizes
+    x, y, z = load_points(points, rows, live, scale)
     offsets += batch * offset_height * offset_width * 12
     x, y, z = _displaced(offsets, x, y, z, live, offset_height, offset_width, scale, AXES, OFFSETS, M)
     total = look_up(planes + batch * height * width * 3 * C, x, y, z, live, height, width, AXES, C, SIDE, M)
@@ -153,16 +153,13 @@ def forward(
     M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    batch = tl.program_id(1).to(tl.int64)
-    m = tl.program_id(0) * M + tl.arange(0, M)
-    live = m < samples
-    rows = batch * samples + m
+    batch, live, rows = rows_of(tl.program_id(0), samples, M)
     c = tl.arange(0, SIDE)
     h = tl.arange(0, WIDE)
     dtype = planes.dtype.element_ty
-    sizes = samples, height, width, offset_height, offset_width
+    sizes = height, width, offset_height, offset_width
     gains = hidden_weight_gain, hidden_bias_gain
-    features = _features(points, planes, offsets, batch, m, sizes, scale, AXES, OFFSETS, C, SIDE, M)
+    features = _features(points, planes, offsets, batch, live, rows, sizes, scale, AXES, OFFSETS, C, SIDE, M)
     units = _hidden_layer(features, hidden_weight, hidden_bias, gains, C, SIDE, H, WIDE, PRECISION)
     hidden = softplus(units).to(dtype)
     sigma = tl.sum(hidden.to(tl.float32) * _density_weight(last_weight, gain, H, WIDE)[None, :], axis=1)
@@ -205,16 +202,13 @@ def features_backward(
     PRECISION: tl.constexpr,
 ):
     """To the gradient of the planes' sum, [B, M, C]."""
-    batch = tl.program_id(1).to(tl.int64)
-    m = tl.program_id(0) * M + tl.arange(0, M)
-    live = m < samples
-    rows = batch * samples + m
+    batch, live, rows = rows_of(tl.program_id(0), samples, M)
     c = tl.arange(0, SIDE)
     h = tl.arange(0, WIDE)
     dtype = planes.dtype.element_ty
-    sizes = samples, height, width, offset_height, offset_width
+    sizes = height, width, offset_height, offset_width
     gains = hidden_weight_gain, hidden_bias_gain
-    features = _features(points, planes, offsets, batch, m, sizes, scale, AXES, OFFSETS, C, SIDE, M)
+    features = _features(points, planes, offsets, batch, live, rows, sizes, scale, AXES, OFFSETS, C, SIDE, M)
     units = _hidden_layer(features, hidden_weight, hidden_bias, gains, C, SIDE, H, WIDE, PRECISION)
     mask = live[:, None] & (c < C)[None, :]
     place = rows[:, None] * C + c[None, :]
@@ -257,9 +251,8 @@ def weights_backward(
     PRECISION: tl.constexpr,
 ):
     """What this program's samples add to the gradients of weights and biases."""
-    batch = tl.program_id(1).to(tl.int64)
     c = tl.arange(0, SIDE)
-    sizes = samples, height, width, offset_height, offset_width
+    sizes = height, width, offset_height, offset_width
     gains = hidden_weight_gain, hidden_bias_gain
     sum_w = tl.zeros((WIDE, SIDE), tl.float32)
     sum_b = tl.zeros((WIDE,), tl.float32)
@@ -268,10 +261,8 @@ def weights_backward(
     sum_sigma = tl.zeros((M,), tl.float32)
     sum_colours = tl.zeros((SIDE,), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(samples, M), tl.num_programs(0)):
-        m = block * M + tl.arange(0, M)
-        live = m < samples
-        rows = batch * samples + m
-        features = _features(points, planes, offsets, batch, m, sizes, scale, AXES, OFFSETS, C, SIDE, M)
+        batch, live, rows = rows_of(block, samples, M)
+        features = _features(points, planes, offsets, batch, live, rows, sizes, scale, AXES, OFFSETS, C, SIDE, M)
         units = _hidden_layer(features, hidden_weight, hidden_bias, gains, C, SIDE, H, WIDE, PRECISION)
         mask = live[:, None] & (c < C)[None, :]
         colours = tl.load(grad_logits + rows[:, None] * C + c[None, :], mask=mask, other=0.0)
@@ -313,11 +304,8 @@ def inputs_backward(
     NEED_OFFSETS: tl.constexpr,
 ):
     """From the gradient of the planes' sum [B, M, C] to those of planes, offset planes and points."""
-    batch = tl.program_id(1).to(tl.int64)
-    m = tl.program_id(0) * M + tl.arange(0, M)
+    batch, live, rows = rows_of(tl.program_id(0), samples, M)
     c = tl.arange(0, SIDE)
-    live = m < samples
-    rows = batch * samples + m
     planes += batch * height * width * 3 * C
     grad_planes += batch * height * width * 3 * C
     offsets += batch * offset_height * offset_width * 12

@@ -78,6 +78,13 @@ if triton is not None:
         return x, y, z
 
     @triton.jit
+    def rows_of(block, samples, M: tl.constexpr):
+        """This program's batch entry, which of a block's M samples there are, and their rows in [B · samples, .]."""
+        batch = tl.program_id(1).to(tl.int64)
+        m = block * M + tl.arange(0, M)
+        return batch, m < samples, batch * samples + m
+
+    @triton.jit
     def load_points(points, rows, live, scale):
         """x, y, z [M] of points [., 3], in units where the box is [-1, 1]."""
         x = tl.load(points + rows * 3, mask=live, other=0.0) * scale
@@ -184,11 +191,8 @@ if triton is not None:
         SIDE: tl.constexpr,
         M: tl.constexpr,
     ):
-        batch = tl.program_id(1).to(tl.int64)
-        m = tl.program_id(0) * M + tl.arange(0, M)
+        batch, live, rows = rows_of(tl.program_id(0), samples, M)
         c = tl.arange(0, SIDE)
-        live = m < samples
-        rows = batch * samples + m
         x, y, z = load_points(points, rows, live, 1.0)
         total = look_up(planes + batch * height * width * 3 * C, x, y, z, live, height, width, AXES, C, SIDE, M)
         mask = live[:, None] & (c < C)[None, :]
@@ -211,11 +215,8 @@ if triton is not None:
         NEED_PLANES: tl.constexpr,
         NEED_POINTS: tl.constexpr,
     ):
-        batch = tl.program_id(1).to(tl.int64)
-        m = tl.program_id(0) * M + tl.arange(0, M)
+        batch, live, rows = rows_of(tl.program_id(0), samples, M)
         c = tl.arange(0, SIDE)
-        live = m < samples
-        rows = batch * samples + m
         x, y, z = load_points(points, rows, live, 1.0)
         mask = live[:, None] & (c < C)[None, :]
         gradient = tl.load(grad_out + rows[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32) / 3
