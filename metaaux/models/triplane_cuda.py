@@ -58,14 +58,25 @@ if triton is not None:
         return first.to(tl.int32), coordinate * half + (middle - first)
 
     @triton.jit
-    def _corner(coordinate_u, coordinate_v, height, width):
-        x0, fx = _pixel(coordinate_u, width)
-        y0, fy = _pixel(coordinate_v, height)
+    def _coordinate(x, y, z, AXIS: tl.constexpr):
+        return x if AXIS == 0 else (y if AXIS == 1 else z)
+
+    @triton.jit
+    def _position(x, y, z, height, width, AXES: tl.constexpr, PLANE: tl.constexpr):
+        """On a plane: column and row of the pixel before, and the shares of the next ones."""
+        x0, fx = _pixel(_coordinate(x, y, z, (AXES >> (4 * PLANE)) & 3), width)
+        y0, fy = _pixel(_coordinate(x, y, z, (AXES >> (4 * PLANE + 2)) & 3), height)
         return x0, y0, fx, fy
 
     @triton.jit
-    def _coordinate(x, y, z, AXIS: tl.constexpr):
-        return x if AXIS == 0 else (y if AXIS == 1 else z)
+    def _corner(x0, y0, fx, fy, live, height, width, CORNER: tl.constexpr):
+        """One of the four pixels around a position: its number, whether it is on the plane, its shares in u and v."""
+        column = x0 + (CORNER % 2)
+        row = y0 + (CORNER // 2)
+        share_u = fx if CORNER % 2 else 1 - fx
+        share_v = fy if CORNER // 2 else 1 - fy
+        inside = live & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        return row * width + column, inside, share_u, share_v
 
     @triton.jit
     def _add_along(x, y, z, slope, AXIS: tl.constexpr):
@@ -100,16 +111,12 @@ if triton is not None:
         c = tl.arange(0, SIDE)
         total = tl.zeros((M, SIDE), tl.float32)
         for k in tl.static_range(3):
-            u = _coordinate(x, y, z, (AXES >> (4 * k)) & 3)
-            v = _coordinate(x, y, z, (AXES >> (4 * k + 2)) & 3)
-            x0, y0, fx, fy = _corner(u, v, height, width)
+            x0, y0, fx, fy = _position(x, y, z, height, width, AXES, k)
             for corner in tl.static_range(4):
-                column = x0 + (corner % 2)
-                row = y0 + (corner // 2)
-                weight = (fx if corner % 2 else 1 - fx) * (fy if corner // 2 else 1 - fy)
-                inside = live & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+                pixel, inside, share_u, share_v = _corner(x0, y0, fx, fy, live, height, width, corner)
+                weight = share_u * share_v
                 mask = inside[:, None] & (c < C)[None, :]
-                address = planes + ((row * width + column) * (3 * C) + k * C)[:, None] + c[None, :]
+                address = planes + (pixel * (3 * C) + k * C)[:, None] + c[None, :]
                 total += tl.load(address, mask=mask, other=0.0).to(tl.float32) * weight[:, None]
         return total
 
@@ -137,19 +144,13 @@ if triton is not None:
         along_y = tl.zeros((M,), tl.float32)
         along_z = tl.zeros((M,), tl.float32)
         for k in tl.static_range(3):
-            u = _coordinate(x, y, z, (AXES >> (4 * k)) & 3)
-            v = _coordinate(x, y, z, (AXES >> (4 * k + 2)) & 3)
-            x0, y0, fx, fy = _corner(u, v, height, width)
+            x0, y0, fx, fy = _position(x, y, z, height, width, AXES, k)
             slope_u = tl.zeros((M,), tl.float32)
             slope_v = tl.zeros((M,), tl.float32)
             for corner in tl.static_range(4):
-                column = x0 + (corner % 2)
-                row = y0 + (corner // 2)
-                share_u = fx if corner % 2 else 1 - fx
-                share_v = fy if corner // 2 else 1 - fy
-                inside = live & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+                pixel, inside, share_u, share_v = _corner(x0, y0, fx, fy, live, height, width, corner)
                 mask = inside[:, None] & (c < C)[None, :]
-                place = ((row * width + column) * (3 * C) + k * C)[:, None] + c[None, :]
+                place = (pixel * (3 * C) + k * C)[:, None] + c[None, :]
                 if NEED_PLANES:
                     tl.atomic_add(
                         grad_planes + place, gradient * (share_u * share_v)[:, None], mask=mask, sem="relaxed"
