@@ -37,6 +37,9 @@ TINY_ENCODER = {
 #: Files that drive a browser: one after the other, since two at once would wait for each other's pages.
 BROWSER_FILES = ("test_app_browser", "test_app_turn", "test_app_zero_gpu")
 
+# Its assertions are to say what differs, as those of test files do.
+pytest.register_assert_rewrite("recordings")
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from test_cuda_graphs import CpuGraphs, assert_equal_inversions
+from recordings import CpuGraphs, assert_equal_inversions
 
 from metaaux import MetaAuxInverter
 from metaaux.baselines.optimization import LatentSettings
