@@ -272,9 +272,7 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
                 if on_step is not None:
                     on_step(step, tensor_to_image(images[0]), _step_entry(losses))
 
-            options = {"learning_rate": self.config.inner_learning_rate, "flip_share": self.config.flip_share}
-            options |= {"on_step": report, "make_problem": self.make_problem, "dtype": reduced_dtype(self.precision)}
-            result = adapt(self.generator, self.auxiliary, loss, target, w, cameras, steps, **options)
+            result = self._adapt(loss, target, w, cameras, steps, on_step=report)
             return self._inversion(result, w[0], cameras[0], crops[0])
 
     def to(self, *args: Any, **kwargs: Any) -> MetaAuxInverter:
@@ -339,6 +337,12 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
         weights = self.flip_loss_weights if flip else self.loss_weights
         components = (self.discriminator, self.identity, self.perceptual)
         return InversionLoss.from_components(weights, *components, dtype=reduced_dtype(self.precision))
+
+    def _adapt(self, *arguments: Any, **options: Any) -> AdaptationResult:
+        """[`~metaaux.adaptation.adapt`] with this pipeline's networks and settings, but for `options`."""
+        settings = {"learning_rate": self.config.inner_learning_rate, "flip_share": self.config.flip_share}
+        settings |= {"make_problem": self.make_problem, "dtype": reduced_dtype(self.precision)}
+        return adapt(self.generator, self.auxiliary, *arguments, **settings | options)
 
     def _inversion(
         self, result: AdaptationResult, w: torch.Tensor, camera: torch.Tensor, aligned: Image.Image

@@ -16,12 +16,12 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..adaptation import InnerProblem, adapt
+from ..adaptation import InnerProblem
 from ..cameras import camera_from_pose
 from ..devices import device_name, usable_device
 from ..hub.loading import check_model_index
 from ..pipeline import MetaAuxInverter
-from ..precision import check_precision, products, reduced_dtype
+from ..precision import check_precision, reduced_dtype
 from .counting import count, profiled
 from .metrics import timed
 
@@ -198,25 +198,15 @@ class Work:
         """What `MetaAuxInverter.invert` does with an aligned photo [1, 3, S, S]: the reconstruction on the CPU, its
         total loss, and the seconds of each gradient step."""
         inverter = self.inverter
-        with inverter._own_stream(), products(inverter.precision, inverter.device):
-            result = adapt(
-                inverter.generator,
-                inverter.auxiliary,
-                inverter.inversion_loss(),
-                target,
-                inverter.codes(target),
-                self.camera,
-                steps=self.steps,
-                learning_rate=self.learning_rate,
-                dtype=reduced_dtype(inverter.precision),
-                make_problem=inverter.make_problem,
-            )
+        with inverter._own_stream(), inverter._products():
+            photo = inverter.inversion_loss(), target, inverter.codes(target), self.camera
+            result = inverter._adapt(*photo, self.steps, learning_rate=self.learning_rate)
             return result.image.cpu(), result.steps[-1]["total"], [s["seconds"] for s in result.steps[1:-1]]
 
     def tuning_step(self) -> None:
         weights = list(self.tuned.parameters())
         dtype = reduced_dtype(self.inverter.precision)
-        with torch.enable_grad(), products(self.inverter.precision, self.inverter.device):
+        with torch.enable_grad(), self.inverter._products():
             error = (self.tuned.synthesize(self.w, self.camera, dtype=dtype).image - self.target).square().mean()
             gradients = torch.autograd.grad(error, weights, allow_unused=True)
         with torch.no_grad():
