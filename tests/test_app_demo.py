@@ -190,20 +190,20 @@ class TestEngine:
             finally:
                 finished.set()
 
-        results = engine._stream(run)
+        results = engine._workers.stream(run)
         assert next(results) == 0
         results.close()
         seen = len(reports)
         assert finished.wait(1) and len(reports) <= seen + 2
         # The only worker is free again.
-        assert list(engine._stream(lambda report: report("next"))) == ["next"]
+        assert list(engine._workers.stream(lambda report: report("next"))) == ["next"]
 
     def test_errors_of_the_computation_arrive(self, engine):
         def run(report):
             report(1)
             raise ValueError("no surface")
 
-        results = engine._stream(run)
+        results = engine._workers.stream(run)
         assert next(results) == 1
         with pytest.raises(ValueError, match="no surface"):
             next(results)
@@ -217,7 +217,7 @@ class TestEngine:
             time.sleep(0.02)
             running[0] -= 1
 
-        threads = [threading.Thread(target=lambda: list(engine._stream(run))) for _ in range(6)]
+        threads = [threading.Thread(target=lambda: list(engine._workers.stream(run))) for _ in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -207,7 +207,7 @@ class TestVisitors:
 
         with concurrent.futures.ThreadPoolExecutor() as pool:
             try:
-                running = pool.submit(lambda: list(engine._stream(invert)))
+                running = pool.submit(lambda: list(engine._workers.stream(invert)))
                 assert begun.wait(60)
                 turned = pool.submit(handlers.turn, self.visitor(session), 5.0, 0.0)
                 rendered = pool.submit(api.render, session.path, 5.0, 0.0)
@@ -330,7 +330,7 @@ class TestSheets:
             assert go_on.wait(30)
 
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            running = pool.submit(lambda: list(engine._stream(run)))
+            running = pool.submit(lambda: list(engine._workers.stream(run)))
             assert started.wait(30)
             sheets = pool.submit(lambda: list(handlers.sheets(visitor)))
             time.sleep(0.5)

@@ -7,9 +7,7 @@ process once the parent has used it, so faces are aligned outside of them.
 
 from __future__ import annotations
 
-import contextvars
 import logging
-import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from .quota import (
     seconds_of_view,
 )
 from .settings import Settings
+from .workers import Cancelled, Count, Workers
 
 if TYPE_CHECKING:
     import torch
@@ -52,31 +51,6 @@ TURNTABLES = {"concurrency_id": "turntable", "concurrency_limit": 2}
 
 #: Where views take their time: first a few yaws, then row after row, those at the height of the eyes first.
 _PARTS = [(YAWS[1:-1:3], (0.0,)), *[(YAWS, (pitch,)) for pitch in sorted(PITCHES, key=abs)]]
-
-
-class _Cancelled(BaseException):
-    """Ends a computation whose visitor has gone or has cancelled; not an error."""
-
-
-class _Count:
-    """How many computations are running that others give way to."""
-
-    def __init__(self) -> None:
-        self._number = 0
-        self._changed = threading.Condition()
-
-    def __enter__(self) -> None:
-        with self._changed:
-            self._number += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._changed:
-            self._number -= 1
-            self._changed.notify_all()
-
-    def wait_for_none(self) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._number == 0)
 
 
 @dataclass(frozen=True)
@@ -111,8 +85,8 @@ class Engine:
         self._inverters: dict[str, MetaAuxInverter] = {}
         self._loaded = threading.Event()
         self._failure: Exception | None = None
-        self._workers = threading.BoundedSemaphore(settings.workers)
-        self._heavy = _Count()
+        self._heavy = Count()
+        self._workers = Workers(settings.workers, self._heavy)
         self._background = threading.Lock()
         self._heads = HeadCache(settings.max_heads_mb * 1_000_000)
         self._invert_on_gpu = on_gpu(self._invert, seconds_of_inversion)
@@ -267,7 +241,7 @@ class Engine:
 
         def wait(share: float) -> None:
             if not wanted():
-                raise _Cancelled
+                raise Cancelled
             self._heavy.wait_for_none()
 
         inverter = self.inverter(model)
@@ -277,7 +251,7 @@ class Engine:
                 with self._background:
                     wait(0.0)
                     table = inverter.turntable(self._head(model, path, edits), yaws, pitches, progress=wait)
-            except _Cancelled:
+            except Cancelled:
                 return
             yield table, number == len(parts)
 
@@ -363,7 +337,7 @@ class Engine:
                 report(inverter.turntable(inversion, progress=lambda share: report(None)))
 
         last, table = None, None
-        for event in self._stream(run):
+        for event in self._workers.stream(run):
             if isinstance(event, tuple):
                 last = Step(*event)
                 # The last step waits for the file, so that every step is exactly one result.
@@ -400,7 +374,7 @@ class Engine:
             views = inverter.orbit(head, frames=frames, yaw_range=ranges[0], pitch_range=ranges[1], progress=report)
             write_video(views, path)
 
-        yield from self._stream(run)
+        yield from self._workers.stream(run)
 
     def _mesh(self, model: str, source: str, resolution: int, edits: dict[str, float], path: str) -> Iterator[float]:
         inverter = self.inverter(model)
@@ -409,7 +383,7 @@ class Engine:
             head = inverter.prepare(inverter.load_inversion(source), edits)
             inverter.export_mesh(head, path, resolution=resolution, progress=report)
 
-        yield from self._stream(run)
+        yield from self._workers.stream(run)
 
     def _turntable(
         self,
@@ -424,42 +398,6 @@ class Engine:
         with self._heavy:
             inverter = self.inverter(model)
             return inverter.turntable(inverter.load_inversion(path), yaws, pitches, size, edits)
-
-    def _stream(self, run: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
-        """Runs `run(report)` in a thread and yields what it reports, as it does. Once the iterator is closed the next
-        report ends the computation; until then it keeps its worker, so no more than `workers` ever compute."""
-        events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        closed = threading.Event()
-
-        def report(value: Any) -> None:
-            if closed.is_set():
-                raise _Cancelled
-            events.put(("report", value))
-
-        def work() -> None:
-            try:
-                with self._workers, self._heavy:
-                    if not closed.is_set():
-                        run(report)
-                events.put(("end", None))
-            except _Cancelled:
-                pass
-            # Whatever happens belongs to the one who waits for it.
-            except BaseException as error:
-                events.put(("error", error))
-
-        context = contextvars.copy_context()
-        threading.Thread(target=context.run, args=(work,), name="compute", daemon=True).start()
-        try:
-            while True:
-                kind, value = events.get()
-                if kind == "end":
-                    return
-                if kind == "error":
-                    raise value
-                yield value
-        finally:
-            closed.set()
 
     def _load(self, loaded: Callable[[], None] | None) -> None:
         try:
