@@ -11,11 +11,14 @@ import torch
 from PIL import Image
 
 from metaaux.adaptation import InnerLoop, InnerProblem, adapt
+from metaaux.cameras import camera_from_pose, pose_of_camera
+from metaaux.data.dataset import FaceDataset, to_signed
 from metaaux.losses import InversionLoss, LossWeights
 from metaaux.models.auxiliary import AuxiliaryNetwork
 from metaaux.models.discriminator import DualDiscriminator
 from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.perceptual import DiscriminatorPerceptualDistance
+from metaaux.models.recogniser import SAME_PERSON, FaceRecogniser
 from metaaux.models.views import private_view
 from metaaux.tasks import Tasks, predict_tasks
 from metaaux.training.auxiliary import AuxiliaryConfig, train
@@ -414,6 +417,63 @@ def test_plain_phase_trains_saves_and_resumes(folders, tiny_components, tmp_path
     second = AuxiliaryNetwork.from_pretrained(tmp_path / "checkpoint-8" / "auxiliary")
     assert any(not torch.equal(a, b) for a, b in zip(network.parameters(), second.parameters(), strict=True))
     assert [line["images"] for line in lines_of(tmp_path) if "mse" in line] == [4, 8]
+
+
+def test_held_out_figures_are_the_adapted_networks_distances_by_the_recogniser(folders, tiny_components, tmp_path):
+    torch.manual_seed(0)
+    recogniser = FaceRecogniser(widths=(4, 6, 8), depths=(1, 1, 1), embedding_dim=5).eval().requires_grad_(False)
+    # So that distances lie on both sides of the limit.
+    torch.nn.init.normal_(recogniser.fc.weight, std=1.3)
+    recogniser.save_pretrained(tmp_path / "recogniser")
+    config = tiny_config(
+        folders,
+        tiny_components,
+        networks__identity=str(tmp_path / "recogniser"),
+        inner__steps=2,
+        inner__loss={"identity": 3.0, "perceptual": 0.1},
+        validation_photos=4,
+        run__total_images=2,
+        run__interval_images=2,
+    )
+    train(config, tmp_path / "run")
+    network = AuxiliaryNetwork.from_pretrained(tmp_path / "run" / "checkpoint-2" / "auxiliary_average").eval()
+    parts = dict(tiny_components, identity=recogniser)
+    generator, weights = parts["generator"], LossWeights(**config.inner.loss)
+    loss = InversionLoss.from_components(weights, parts["discriminator"], recogniser)
+    dataset = FaceDataset(config.data.validation, generator.config.image_size, mirrored_copies=False)
+    distances = {name: [] for name in ("step_-1", "step_0", "step_2", "turned_-20", "turned_20")}
+    for photo, camera in zip(to_signed(dataset.load()).split(1), dataset.cameras.split(1), strict=True):
+        pictures = {}
+        result = adapt(
+            generator,
+            network,
+            loss,
+            photo,
+            parts["encoder"](photo),
+            camera,
+            steps=2,
+            on_step=lambda step, image, losses, kept=pictures: kept.update({f"step_{step}": image}),
+        )
+        yaw, pitch = pose_of_camera(camera)
+        views = {f"turned_{turn}": camera_from_pose(yaw + turn, pitch) for turn in (-20, 20)}
+        for name, view in views.items():
+            pictures[name] = generator.synthesize(
+                parts["encoder"](photo),
+                view,
+                weight_offsets=result.weight_offsets,
+                offset_planes=result.offset_planes,
+            ).image
+        for name, values in distances.items():
+            seen = recogniser(pictures[name], views.get(name, camera))
+            values.append(recogniser.distance(seen, recogniser(photo, camera)))
+    last = lines_of(tmp_path / "run")[-1]
+    for name, values in distances.items():
+        assert last[f"validation_distance_{name}"] == pytest.approx(torch.cat(values).mean().item(), rel=1e-3), name
+    same = (torch.cat(distances["step_2"]) < SAME_PERSON).float().mean().item()
+    assert last["validation_same_person"] == pytest.approx(same)
+    assert 0 < same < 1
+    sheet = Image.open(tmp_path / "run" / "sheets" / "inversion-000000002.png")
+    assert sheet.size == (4 * dataset[0][0].shape[-1], 6 * dataset[0][0].shape[-1])
 
 
 @pytest.mark.parametrize("order", ["first", "second"])

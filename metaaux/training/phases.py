@@ -301,6 +301,8 @@ class AuxiliaryTrainer(Trainer):
     def report(self, run: TrainingRun) -> None:
         """Held-out figures and a sheet of the averaged network."""
         if self.validation is not None:
-            figures, sheet = self.validation.measure(self.average)
+            # Other sizes than the steps' are not worth a compilation.
+            with torch.compiler.set_stance("force_eager"):
+                figures, sheet = self.validation.measure(self.average)
             run.record({"images": run.images, **figures})
             run.sheet("inversion", sheet)
