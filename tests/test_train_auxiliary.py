@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -28,6 +29,7 @@ from metaaux.training.memory import MemoryCount
 from metaaux.training.meta import meta_objective
 from metaaux.training.phases import InnerSettings, OuterSettings
 from metaaux.training.plain import plain_objective
+from metaaux.training.validation import Validation
 from tests.nested import nested
 
 CONFIGS = Path(__file__).resolve().parent.parent / "metaaux" / "configs"
@@ -432,6 +434,7 @@ def test_held_out_figures_are_the_adapted_networks_distances_by_the_recogniser(f
         inner__steps=2,
         inner__loss={"identity": 3.0, "perceptual": 0.1},
         validation_photos=4,
+        run__trackers=[],
         run__total_images=2,
         run__interval_images=2,
     )
@@ -474,6 +477,20 @@ def test_held_out_figures_are_the_adapted_networks_distances_by_the_recogniser(f
     assert 0 < same < 1
     sheet = Image.open(tmp_path / "run" / "sheets" / "inversion-000000002.png")
     assert sheet.size == (4 * dataset[0][0].shape[-1], 6 * dataset[0][0].shape[-1])
+
+
+def test_held_out_photos_whose_steps_lead_nowhere_are_counted(folders, networks, tiny_components):
+    generator = networks.generator
+    dataset = FaceDataset(folders["data"]["path"], generator.config.image_size, limit=2, mirrored_copies=False)
+    validation = Validation(networks, dataset, steps=2, tasks_per_pass=2, device=torch.device("cpu"))
+    network = copy.deepcopy(tiny_components["auxiliary"])
+    assert "validation_failed" not in validation.measure(network)[0]
+    network.log_inner_rates.data.fill_(80.0)
+    figures, sheet = validation.measure(network)
+    assert figures == {"validation_failed": 2}
+    size = generator.config.image_size
+    assert sheet.crop((0, 3 * size, 2 * size, 4 * size)).getextrema() == ((0, 0),) * 3  # after the steps
+    assert sheet.crop((0, size, 2 * size, 2 * size)).getextrema() != ((0, 0),) * 3  # the encoder
 
 
 @pytest.mark.parametrize("order", ["first", "second"])

@@ -54,7 +54,8 @@ class Validation:
             distances mean something by themselves, also its distance to the photo at these steps,
             "validation_distance_step_…", and of the heads turned by `TURNS` after K steps,
             "validation_distance_turned_…"; and "validation_same_person", the share of reconstructions after K steps
-            that it takes for the photo's person.
+            that it takes for the photo's person. Where steps led nowhere, which rates may that do not fit the network
+            (yet), "validation_failed" counts such photos; they are black on the sheet and take no part in the means.
         """
         images: dict[str, list[torch.Tensor]] = {}
         distances: dict[str, list[torch.Tensor]] = {}
@@ -66,17 +67,20 @@ class Validation:
             for name, distance in self._distances(tasks, pictures).items():
                 distances.setdefault(name, []).append(distance)
         columns = {name: torch.cat(parts) for name, parts in images.items()}
+        finite = torch.stack([column.isfinite().flatten(1).all(1) for column in columns.values()]).all(0)
         figures = {
-            f"validation_mse_{name}": (column - self.image).square().mean().item()
+            f"validation_mse_{name}": (column - self.image)[finite].square().mean().item()
             for name, column in columns.items()
             if name.startswith("step")
         }
-        for name, parts in distances.items():
-            figures[f"validation_distance_{name}"] = torch.cat(parts).mean().item()
-        if distances:
-            same = torch.cat(distances[f"step_{self.steps}"]) < SAME_PERSON
-            figures["validation_same_person"] = same.float().mean().item()
-        return figures, grid([self.image[:8], *(column[:8] for column in columns.values())])
+        values = {name: torch.cat(parts)[finite] for name, parts in distances.items()}
+        figures |= {f"validation_distance_{name}": value.mean().item() for name, value in values.items()}
+        if values:
+            figures["validation_same_person"] = (values[f"step_{self.steps}"] < SAME_PERSON).float().mean().item()
+        if failed := int((~finite).sum()):
+            figures = {"validation_failed": failed} | (figures if finite.any() else {})
+        sheet = grid([self.image[:8], *(column[:8].nan_to_num(-1, -1, -1) for column in columns.values())])
+        return figures, sheet
 
     def _pictures(self, auxiliary: AuxiliaryNetwork, tasks: Tasks) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Reconstructions [T, 3, S, S] and their cameras [T, 25]: "step_-1", "step_0", "step_K", and "turned_…"."""
