@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from metaaux.adaptation import InnerLoop, InnerProblem, adapt
@@ -26,7 +28,7 @@ from metaaux.training.auxiliary import AuxiliaryConfig, train
 from metaaux.training.calibration import calibrate_rates
 from metaaux.training.loading import FrozenNetworks
 from metaaux.training.memory import MemoryCount
-from metaaux.training.meta import meta_objective
+from metaaux.training.meta import MetaTrainer, meta_objective
 from metaaux.training.phases import InnerSettings, OuterSettings
 from metaaux.training.plain import plain_objective
 from metaaux.training.validation import Validation
@@ -477,6 +479,34 @@ def test_held_out_figures_are_the_adapted_networks_distances_by_the_recogniser(f
     assert 0 < same < 1
     sheet = Image.open(tmp_path / "run" / "sheets" / "inversion-000000002.png")
     assert sheet.size == (4 * dataset[0][0].shape[-1], 6 * dataset[0][0].shape[-1])
+
+
+def test_compiled_meta_phase_has_the_same_gradient(folders, tiny_components, monkeypatch):
+    config = tiny_config(folders, tiny_components, phase="meta", inner__order="first", inner__momentum=0.4)
+    flats, graphs = [], []
+
+    def traced(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    # What a compiler would make of the graphs takes minutes on a CPU; that they are traced whole is what counts here.
+    compile_function, compile_module = torch.compile, torch.nn.Module.compile
+    monkeypatch.setattr(torch, "compile", partial(compile_function, backend=traced, fullgraph=True))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend=traced, fullgraph=True, **how)
+    )
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        trainer = MetaTrainer(config, Accelerator())
+        trainer.load_data(1)
+        if compiled:
+            trainer.compile()
+        flats.append(trainer.flat_gradient(*trainer.sampler.next())[0])
+        # The backbone without and with offsets, colours, super-resolution, the discriminator for both losses.
+        assert len(graphs) == (5 if compiled else 0)
+    torch.testing.assert_close(*flats)
+    trainer.calibrate()
+    assert len(graphs) == 5  # other batches than a step's are not compiled
 
 
 def test_held_out_photos_whose_steps_lead_nowhere_are_counted(folders, networks, tiny_components):
