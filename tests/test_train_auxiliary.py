@@ -479,5 +479,9 @@ def test_configuration_errors(folders, tiny_components, tmp_path):
     ):
         with pytest.raises(ValueError, match="compute.graphs: false|graphs: false|tasks_per_pass divides"):
             tiny_config(folders, tiny_components, phase="meta", **wrong)
+    compiled = {"phase": "meta", "compute__compile": True}
+    assert tiny_config(folders, tiny_components, inner__order="first", **compiled).compute.compile
+    with pytest.raises(ValueError, match="no second derivative"):
+        tiny_config(folders, tiny_components, inner__order="second", **compiled)
     with pytest.raises(ValueError, match="tasks_per_pass"):
         train(tiny_config(folders, tiny_components, phase="meta", batch=3), tmp_path / "run")

@@ -151,8 +151,9 @@ class AuxiliaryConfig(Settings):
     validation_photos: PositiveInt = 32
     """Photos of the validation set that are inverted at each interval."""
     compute: FrozenGeneratorCompute = FrozenGeneratorCompute()
-    """Precision: of the generator and, in the plain phase, of the auxiliary network. `micro_batch` is the plain
-    phase's; the meta phase's batch is divided by `inner.tasks_per_pass`."""
+    """Precision: of the generator, of the outer loss's networks and, in the plain phase, of the auxiliary network.
+    `micro_batch` is the plain phase's; the meta phase's batch is divided by `inner.tasks_per_pass`. `compile` is for
+    derivatives of first order."""
     run: RunSettings
     """Length and folder."""
 
@@ -170,6 +171,10 @@ class AuxiliaryConfig(Settings):
             raise ValueError(
                 "inner.checkpoint computes in the backward pass, which graphs do not capture: compute.graphs: false"
             )
+        if self.compute.compile and self.phase == "meta" and self.inner.order == "second":
+            raise ValueError(
+                "what is compiled has no second derivative, which inner.order: second needs: compute.compile: false"
+            )
         if self.phase == "meta" and self.compute.micro_batch is not None:
             raise ValueError("compute.micro_batch is the plain phase's; inner.tasks_per_pass divides this one's batch")
         return self
@@ -182,8 +187,8 @@ def _filled(section: Any, defaults: dict[str, Any]) -> Any:
     return defaults if section is None else defaults | section if isinstance(section, dict) else section
 
 
-def load_networks(config: AuxiliaryConfig, device: torch.device) -> FrozenNetworks:
-    """The frozen networks and both losses on `device`."""
+def load_networks(config: AuxiliaryConfig, device: torch.device, dtype: torch.dtype | None = None) -> FrozenNetworks:
+    """The frozen networks and both losses on `device`; `dtype`: reduced precision of the outer loss's networks."""
     folders = config.networks
     discriminator = load_network(DualDiscriminator, folders.discriminator).to(device)
     identity = load_identity(folders.identity).to(device)
@@ -196,7 +201,7 @@ def load_networks(config: AuxiliaryConfig, device: torch.device) -> FrozenNetwor
         load_generator(folders.generator).to(device),
         load_network(LatentEncoder, folders.encoder).to(device),
         InversionLoss.from_components(inner_weights, discriminator, identity, perceptual),
-        InversionLoss.from_components(outer_weights, discriminator, identity, outer_perceptual),
+        InversionLoss.from_components(outer_weights, discriminator, identity, outer_perceptual, dtype),
     )
 
 
@@ -238,7 +243,8 @@ class AuxiliaryTrainer(Trainer):
     def __init__(self, config: AuxiliaryConfig, accelerator: Accelerator):
         super().__init__(config, accelerator)
         self.own_batch = per_process(config.batch, accelerator)
-        self.networks = load_networks(config, self.device)
+        self.reduced = None if self.dtype == torch.float32 else self.dtype
+        self.networks = load_networks(config, self.device, self.reduced)
         self.networks.generator.rays_at_once = config.compute.rays_at_once
         auxiliary = make_auxiliary(config, self.networks.generator).to(self.device)
         auxiliary.register_to_config(inner_loss=self.networks.inner_loss.describe())
@@ -252,10 +258,26 @@ class AuxiliaryTrainer(Trainer):
         if config.phase == "meta" and config.inner.learn_rates:
             groups.append({"params": [auxiliary.log_inner_rates], "weight_decay": 0.0})
             self.peaks.append(config.inner.rates_learning_rate)
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=self.device.type == "cuda")
         self.optimizers = {"auxiliary": self.optimizer}
         self.gradients = [FlatGradients(parameter for group in groups for parameter in group["params"])]
-        self.reduced = None if self.dtype == torch.float32 else self.dtype
+        if config.compute.compile and self.device.type == "cuda":
+            self.compile()
+
+    def compile(self) -> None:
+        """Fuse the passes of the generator's convolutions, of its samples' colours and of the losses' discriminator,
+        which have no second derivatives then."""
+        generator = self.networks.generator
+        modules = [generator.backbone]
+        if generator.has_viewpoints:
+            modules.append(generator.super_resolution)
+            generator.shade = torch.compile(generator.shade, dynamic=False)
+        for module in modules:
+            # There are few sizes of batches: those of a step, with gradients and without.
+            module.compile(dynamic=False)
+        for loss in (self.networks.inner_loss, self.networks.outer_loss):
+            judge = loss.discriminator  # each loss's own view
+            judge.features = torch.compile(judge.features, dynamic=False)
 
     @property
     def images_per_step(self) -> int:
@@ -284,8 +306,11 @@ class AuxiliaryTrainer(Trainer):
     def calibrate(self) -> None:
         """Inner rates from the averaged network's gradients, for both."""
         image, camera = (tensor[: self.config.inner.tasks_per_pass] for tensor in self.sampler.next())
-        tasks = self.networks.tasks(image, camera)
-        calibrate_rates(self.networks, self.average, tasks, self.config.inner.calibrate_rates, self.accelerator)
+        relative_step = self.config.inner.calibrate_rates
+        # Other sizes than the steps' are not worth a compilation, here and in held-out figures.
+        with torch.compiler.set_stance("force_eager"):
+            tasks = self.networks.tasks(image, camera)
+            calibrate_rates(self.networks, self.average, tasks, relative_step, self.accelerator)
         self.auxiliary.log_inner_rates.data.copy_(self.average.log_inner_rates)
 
     def update(self, flat: torch.Tensor, images: int) -> dict[str, torch.Tensor | float]:
@@ -301,6 +326,7 @@ class AuxiliaryTrainer(Trainer):
     def report(self, run: TrainingRun) -> None:
         """Held-out figures and a sheet of the averaged network."""
         if self.validation is not None:
-            figures, sheet = self.validation.measure(self.average)
+            with torch.compiler.set_stance("force_eager"):
+                figures, sheet = self.validation.measure(self.average)
             run.record({"images": run.images, **figures})
             run.sheet("inversion", sheet)

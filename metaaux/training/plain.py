@@ -64,6 +64,11 @@ class PlainTrainer(AuxiliaryTrainer):
         self.auxiliary.train()
         self.captured = CapturedFunction(self.flat_gradient, self.graphs)
 
+    def compile(self) -> None:
+        """Likewise, and of the auxiliary network, which in the meta phase has other weights for each task."""
+        super().compile()
+        self.auxiliary.compile(dynamic=False)
+
     @property
     def photos_per_process(self) -> int:
         """Its share of the batch but for what is generated."""
