@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from metaaux.cli import app
 from metaaux.data.dataset import FaceDataset
 from metaaux.evaluation.full_size import (
-    PHASES,
+    PAPER_PHASES,
     TrainingBenchmark,
     _normalise,
     gpu_hours,
@@ -36,7 +36,7 @@ from tests.test_training_settings import CONFIGS
 def configs(tmp_path_factory):
     """The shipped configurations, for a generator that has fewer layers, of few inner steps, without workers."""
     folder = tmp_path_factory.mktemp("configs")
-    for name in PHASES:
+    for name in PAPER_PHASES:
         values = yaml.safe_load((CONFIGS / "ffhq" / f"{name}.yaml").read_text(encoding="utf-8"))
         values["data"]["workers"] = 0
         if "inner" in values:
@@ -67,7 +67,7 @@ def measured(shape, configs, tmp_path_factory):
 
 def test_every_phase_is_measured(measured):
     out, results = measured
-    assert results == json.loads(out.read_text()) and list(results["phases"]) == list(PHASES)
+    assert results == json.loads(out.read_text()) and list(results["phases"]) == list(PAPER_PHASES)
     assert results["weights"] == "random" and results["image_size"] == 32
     for name, figures in results["phases"].items():
         assert figures["finite"] and figures["nonfinite_gradients"] == 0, name
@@ -153,7 +153,8 @@ def test_figures_of_another_model_are_not_mixed(measured, shape, configs, tmp_pa
 
 def test_wrong_settings(tiny_folder, configs):
     for wrong, message in (
-        ({"phases": ["plane"]}, "unknown phases plane; there are encoder"),
+        ({"phases": ["plane"]}, "unknown phases plane; a phase's configuration has a name that begins with generator"),
+        ({"overrides": ["meta.batch=1"]}, "'meta.batch=1' is not of the form PHASE.KEY=VALUE with one of encoder"),
         ({"steps": 0}, "least 1"),
     ):
         with pytest.raises(ValueError, match=message):

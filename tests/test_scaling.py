@@ -1,0 +1,188 @@
+"""What measures how training scales, with real processes (gloo, on the CPU) at tiny size."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from metaaux.cli import app
+from metaaux.evaluation import scaling, scaling_worker
+from metaaux.evaluation.scaling import ScalingBenchmark, run_scaling_benchmark, scaling_table
+from tests.conftest import TINY_ENCODER
+from tests.test_training_generator import DISCRIMINATOR, GENERATOR
+
+RUN = {"total_images": 1000, "interval_images": 1000, "timeout_minutes": 2, "trackers": []}
+NETWORKS = {"generator": "g", "discriminator": "d", "identity": "i"}
+CONFIGS = {
+    "generator-tiny": {
+        "data": {"path": "x"},
+        "generator": GENERATOR,
+        "discriminator": DISCRIMINATOR,
+        "batch": 2,
+        "rays": [[0, 4], [500, 8]],
+        "run": RUN,
+    },
+    "encoder": {
+        "networks": NETWORKS,
+        "data": {"path": "x", "workers": 0},
+        "encoder": {"input_size": 32, **TINY_ENCODER, "num_queries": 1},
+        "batch": {"photos": 2, "samples": 4, "rendered_samples": 2},
+        "run": RUN,
+    },
+    "plain": {
+        "networks": NETWORKS | {"encoder": "e"},
+        "data": {"path": "x", "workers": 0},
+        "batch": 2,
+        "run": RUN,
+    },
+    "meta-first": {
+        "networks": NETWORKS | {"encoder": "e"},
+        "phase": "meta",
+        "data": {"path": "x", "workers": 0},
+        "inner": {"steps": 1, "order": "first", "tasks_per_pass": 2},
+        "batch": 2,
+        "run": RUN,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("configs")
+    for name, values in CONFIGS.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """One process is this one, which has everything imported; more are launched. Returns what was started."""
+    launch, started = scaling.launch_processes, []
+
+    def start(processes, orders, errors):
+        started.append(processes)
+        if processes > 1:
+            return launch(processes, orders, errors)
+        code = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["worker", str(orders)])
+            patch.setenv("TORCHELASTIC_ERROR_FILE", str(errors))
+            try:
+                scaling_worker.main()
+            except Exception:
+                code = 1
+        return subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({code})"])
+
+    monkeypatch.setattr(scaling, "launch_processes", start)
+    return started
+
+
+def settings(model, configs, **changes) -> ScalingBenchmark:
+    given = {"model": model, "configs": configs, "steps": 1, "warmup": 1, "photos": 4, "processes": (1,)}
+    return ScalingBenchmark(**given | changes)
+
+
+def test_one_and_two_processes_weak_and_strong(tiny_folder, configs, tmp_path, here):
+    """Of the plain phase two photos are one a process, which its batch normalisation refuses at this size."""
+    out = tmp_path / "scaling.json"
+    command = ["benchmark-scaling", "--model", str(tiny_folder), "--configs", str(configs), "--out", str(out)]
+    command += ["--phases", "encoder,plain", "--processes", "1,2", "--steps", "2", "--warmup", "1", "--photos", "4"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1 and "plain on 2, strong: failed: ValueError: Expected more than 1 v" in result.output
+    assert here == [1, 2]
+    results = json.loads(out.read_text())
+    assert results["weights"] == "trained" and results["devices"] == 1 and results["device"] == "cpu"
+    batches = {"encoder": ({"1": 6, "2": 12}, {"1": 6, "2": 6}), "plain": ({"1": 2, "2": 4}, {"1": 2})}
+    for name, (weak, strong) in batches.items():
+        phase = results["phases"][name]
+        assert phase["weak"]["1"] == phase["strong"]["1"]
+        for scaled, expected in ((phase["weak"], weak), (phase["strong"], strong)):
+            measured = {number: figures for number, figures in scaled.items() if "error" not in figures}
+            assert {number: figures["batch"] for number, figures in measured.items()} == expected
+            for number, figures in measured.items():
+                assert figures["finite"] and figures["loss"][0] != figures["loss"][1] and phase["steps"] == 2
+                assert figures["per_second"] == pytest.approx(2 * figures["batch"] / figures["seconds"])
+                assert figures["speedup"] == pytest.approx(figures["per_second"] / scaled["1"]["per_second"])
+                assert figures["efficiency"] == pytest.approx(figures["speedup"] / int(number))
+    assert "Expected more than 1 value per channel" in results["phases"]["plain"]["strong"]["2"]["error"]
+    table = scaling_table(results).splitlines()
+    assert len(table) == 10 and table[3].startswith("| encoder | weak | 2 | 12 images |")
+    assert table[-1].startswith("| plain | strong | 2 |  | failed: ValueError")
+
+
+def test_all_phases_of_a_grown_generator(tiny_folder, tiny_components, configs, tmp_path, here):
+    """Networks are made for the generator that is given, in the configurations' shapes where these have any."""
+    from metaaux.models.discriminator import DualDiscriminator
+    from metaaux.models.eg3d import EG3DGenerator
+    from metaaux.models.weights import constructor_arguments
+
+    larger = {"image_size": 64, "super_resolution_kind": "8X"}
+    EG3DGenerator(**constructor_arguments(tiny_components["generator"], **larger)).save_pretrained(
+        tmp_path / "grown" / "generator"
+    )
+    DualDiscriminator(image_size=64, channel_base=512, channel_max=16, raw_size=8).save_pretrained(
+        tmp_path / "grown" / "discriminator"
+    )
+    given = settings(tiny_folder, configs, phases=tuple(CONFIGS), generator=tmp_path / "grown")
+    results = run_scaling_benchmark(given, tmp_path / "scaling.json")
+    assert (results["image_size"], results["weights"], results["generator"]) == (64, "random", "grown")
+    assert {name: phase["unit"] for name, phase in results["phases"].items()} == {
+        "generator-tiny": "images",
+        "encoder": "images",
+        "plain": "images",
+        "meta-first": "tasks",
+    }
+    for name, phase in results["phases"].items():
+        assert phase["weak"]["1"].get("finite"), (name, phase["weak"])
+
+
+def test_a_run_that_was_cut_off_goes_on(tiny_folder, configs, tmp_path, here, monkeypatch):
+    """What failed ends its group and is tried again; what was measured stays."""
+    out, told = tmp_path / "scaling.json", []
+
+    def broken(self, images):
+        raise RuntimeError("no\nmemory")
+
+    def tell(measurement, figures):
+        told.append((measurement.phase, figures.get("error")))
+
+    phases = ["plain", "meta-first", "encoder"]
+    with monkeypatch.context() as patch:
+        patch.setattr("metaaux.training.meta.MetaTrainer.step", broken)
+        first = run_scaling_benchmark(settings(tiny_folder, configs, phases=phases), out, tell)
+    assert here == [1, 1] and told == [("plain", None), ("meta-first", "RuntimeError: no memory"), ("encoder", None)]
+    second = run_scaling_benchmark(settings(tiny_folder, configs, phases=phases), out, tell)
+    assert here == [1, 1, 1] and told[3:] == [("meta-first", None)]
+    assert second["phases"]["plain"] == first["phases"]["plain"]
+    with pytest.raises(ValueError, match="holds figures of plain with another config: choose another file"):
+        run_scaling_benchmark(settings(tiny_folder, configs, phases=["plain"], overrides=["plain.batch=4"]), out)
+
+
+def test_a_batch_that_does_not_divide_starts_nothing(tiny_folder, configs, tmp_path, here):
+    given = settings(tiny_folder, configs, phases=["encoder"], processes=(4,), scalings=["strong"])
+    results = run_scaling_benchmark(given, tmp_path / "scaling.json")
+    assert here == []
+    assert results["phases"]["encoder"]["strong"]["4"] == {"error": "photos=2 is not divisible by 4 processes"}
+
+
+def test_what_takes_too_long_is_ended(tiny_folder, configs, tmp_path, monkeypatch):
+    def sleep(processes, orders, errors):
+        return subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+
+    monkeypatch.setattr(scaling, "launch_processes", sleep)
+    given = settings(tiny_folder, configs, phases=["plain"], timeout=1.0)
+    results = run_scaling_benchmark(given, tmp_path / "scaling.json")
+    assert results["phases"]["plain"]["weak"]["1"] == {"error": "took longer than 1 s"}
+
+
+def test_wrong_settings(tiny_folder, configs):
+    for wrong, message in (({"processes": (0,)}, "at least 1"), ({"scalings": ["none"]}, "unknown scaling none")):
+        with pytest.raises(ValueError, match=message):
+            settings(tiny_folder, configs, **wrong)
+    result = CliRunner().invoke(app, ["benchmark-scaling", "--out", "x.json", "--processes", "two"])
+    assert result.exit_code == 2 and "'two' is not of the form 1,2,4" in " ".join(result.output.split())
