@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from metaaux.cli import app
-from metaaux.evaluation import scaling, scaling_worker
+from metaaux.evaluation import scaling
 from metaaux.evaluation.scaling import ScalingBenchmark, run_scaling_benchmark, scaling_table
-from tests.conftest import TINY_ENCODER
+from tests import warm
+from tests.conftest import ROOT, TINY_ENCODER
 from tests.test_training_generator import DISCRIMINATOR, GENERATOR
 
 RUN = {"total_images": 1000, "interval_images": 1000, "timeout_minutes": 2, "trackers": []}
 NETWORKS = {"generator": "g", "discriminator": "d", "identity": "i"}
 CONFIGS = {
     "generator-tiny": {
-        "data": {"path": "x"},
+        "data": {"path": "x", "workers": 0, "repeats": {"a": 3}, "least_sharp": {"b": -2.0}},
         "generator": GENERATOR,
         "discriminator": DISCRIMINATOR,
         "batch": 2,
@@ -44,6 +48,7 @@ CONFIGS = {
         "networks": NETWORKS | {"encoder": "e"},
         "phase": "meta",
         "data": {"path": "x", "workers": 0},
+        "preset": "paper",
         "inner": {"steps": 1, "order": "first", "tasks_per_pass": 2},
         "batch": 2,
         "run": RUN,
@@ -59,27 +64,48 @@ def configs(tmp_path_factory):
     return folder
 
 
+class Group:
+    """Processes that begin with everything imported; to `scaling` they are one, as the launcher is that it starts."""
+
+    def __init__(self, count: int, orders: Path, errors: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+        self.returncode = None
+        self.processes = [
+            warm.Popen(
+                ["-m", "metaaux.evaluation.scaling_worker", orders],
+                stderr=subprocess.DEVNULL,
+                env=os.environ
+                | shared
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                | {"TORCHELASTIC_ERROR_FILE": str(errors) if rank == 0 else f"{errors}.{rank}"},
+                cwd=ROOT,
+            )
+            for rank in range(count)
+        ]
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.returncode = max([process.wait(timeout) for process in self.processes], key=abs)
+        return self.returncode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+
 @pytest.fixture
-def here(monkeypatch):
-    """One process is this one, which has everything imported; more are launched. Returns what was started."""
-    launch, started = scaling.launch_processes, []
+def started(monkeypatch):
+    """The sizes of the groups that were launched."""
+    sizes = []
 
     def start(processes, orders, errors):
-        started.append(processes)
-        if processes > 1:
-            return launch(processes, orders, errors)
-        code = 0
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["worker", str(orders)])
-            patch.setenv("TORCHELASTIC_ERROR_FILE", str(errors))
-            try:
-                scaling_worker.main()
-            except Exception:
-                code = 1
-        return subprocess.Popen([sys.executable, "-S", "-c", f"raise SystemExit({code})"])
+        sizes.append(processes)
+        return Group(processes, orders, errors)
 
     monkeypatch.setattr(scaling, "launch_processes", start)
-    return started
+    return sizes
 
 
 def settings(model, configs, **changes) -> ScalingBenchmark:
@@ -87,14 +113,14 @@ def settings(model, configs, **changes) -> ScalingBenchmark:
     return ScalingBenchmark(**given | changes)
 
 
-def test_one_and_two_processes_weak_and_strong(tiny_folder, configs, tmp_path, here):
+def test_one_and_two_processes_weak_and_strong(tiny_folder, configs, tmp_path, started):
     """Of the plain phase two photos are one a process, which its batch normalisation refuses at this size."""
     out = tmp_path / "scaling.json"
     command = ["benchmark-scaling", "--model", str(tiny_folder), "--configs", str(configs), "--out", str(out)]
     command += ["--phases", "encoder,plain", "--processes", "1,2", "--steps", "2", "--warmup", "1", "--photos", "4"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1 and "plain on 2, strong: failed: ValueError: Expected more than 1 v" in result.output
-    assert here == [1, 2]
+    assert started == [1, 2]
     results = json.loads(out.read_text())
     assert results["weights"] == "trained" and results["devices"] == 1 and results["device"] == "cpu"
     batches = {"encoder": ({"1": 6, "2": 12}, {"1": 6, "2": 6}), "plain": ({"1": 2, "2": 4}, {"1": 2})}
@@ -115,7 +141,7 @@ def test_one_and_two_processes_weak_and_strong(tiny_folder, configs, tmp_path, h
     assert table[-1].startswith("| plain | strong | 2 |  | failed: ValueError")
 
 
-def test_all_phases_of_a_grown_generator(tiny_folder, tiny_components, configs, tmp_path, here):
+def test_all_phases_of_a_grown_generator(tiny_folder, tiny_components, configs, tmp_path, started):
     """Networks are made for the generator that is given, in the configurations' shapes where these have any."""
     from metaaux.models.discriminator import DualDiscriminator
     from metaaux.models.eg3d import EG3DGenerator
@@ -128,7 +154,7 @@ def test_all_phases_of_a_grown_generator(tiny_folder, tiny_components, configs, 
     DualDiscriminator(image_size=64, channel_base=512, channel_max=16, raw_size=8).save_pretrained(
         tmp_path / "grown" / "discriminator"
     )
-    given = settings(tiny_folder, configs, phases=tuple(CONFIGS), generator=tmp_path / "grown")
+    given = settings(tiny_folder, configs, phases=tuple(CONFIGS), warmup=0, generator=tmp_path / "grown")
     results = run_scaling_benchmark(given, tmp_path / "scaling.json")
     assert (results["image_size"], results["weights"], results["generator"]) == (64, "random", "grown")
     assert {name: phase["unit"] for name, phase in results["phases"].items()} == {
@@ -141,32 +167,35 @@ def test_all_phases_of_a_grown_generator(tiny_folder, tiny_components, configs, 
         assert phase["weak"]["1"].get("finite"), (name, phase["weak"])
 
 
-def test_a_run_that_was_cut_off_goes_on(tiny_folder, configs, tmp_path, here, monkeypatch):
+def test_a_run_that_was_cut_off_goes_on(tiny_folder, configs, tmp_path, started):
     """What failed ends its group and is tried again; what was measured stays."""
     out, told = tmp_path / "scaling.json", []
-
-    def broken(self, images):
-        raise RuntimeError("no\nmemory")
 
     def tell(measurement, figures):
         told.append((measurement.phase, figures.get("error")))
 
-    phases = ["plain", "meta-first", "encoder"]
-    with monkeypatch.context() as patch:
-        patch.setattr("metaaux.training.meta.MetaTrainer.step", broken)
-        first = run_scaling_benchmark(settings(tiny_folder, configs, phases=phases), out, tell)
-    assert here == [1, 1] and told == [("plain", None), ("meta-first", "RuntimeError: no memory"), ("encoder", None)]
-    second = run_scaling_benchmark(settings(tiny_folder, configs, phases=phases), out, tell)
-    assert here == [1, 1, 1] and told[3:] == [("meta-first", None)]
-    assert second["phases"]["plain"] == first["phases"]["plain"]
+    phases = ["meta-first", "plain"]
+    missing = ["meta-first.outer.perceptual=nowhere"]
+    first = run_scaling_benchmark(settings(tiny_folder, configs, phases=phases, overrides=missing), out, tell)
+    assert started == [1, 1] and [name for name, _ in told] == phases and told[1][1] is None
+    assert "nowhere" in told[0][1] and first["phases"]["meta-first"]["weak"]["1"] == {"error": told[0][1]}
+    again = run_scaling_benchmark(settings(tiny_folder, configs, phases=phases, overrides=missing), out, tell)
+    assert started == [1, 1, 1] and told[2:] == told[:1] and again == first
     with pytest.raises(ValueError, match="holds figures of plain with another config: choose another file"):
         run_scaling_benchmark(settings(tiny_folder, configs, phases=["plain"], overrides=["plain.batch=4"]), out)
 
 
-def test_a_batch_that_does_not_divide_starts_nothing(tiny_folder, configs, tmp_path, here):
+def test_the_launcher_tells_what_a_process_raised(tmp_path):
+    process = scaling.launch_processes(1, tmp_path / "orders.json", tmp_path / "error.json")
+    assert process.wait(timeout=300) == 1
+    reason = scaling._reason(process, tmp_path / "error.json")
+    assert reason.startswith("FileNotFoundError") and "orders.json" in reason
+
+
+def test_a_batch_that_does_not_divide_starts_nothing(tiny_folder, configs, tmp_path, started):
     given = settings(tiny_folder, configs, phases=["encoder"], processes=(4,), scalings=["strong"])
     results = run_scaling_benchmark(given, tmp_path / "scaling.json")
-    assert here == []
+    assert started == []
     assert results["phases"]["encoder"]["strong"]["4"] == {"error": "photos=2 is not divisible by 4 processes"}
 
 

@@ -323,6 +323,7 @@ def configuration(name: str, settings: TrainingBenchmark, networks: Path, data: 
         values |= dict([own])
     # As FFHQ would be, which is larger than what memory has to spare.
     values |= {"data.path": data, "data.validation": None, "data.in_memory": False, "run.trackers": []}
+    values |= {"data.repeats": {}, "data.least_sharp": {}}  # synthetic photos come from no source
     if settings.batch is not None and is_encoder:
         values |= {"batch.photos": settings.batch, "batch.samples": settings.batch}
     elif settings.batch is not None:

@@ -266,27 +266,30 @@ def _is_measured(results: dict[str, Any], measurement: Measurement) -> bool:
 
 def _scaled(config: Settings, processes: int, scaling: str) -> Settings:
     """The settings of one process as those of `processes`."""
-    config = config.model_copy(deep=True)
+    values = config.model_dump(mode="json")
     if scaling == "weak":
-        for section, name in _counts(config):
-            setattr(section, name, getattr(section, name) * processes)
-    if isinstance(config, AuxiliaryConfig) and config.phase == "meta":
-        config.inner.tasks_per_pass = math.gcd(config.inner.tasks_per_pass, max(config.batch // processes, 1))
-    return config
+        section, names = _counts(values)
+        for name in names:
+            section[name] *= processes
+    if values.get("phase") == "meta":
+        own = max(values["batch"] // processes, 1)
+        values["inner"]["tasks_per_pass"] = math.gcd(values["inner"]["tasks_per_pass"], own)
+    return type(config).model_validate(values)
 
 
-def _counts(config: Settings) -> list[tuple[Settings, str]]:
-    """Settings that count what all processes do in a step."""
-    if isinstance(config, EncoderConfig):
-        return [(config.batch, name) for name in ("photos", "samples", "rendered_samples")]
-    return [(config, "batch")]
+def _counts(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The section of a configuration, and names in it, that count what all processes do in a step."""
+    if isinstance(values["batch"], dict):
+        return values["batch"], ("photos", "samples", "rendered_samples")
+    return values, ("batch",)
 
 
 def _refusal(measurement: Measurement) -> str | None:
     """Why so many processes cannot share the batch; `None` if they can."""
-    for section, name in _counts(measurement.config):
-        if (count := getattr(section, name)) % measurement.processes:
-            return f"{name}={count} is not divisible by {measurement.processes} processes"
+    section, names = _counts(measurement.config.model_dump(mode="json"))
+    for name in names:
+        if section[name] % measurement.processes:
+            return f"{name}={section[name]} is not divisible by {measurement.processes} processes"
     return None
 
 

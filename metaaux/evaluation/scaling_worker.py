@@ -8,11 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from torch.distributed.elastic.multiprocessing.errors import record
-
-from .full_size import free, measure_phase, phase_of
 
 
 @record
@@ -24,9 +20,17 @@ def main() -> None:
             one in the middle of a step.
     """
     orders = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+
+    # Here, so that an import that fails is told like all else.
+    import torch
+    from accelerate import PartialState
+
+    from .full_size import free, measure_phase, phase_of
+
     for job in orders["jobs"]:
-        # Sizes that an earlier measurement saw would be taken for ones that vary, and slower kernels made.
-        torch.compiler.reset()
+        if torch.cuda.is_available():
+            # Sizes that an earlier measurement saw would be taken for ones that vary, and slower kernels made.
+            torch.compiler.reset()
         config = phase_of(job["phase"]).config.model_validate(job["config"])
         figures = measure_phase(job["phase"], config, orders["steps"], orders["warmup"], orders["folder"])
         free()
