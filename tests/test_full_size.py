@@ -185,7 +185,8 @@ def test_launch_lines_are_accelerates():
     """And what they launch are commands of this package, with settings that their batch and processes fit."""
     from accelerate.commands.launch import launch_command_parser
 
-    launched = [launch_command_parser().parse_args(words[2:]) for words in commands_of("scaling.md")]
+    commands = commands_of("scaling.md")
+    launched = [launch_command_parser().parse_args(words[2:]) for words in commands if words[0] == "accelerate"]
     assert {(line.num_machines, line.machine_rank) for line in launched} >= {(2, 0), (2, 1)}
     for line in launched:
         assert line.module and line.training_script == "metaaux"
@@ -197,8 +198,9 @@ def test_launch_lines_are_accelerates():
             assert words[1] == "auxiliary" and config.batch % line.num_processes == 0
 
 
-def test_commands_of_the_full_size_page():
-    for words in commands_of("full-size.md"):
+def test_commands_without_a_launcher():
+    plain = [words for words in commands_of("scaling.md") if words[0] != "accelerate"]
+    for words in commands_of("full-size.md") + plain:
         assert words[:3] == ["python", "-m", "metaaux"]
         check_command(words[3:])
 
