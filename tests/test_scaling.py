@@ -7,15 +7,21 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from metaaux.cli import app
 from metaaux.evaluation import scaling
 from metaaux.evaluation.scaling import ScalingBenchmark, run_scaling_benchmark, scaling_table
+from metaaux.models.discriminator import DualDiscriminator
+from metaaux.models.eg3d import EG3DGenerator
+from metaaux.models.perceptual import LPIPS
+from metaaux.models.weights import constructor_arguments
 from tests import warm
 from tests.conftest import ROOT, TINY_ENCODER
 from tests.test_training_generator import DISCRIMINATOR, GENERATOR
@@ -114,75 +120,64 @@ def settings(model, configs, **changes) -> ScalingBenchmark:
 
 
 def test_one_and_two_processes_weak_and_strong(tiny_folder, configs, tmp_path, started):
-    """Of the plain phase two photos are one a process, which its batch normalisation refuses at this size."""
     out = tmp_path / "scaling.json"
     command = ["benchmark-scaling", "--model", str(tiny_folder), "--configs", str(configs), "--out", str(out)]
-    command += ["--phases", "encoder,plain", "--processes", "1,2", "--steps", "2", "--warmup", "1", "--photos", "4"]
+    command += ["--phases", "encoder", "--processes", "1,2", "--steps", "1", "--warmup", "1", "--photos", "4"]
     result = CliRunner().invoke(app, command)
-    assert result.exit_code == 1 and "plain on 2, strong: failed: ValueError: Expected more than 1 v" in result.output
+    assert result.exit_code == 0, result.output
     assert started == [1, 2]
     results = json.loads(out.read_text())
     assert results["weights"] == "trained" and results["devices"] == 1 and results["device"] == "cpu"
-    batches = {"encoder": ({"1": 6, "2": 12}, {"1": 6, "2": 6}), "plain": ({"1": 2, "2": 4}, {"1": 2})}
-    for name, (weak, strong) in batches.items():
-        phase = results["phases"][name]
-        assert phase["weak"]["1"] == phase["strong"]["1"]
-        for scaled, expected in ((phase["weak"], weak), (phase["strong"], strong)):
-            measured = {number: figures for number, figures in scaled.items() if "error" not in figures}
-            assert {number: figures["batch"] for number, figures in measured.items()} == expected
-            for number, figures in measured.items():
-                assert figures["finite"] and figures["loss"][0] != figures["loss"][1] and phase["steps"] == 2
-                assert figures["per_second"] == pytest.approx(2 * figures["batch"] / figures["seconds"])
-                assert figures["speedup"] == pytest.approx(figures["per_second"] / scaled["1"]["per_second"])
-                assert figures["efficiency"] == pytest.approx(figures["speedup"] / int(number))
-    assert "Expected more than 1 value per channel" in results["phases"]["plain"]["strong"]["2"]["error"]
-    table = scaling_table(results).splitlines()
-    assert len(table) == 10 and table[3].startswith("| encoder | weak | 2 | 12 images |")
-    assert table[-1].startswith("| plain | strong | 2 |  | failed: ValueError")
+    phase = results["phases"]["encoder"]
+    assert phase["steps"] == 1 and phase["weak"]["1"] == phase["strong"]["1"]
+    for kind, batches in (("weak", {"1": 6, "2": 12}), ("strong", {"1": 6, "2": 6})):
+        assert {number: figures["batch"] for number, figures in phase[kind].items()} == batches
+        for number, figures in phase[kind].items():
+            assert figures["finite"] and figures["loss"][0] != figures["loss"][1]
+            assert figures["per_second"] == pytest.approx(figures["batch"] / figures["seconds"])
+            assert figures["speedup"] == pytest.approx(figures["per_second"] / phase["weak"]["1"]["per_second"])
+            assert figures["efficiency"] == pytest.approx(figures["speedup"] / int(number))
+    table = scaling_table(results)
+    assert table in result.output and table.splitlines()[3].startswith("| encoder | weak | 2 | 12 images |")
 
 
-def test_all_phases_of_a_grown_generator(tiny_folder, tiny_components, configs, tmp_path, started):
-    """Networks are made for the generator that is given, in the configurations' shapes where these have any."""
-    from metaaux.models.discriminator import DualDiscriminator
-    from metaaux.models.eg3d import EG3DGenerator
-    from metaaux.models.weights import constructor_arguments
-
-    larger = {"image_size": 64, "super_resolution_kind": "8X"}
-    EG3DGenerator(**constructor_arguments(tiny_components["generator"], **larger)).save_pretrained(
-        tmp_path / "grown" / "generator"
+def test_all_phases_of_another_generator(tiny_folder, tiny_components, configs, tmp_path, started):
+    """Networks are made for it, in the configurations' shapes where these have any. A phase that fails ends its group,
+    another one does the rest, and a run that is started again measures what is missing."""
+    arguments = constructor_arguments(tiny_components["generator"], image_size=64, super_resolution_kind="8X")
+    EG3DGenerator(**arguments).save_pretrained(tmp_path / "larger" / "generator")
+    arguments = constructor_arguments(tiny_components["discriminator"], image_size=64)
+    DualDiscriminator(**arguments).save_pretrained(tmp_path / "larger" / "discriminator")
+    features = tmp_path / "features.safetensors"
+    given = settings(
+        tiny_folder,
+        configs,
+        phases=("meta-first", "generator-tiny", "encoder", "plain"),
+        warmup=0,
+        generator=tmp_path / "larger",
+        overrides=[f"meta-first.outer.perceptual={features}"],
     )
-    DualDiscriminator(image_size=64, channel_base=512, channel_max=16, raw_size=8).save_pretrained(
-        tmp_path / "grown" / "discriminator"
-    )
-    given = settings(tiny_folder, configs, phases=tuple(CONFIGS), warmup=0, generator=tmp_path / "grown")
-    results = run_scaling_benchmark(given, tmp_path / "scaling.json")
-    assert (results["image_size"], results["weights"], results["generator"]) == (64, "random", "grown")
-    assert {name: phase["unit"] for name, phase in results["phases"].items()} == {
-        "generator-tiny": "images",
-        "encoder": "images",
-        "plain": "images",
-        "meta-first": "tasks",
-    }
-    for name, phase in results["phases"].items():
-        assert phase["weak"]["1"].get("finite"), (name, phase["weak"])
-
-
-def test_a_run_that_was_cut_off_goes_on(tiny_folder, configs, tmp_path, started):
-    """What failed ends its group and is tried again; what was measured stays."""
     out, told = tmp_path / "scaling.json", []
 
     def tell(measurement, figures):
         told.append((measurement.phase, figures.get("error")))
 
-    phases = ["meta-first", "plain"]
-    missing = ["meta-first.outer.perceptual=nowhere"]
-    first = run_scaling_benchmark(settings(tiny_folder, configs, phases=phases, overrides=missing), out, tell)
-    assert started == [1, 1] and [name for name, _ in told] == phases and told[1][1] is None
-    assert "nowhere" in told[0][1] and first["phases"]["meta-first"]["weak"]["1"] == {"error": told[0][1]}
-    again = run_scaling_benchmark(settings(tiny_folder, configs, phases=phases, overrides=missing), out, tell)
-    assert started == [1, 1, 1] and told[2:] == told[:1] and again == first
+    first = run_scaling_benchmark(given, out, tell)
+    assert started == [1, 1]
+    assert told == [("meta-first", told[0][1]), ("generator-tiny", None), ("encoder", None), ("plain", None)]
+    assert "features.safetensors" in told[0][1]
+    assert f"| failed: {told[0][1]} |" in scaling_table(first)
+
+    save_file(LPIPS("squeeze", normalization="folded").state_dict(), features)
+    second = run_scaling_benchmark(given, out, tell)
+    assert started == [1, 1, 1] and told[4:] == [("meta-first", None)]
+    assert (second["image_size"], second["weights"], second["generator"]) == (64, "random", "larger")
+    assert [phase["unit"] for phase in second["phases"].values()] == ["tasks", "images", "images", "images"]
+    assert all(phase["weak"]["1"]["finite"] for phase in second["phases"].values())
+    assert second["phases"]["plain"] == first["phases"]["plain"]
+
     with pytest.raises(ValueError, match="holds figures of plain with another config: choose another file"):
-        run_scaling_benchmark(settings(tiny_folder, configs, phases=["plain"], overrides=["plain.batch=4"]), out)
+        run_scaling_benchmark(replace(given, phases=["plain"], overrides=["plain.batch=4"]), out)
 
 
 def test_the_launcher_tells_what_a_process_raised(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -120,7 +122,12 @@ def benchmark_scaling(
         failed = failed or "error" in figures
         _echo_figures(measurement, figures)
 
-    results = run_scaling_benchmark(settings, out, tell)
+    # Whoever ends this command means the processes too that it has launched, which hold the GPUs.
+    earlier = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        results = run_scaling_benchmark(settings, out, tell)
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
     echo(scaling_table(results))
     if failed:
         raise typer.Exit(1)
