@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import check_file, echo, split_names
+from .options import check_file, echo, split_names, with_options
 
 if TYPE_CHECKING:
-    from ..evaluation.scaling import Measurement
+    from ..evaluation.scaling import Measurement, ScalingBenchmark
 
 
-def benchmark_scaling(
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", metavar="JSON", help="File for the figures; what it lacks is measured, or failed before."
-        ),
-    ],
+@dataclass
+class ScalingOptions:
+    """What `benchmark-scaling` is told."""
+
     model: Annotated[
         Path | None,
         typer.Option(
@@ -30,7 +28,7 @@ def benchmark_scaling(
             help="Pipeline whose networks' shapes count; without weights it gets random ones. Default: metaaux-ffhq, "
             "the paper's.",
         ),
-    ] = None,
+    ] = None
     generator: Annotated[
         Path | None,
         typer.Option(
@@ -39,18 +37,18 @@ def benchmark_scaling(
             help="Generator and discriminator in place of the model's, such as a run's latest or what grow made; the "
             "other networks are random ones that fit them.",
         ),
-    ] = None,
+    ] = None
     configs: Annotated[
         Path | None,
         typer.Option("--configs", metavar="FOLDER", help="The phases' NAME.yaml. Default: metaaux/configs/ffhq."),
-    ] = None,
+    ] = None
     phases: Annotated[
         str,
         typer.Option(
             help="What to measure, separated by commas: names of configurations, which begin with generator, encoder, "
             "plain or meta."
         ),
-    ] = "encoder,plain,meta-paper,meta-extended",
+    ] = "encoder,plain,meta-paper,meta-extended"
     processes: Annotated[
         str | None,
         typer.Option(
@@ -58,19 +56,19 @@ def benchmark_scaling(
             help="Numbers of processes, one a GPU, in the order in which they are measured. Default: 1, 2, 4 … up to "
             "all GPUs.",
         ),
-    ] = None,
+    ] = None
     scaling: Annotated[
         str,
         typer.Option(help="weak: the batch is that of each process; strong: that of all together; or both."),
-    ] = "weak,strong",
-    steps: Annotated[int, typer.Option(min=1, help="Timed optimiser steps of each measurement.")] = 30,
+    ] = "weak,strong"
+    steps: Annotated[int, typer.Option(min=1, help="Timed optimiser steps of each measurement.")] = 30
     warmup: Annotated[
         int, typer.Option(min=0, help="Steps before them; the generator takes more until all is captured.")
-    ] = 5,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Photos or tasks a step. Default: the configuration's.")
-    ] = None,
-    photos: Annotated[int, typer.Option(min=1, help="Synthetic photos, shown again and again.")] = 64,
+    ] = 5
+    batch: Annotated[int | None, typer.Option(min=1, help="Photos or tasks a step. Default: the configuration's.")] = (
+        None
+    )
+    photos: Annotated[int, typer.Option(min=1, help="Synthetic photos, shown again and again.")] = 64
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -78,10 +76,56 @@ def benchmark_scaling(
             metavar="PHASE.KEY=VALUE",
             help="Value in place of a configuration's, for example plain.batch=32; may be repeated.",
         ),
-    ] = None,
+    ] = None
     timeout: Annotated[
         float, typer.Option(min=1, help="Seconds after which a measurement counts as failed, compilation included.")
-    ] = 600,
+    ] = 600
+
+    def numbers(self) -> list[int]:
+        """`--processes`, or 1, 2, 4 … up to all GPUs."""
+        import torch
+
+        if self.processes is None:
+            return [2**i for i in range(max(torch.cuda.device_count(), 1).bit_length())]
+        if not all(word.isdecimal() for word in split_names(self.processes)):
+            raise typer.BadParameter(f"{self.processes!r} is not of the form 1,2,4", param_hint="--processes")
+        return [int(word) for word in split_names(self.processes)]
+
+    def settings(self) -> ScalingBenchmark:
+        """What is measured.
+
+        Raises:
+            ValueError: as `ScalingBenchmark`.
+        """
+        from .. import configs as shipped
+        from ..evaluation.scaling import ScalingBenchmark
+        from ..hub.loading import embedded_model_folder
+
+        return ScalingBenchmark(
+            model=self.model or embedded_model_folder("metaaux-ffhq"),
+            configs=self.configs or Path(shipped.__file__).parent / "ffhq",
+            phases=split_names(self.phases),
+            steps=self.steps,
+            warmup=self.warmup,
+            batch=self.batch,
+            photos=self.photos,
+            overrides=self.overrides or (),
+            processes=self.numbers(),
+            scalings=split_names(self.scaling),
+            generator=self.generator,
+            timeout=self.timeout,
+        )
+
+
+@with_options(ScalingOptions)
+def benchmark_scaling(
+    options: ScalingOptions,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="JSON", help="File for the figures; what it lacks is measured, or failed before."
+        ),
+    ],
 ) -> None:
     """Measure how training scales with the GPUs of this host: speed, speed-up, efficiency, memory of each phase.
 
@@ -89,32 +133,9 @@ def benchmark_scaling(
     what is missing. Exit code 1 if a phase failed; the file says why.
     """
     check_file(out)
-    import torch
+    from ..evaluation.scaling import run_scaling_benchmark, scaling_table
 
-    from .. import configs as shipped
-    from ..evaluation.scaling import ScalingBenchmark, run_scaling_benchmark, scaling_table
-    from ..hub.loading import embedded_model_folder
-
-    if processes is None:
-        numbers = [2**i for i in range(max(torch.cuda.device_count(), 1).bit_length())]
-    elif all(word.isdecimal() for word in split_names(processes)):
-        numbers = [int(word) for word in split_names(processes)]
-    else:
-        raise typer.BadParameter(f"{processes!r} is not of the form 1,2,4", param_hint="--processes")
-    settings = ScalingBenchmark(
-        model=model or embedded_model_folder("metaaux-ffhq"),
-        configs=configs or Path(shipped.__file__).parent / "ffhq",
-        phases=split_names(phases),
-        steps=steps,
-        warmup=warmup,
-        batch=batch,
-        photos=photos,
-        overrides=overrides or (),
-        processes=numbers,
-        scalings=split_names(scaling),
-        generator=generator,
-        timeout=timeout,
-    )
+    settings = options.settings()
     failed = False
 
     def tell(measurement: Measurement, figures: dict[str, Any]) -> None:
