@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from metaaux.cli import app
 from metaaux.data.dataset import FaceDataset
 from metaaux.evaluation.full_size import (
-    PHASES,
+    PAPER_PHASES,
     TrainingBenchmark,
     _normalise,
     gpu_hours,
@@ -36,7 +36,7 @@ from tests.test_training_settings import CONFIGS
 def configs(tmp_path_factory):
     """The shipped configurations, for a generator that has fewer layers, of few inner steps, without workers."""
     folder = tmp_path_factory.mktemp("configs")
-    for name in PHASES:
+    for name in PAPER_PHASES:
         values = yaml.safe_load((CONFIGS / "ffhq" / f"{name}.yaml").read_text(encoding="utf-8"))
         values["data"]["workers"] = 0
         if "inner" in values:
@@ -67,7 +67,7 @@ def measured(shape, configs, tmp_path_factory):
 
 def test_every_phase_is_measured(measured):
     out, results = measured
-    assert results == json.loads(out.read_text()) and list(results["phases"]) == list(PHASES)
+    assert results == json.loads(out.read_text()) and list(results["phases"]) == list(PAPER_PHASES)
     assert results["weights"] == "random" and results["image_size"] == 32
     for name, figures in results["phases"].items():
         assert figures["finite"] and figures["nonfinite_gradients"] == 0, name
@@ -153,7 +153,8 @@ def test_figures_of_another_model_are_not_mixed(measured, shape, configs, tmp_pa
 
 def test_wrong_settings(tiny_folder, configs):
     for wrong, message in (
-        ({"phases": ["plane"]}, "unknown phases plane; there are encoder"),
+        ({"phases": ["plane"]}, "unknown phases plane; a phase's configuration has a name that begins with generator"),
+        ({"overrides": ["meta.batch=1"]}, "'meta.batch=1' is not of the form PHASE.KEY=VALUE with one of encoder"),
         ({"steps": 0}, "least 1"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -184,7 +185,8 @@ def test_launch_lines_are_accelerates():
     """And what they launch are commands of this package, with settings that their batch and processes fit."""
     from accelerate.commands.launch import launch_command_parser
 
-    launched = [launch_command_parser().parse_args(words[2:]) for words in commands_of("scaling.md")]
+    commands = commands_of("scaling.md")
+    launched = [launch_command_parser().parse_args(words[2:]) for words in commands if words[0] == "accelerate"]
     assert {(line.num_machines, line.machine_rank) for line in launched} >= {(2, 0), (2, 1)}
     for line in launched:
         assert line.module and line.training_script == "metaaux"
@@ -196,8 +198,9 @@ def test_launch_lines_are_accelerates():
             assert words[1] == "auxiliary" and config.batch % line.num_processes == 0
 
 
-def test_commands_of_the_full_size_page():
-    for words in commands_of("full-size.md"):
+def test_commands_without_a_launcher():
+    plain = [words for words in commands_of("scaling.md") if words[0] != "accelerate"]
+    for words in commands_of("full-size.md") + plain:
         assert words[:3] == ["python", "-m", "metaaux"]
         check_command(words[3:])
 

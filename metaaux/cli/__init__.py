@@ -14,6 +14,7 @@ import typer
 from . import (
     assemble,
     benchmark,
+    benchmark_scaling,
     benchmark_training,
     compare_flip,
     convert,
@@ -51,6 +52,7 @@ for command in (
     push.push,
     benchmark.benchmark,
     benchmark_training.benchmark_training,
+    benchmark_scaling.benchmark_scaling,
     compare_flip.compare_flip,
 ):
     app.command()(command)

@@ -29,11 +29,15 @@ def benchmark_training(
         typer.Option(
             "--configs",
             metavar="FOLDER",
-            help="encoder.yaml, plain.yaml, meta-paper.yaml and meta-extended.yaml. Default: metaaux/configs/ffhq.",
+            help="The phases' NAME.yaml. Default: metaaux/configs/ffhq.",
         ),
     ] = None,
     phases: Annotated[
-        str, typer.Option(help="What to measure, separated by commas.")
+        str,
+        typer.Option(
+            help="What to measure, separated by commas: names of configurations, which begin with generator, encoder, "
+            "plain or meta."
+        ),
     ] = "encoder,plain,meta-paper,meta-extended",
     steps: Annotated[int, typer.Option(min=1, help="Timed optimiser steps of each phase.")] = 30,
     warmup: Annotated[int, typer.Option(min=0, help="Steps before them.")] = 5,

@@ -17,13 +17,15 @@ import tempfile
 import time
 import traceback
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -35,7 +37,9 @@ from ..files import source_name, write_json
 from ..hub.layout import read_json
 from ..models.auxiliary import AuxiliaryNetwork
 from ..pipeline import MetaAuxInverter
+from ..training.distributed import check_replicas
 from ..training.encoder import EncoderConfig, EncoderTrainer
+from ..training.generator import GeneratorConfig, GeneratorTrainer
 from ..training.loop import Trainer, start
 from ..training.meta import MetaTrainer
 from ..training.phases import AuxiliaryConfig
@@ -61,13 +65,15 @@ class Phase:
     loss: str
 
 
-#: By the names of their configurations.
+#: By the first word of their configurations' names: encoder-256.yaml is the encoder's.
 PHASES = {
+    "generator": Phase(GeneratorTrainer, GeneratorConfig, "images", "loss_generator"),
     "encoder": Phase(EncoderTrainer, EncoderConfig, "images", "loss"),
     "plain": Phase(PlainTrainer, AuxiliaryConfig, "images", "total"),
-    "meta-paper": Phase(MetaTrainer, AuxiliaryConfig, "tasks", "objective"),
-    "meta-extended": Phase(MetaTrainer, AuxiliaryConfig, "tasks", "objective"),
+    "meta": Phase(MetaTrainer, AuxiliaryConfig, "tasks", "objective"),
 }
+#: The paper's, by the names of their configurations; its generator is EG3D's released one.
+PAPER_PHASES = ("encoder", "plain", "meta-paper", "meta-extended")
 #: Phases of a whole training by the name of its preset.
 PRESETS = {preset: ("encoder", "plain", f"meta-{preset}") for preset in ("paper", "extended")}
 
@@ -79,27 +85,34 @@ class TrainingBenchmark:
     Attributes:
         model: folder of a pipeline, whose networks' shapes count; without weights they get random ones.
         configs: folder of the phases' configurations, NAME.yaml each.
-        phases: names of `PHASES`.
+        phases: names of configurations, whose first word is one of `PHASES`.
         steps: optimiser steps that are timed.
         warmup: steps before them, in which kernels are chosen and graphs captured.
         batch: photos a step (of the encoder, as many samples too); `None`: the configuration's.
         photos: synthetic photos that are shown again and again.
+        overrides: "NAME.section.key=value" each, in place of the value that configuration NAME has.
 
     Raises:
-        ValueError: unknown phases, or numbers out of range.
+        ValueError: unknown phases, overrides of none of them, or numbers out of range.
     """
 
     model: Path
     configs: Path
-    phases: Sequence[str] = tuple(PHASES)
+    phases: Sequence[str] = PAPER_PHASES
     steps: int = 30
     warmup: int = 5
     batch: int | None = None
     photos: int = 64
+    overrides: Sequence[str] = ()
 
     def __post_init__(self):
-        if unknown := sorted(set(self.phases) - set(PHASES)):
-            raise ValueError(f"unknown phases {', '.join(unknown)}; there are {', '.join(PHASES)}")
+        if unknown := sorted(name for name in self.phases if name.split("-")[0] not in PHASES):
+            raise ValueError(
+                f"unknown phases {', '.join(unknown)}; a phase's configuration has a name that begins with "
+                f"{', '.join(PHASES)}"
+            )
+        if strays := [text for text in self.overrides if text.split(".")[0] not in self.phases]:
+            raise ValueError(f"{strays[0]!r} is not of the form PHASE.KEY=VALUE with one of {', '.join(self.phases)}")
         if self.steps < 1 or self.warmup < 0 or self.photos < 1 or (self.batch is not None and self.batch < 1):
             raise ValueError("steps, batch and photos must be at least 1, warmup at least 0")
 
@@ -130,21 +143,22 @@ def run_training_benchmark(
         inverter, random_weights = load_for_benchmark(str(settings.model), "cpu")
         size, data = inverter.generator.config.image_size, Path(temporary, "photos.zip")
         write_synthetic_photos(data, size, settings.photos)
-        networks = _networks(inverter, settings.model, random_weights, data, Path(temporary, "networks"))
+        networks = networks_of(inverter, settings.model, random_weights, data, Path(temporary, "networks"))
         del inverter
-        configs = {name: _configuration(name, settings, networks, data) for name in settings.phases}
+        configs = {name: configuration(name, settings, networks, data) for name in settings.phases}
         if random_weights:
             for config in configs.values():
-                _shorten_inner_steps(config)
-        results = _begin(out, settings.model, size, random_weights)
+                shorten_inner_steps(config)
+        results = begin(out, description(settings.model, size, random_weights))
+        results["gpu_hours"] = gpu_hours(results["phases"])
         for name, config in configs.items():
             try:
-                figures = measure_phase(name, config, settings, temporary)
+                figures = measure_phase(name, config, settings.steps, settings.warmup, temporary)
             # Whatever it is: the others may take hours of a GPU that is there now.
             except Exception as error:
                 traceback.print_exc()
                 figures = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
-            _free()
+            free()
             results["phases"][name] = figures
             results["gpu_hours"] = gpu_hours(results["phases"])
             write_json(results, out)
@@ -153,57 +167,91 @@ def run_training_benchmark(
     return results
 
 
-def measure_phase(
-    name: str, config: Settings, settings: TrainingBenchmark, folder: str | os.PathLike
-) -> dict[str, Any]:
-    """Trains one phase for `warmup` and then `steps` steps; nothing is saved.
+def measure_phase(name: str, config: Settings, steps: int, warmup: int, folder: str | os.PathLike) -> dict[str, Any]:
+    """Trains one phase for `warmup` and then `steps` steps; nothing is saved. Where several processes were launched
+    together, all of them call this, and get the same figures.
 
     Returns:
-        {"unit", "batch" (images or tasks a step), "steps", "warmup", "seconds" (of the timed steps), "per_second",
-        "peak_memory" and "peak_reserved" (bytes that PyTorch held of the GPU at most; `None` elsewhere), "finite",
-        "nonfinite_gradients", "loss" ([at the first step, at the last]), "total" (images or tasks that the
-        configuration asks for), "gpu_hours" (for as many), "config" (its settings but for files)}
+        {"unit", "batch" (images or tasks a step, of all processes), "steps", "warmup", "seconds" (of the timed steps),
+        "per_second", "peak_memory" and "peak_reserved" (bytes that PyTorch held of a GPU at most; `None` elsewhere),
+        "finite", "nonfinite_gradients", "loss" ([at the first step, at the last], of the main process), "total"
+        (images or tasks that the configuration asks for), "gpu_hours" (for as many), "config" (its settings but for
+        files)}
 
     Raises:
-        ValueError, RuntimeError, OSError: as training raises them; memory that does not suffice is a RuntimeError.
+        ValueError, RuntimeError, OSError: as training raises them; memory that does not suffice is a RuntimeError, and
+            so are processes whose networks are not the same in the end.
     """
-    phase = PHASES[name]
+    phase = phase_of(name)
     accelerator = start(config.run, folder)
     device = accelerator.device
+    warmup = max(warmup, _least_warmup(config, device))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     trainer = phase.trainer(config, accelerator)
     trainer.load_data(0)
     images, losses = _start_of(config), []
-    for step in tqdm(range(settings.warmup + settings.steps), desc=name, unit="step", disable=None):
-        if step == settings.warmup:
-            synchronize(device)
+    hidden = None if accelerator.is_main_process else True
+    for step in tqdm(range(warmup + steps), desc=name, unit="step", disable=hidden):
+        if step == warmup:
+            _wait_for_all(accelerator)
             started = time.perf_counter()
         figures = trainer.step(images)
         # Captured steps return the same tensors each time.
         losses.append(figures[phase.loss].detach().float().mean().clone())
         images += trainer.images_per_step
-    synchronize(device)
+    _wait_for_all(accelerator)
     seconds = time.perf_counter() - started
-    nonfinite = int(sum(gradients.nonfinite_steps for gradients in trainer.gradients))
-    weights = [tensor for model in trainer.models.values() for tensor in model.state_dict().values()]
-    per_second = settings.steps * trainer.images_per_step / seconds
+    per_process = gather_object([_figures_of_process(trainer, losses)])
+    finite = all(own["finite"] for own in per_process)
+    if finite:
+        check_replicas(accelerator, trainer.models)
+    main, per_second = per_process[0], steps * trainer.images_per_step / seconds
     return {
         "unit": phase.unit,
         "batch": trainer.images_per_step,
-        "steps": settings.steps,
-        "warmup": settings.warmup,
+        "steps": steps,
+        "warmup": warmup,
         "seconds": seconds,
         "per_second": per_second,
+        "peak_memory": _most(own["peak_memory"] for own in per_process),
+        "peak_reserved": _most(own["peak_reserved"] for own in per_process),
+        "finite": finite,
+        "nonfinite_gradients": main["nonfinite_gradients"],  # of the mean, which all have
+        "loss": main["loss"],
+        "total": config.run.total_images,
+        "gpu_hours": accelerator.num_processes * config.run.total_images / per_second / 3600,
+        "config": without_paths(config),
+    }
+
+
+def _figures_of_process(trainer: Trainer, losses: list[torch.Tensor]) -> dict[str, Any]:
+    """What each process finds by itself of the steps that it took."""
+    device = trainer.device
+    nonfinite = int(sum(gradients.nonfinite_steps for gradients in trainer.gradients))
+    weights = [tensor for model in trainer.models.values() for tensor in model.state_dict().values()]
+    return {
         "peak_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "peak_reserved": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
-        "finite": not nonfinite and all(bool(tensor.isfinite().all()) for tensor in [*losses, *weights]),
         "nonfinite_gradients": nonfinite,
+        "finite": not nonfinite and all(bool(tensor.isfinite().all()) for tensor in [*losses, *weights]),
         "loss": [_number(losses[0]), _number(losses[-1])],
-        "total": config.run.total_images,
-        "gpu_hours": config.run.total_images / per_second / 3600,
-        "config": _without_paths(config),
     }
+
+
+def _wait_for_all(accelerator: Accelerator) -> None:
+    """Until each process's device has done all that it was given."""
+    synchronize(accelerator.device)
+    accelerator.wait_for_everyone()
+
+
+def _most(values: Iterable[int | None]) -> int | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def phase_of(name: str) -> Phase:
+    """Of the configuration of this name."""
+    return PHASES[name.split("-")[0]]
 
 
 def gpu_hours(phases: dict[str, dict[str, Any]]) -> dict[str, float | None]:
@@ -235,8 +283,8 @@ def write_synthetic_photos(path: Path, size: int, count: int) -> None:
         archive.writestr("dataset.json", json.dumps({"labels": labels}))
 
 
-def _networks(inverter: MetaAuxInverter, model: Path, random_weights: bool, data: Path, folder: Path) -> Path:
-    """Folder of the model's networks, with weights."""
+def networks_of(inverter: MetaAuxInverter, model: Path, random_weights: bool, data: Path, folder: Path) -> Path:
+    """Folder of the model's networks, with weights: the model's own, or `folder`, which is made for random ones."""
     if not random_weights:
         return model
     photos = FaceDataset(data, inverter.generator.config.image_size, limit=4)
@@ -261,55 +309,72 @@ def _normalise(auxiliary: AuxiliaryNetwork, image: torch.Tensor) -> None:
         layer.momentum = momentum
 
 
-def _configuration(name: str, settings: TrainingBenchmark, networks: Path, data: Path) -> Settings:
+def configuration(name: str, settings: TrainingBenchmark, networks: Path, data: Path) -> Settings:
     """The phase's shipped configuration, on these networks and photos."""
-    phase = PHASES[name]
+    phase = phase_of(name)
     is_encoder = phase.config is EncoderConfig
-    frozen = ["generator", "discriminator", "identity"] + ([] if is_encoder else ["encoder"])
-    values = {f"networks.{part}": networks / part for part in frozen}
-    values["networks.perceptual"] = networks / "perceptual" if (networks / "perceptual").is_dir() else None
-    values["initial" if is_encoder else "auxiliary.initial"] = networks / ("encoder" if is_encoder else "auxiliary")
+    if phase.config is GeneratorConfig:
+        values = {"init": networks}
+    else:
+        frozen = ["generator", "discriminator", "identity"] + ([] if is_encoder else ["encoder"])
+        values = {f"networks.{part}": networks / part for part in frozen}
+        values["networks.perceptual"] = networks / "perceptual" if (networks / "perceptual").is_dir() else None
+        own = ("initial", networks / "encoder") if is_encoder else ("auxiliary.initial", networks / "auxiliary")
+        values |= dict([own])
     # As FFHQ would be, which is larger than what memory has to spare.
     values |= {"data.path": data, "data.validation": None, "data.in_memory": False, "run.trackers": []}
+    values |= {"data.repeats": {}, "data.least_sharp": {}}  # synthetic photos come from no source
     if settings.batch is not None and is_encoder:
         values |= {"batch.photos": settings.batch, "batch.samples": settings.batch}
     elif settings.batch is not None:
         values["batch"] = settings.batch
     texts = (json.dumps(str(value) if isinstance(value, Path) else value) for value in values.values())
     overrides = [f"{key}={text}" for key, text in zip(values, texts)]
+    overrides += [text.removeprefix(f"{name}.") for text in settings.overrides if text.split(".")[0] == name]
     config = load_settings(phase.config, settings.configs / f"{name}.yaml", overrides)
     if settings.batch is not None and is_encoder:
         config.batch.rendered_samples = min(config.batch.rendered_samples, settings.batch)
-    elif settings.batch is not None:
+    elif settings.batch is not None and isinstance(config, AuxiliaryConfig):
         config.inner.tasks_per_pass = math.gcd(config.inner.tasks_per_pass, settings.batch)
     return config
 
 
-def _shorten_inner_steps(config: Settings) -> None:
+def shorten_inner_steps(config: Settings) -> None:
     """Steps that trained networks take well lead five times farther from random ones than a float can hold the second
     derivative of: on an H100 the meta-gradient was 4e6 long with them, and then no number."""
     if isinstance(config, AuxiliaryConfig) and config.inner.calibrate_rates > 0:
         config.inner.calibrate_rates = min(config.inner.calibrate_rates, 1e-5)
 
 
-def _without_paths(config: Settings) -> dict[str, Any]:
+def without_paths(config: Settings) -> dict[str, Any]:
     """Settings that another machine has in common with this one."""
-    values = config.model_dump(mode="json", exclude={"networks": True, "data": {"path"}, "initial": True})
+    values = config.model_dump(
+        mode="json", exclude={"networks": True, "data": {"path"}, "initial": True, "init": True}
+    )
     values.get("auxiliary", {}).pop("initial", None)
     return values
 
 
 def _start_of(config: Settings) -> int:
     """Images after which a step is as long as in most of the run: all that is spared at the start is over."""
+    if isinstance(config, GeneratorConfig):
+        return max(config.optimiser.warmup_images, config.rays[-1][0])
     if isinstance(config, EncoderConfig):
         return max(config.curriculum.coarse_images, config.curriculum.latent_only_images)
     return config.optimiser.warmup_images
 
 
-def _begin(out: Path, model: Path, size: int, random_weights: bool) -> dict[str, Any]:
-    """What `out` holds, or the beginning of it."""
+def _least_warmup(config: Settings, device: torch.device) -> int:
+    """Steps until all of a step's passes have been captured: R1's, which comes every so many, at its fourth call."""
+    if device.type != "cuda" or not isinstance(config, GeneratorConfig) or not config.compute.graphs:
+        return 0
+    return 3 * config.r1.interval + 1 if config.r1.gamma else 0
+
+
+def description(model: Path, size: int, random_weights: bool) -> dict[str, Any]:
+    """What figures in one file must have in common."""
     device = torch.device(best_device())
-    about = {
+    return {
         "model": source_name(model),
         "weights": "random" if random_weights else "trained",
         "image_size": size,
@@ -317,13 +382,21 @@ def _begin(out: Path, model: Path, size: int, random_weights: bool) -> dict[str,
         "device_memory": torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
         "versions": {"metaaux": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+def begin(out: Path, description: dict[str, Any]) -> dict[str, Any]:
+    """`description`, with the "phases" that `out` holds already.
+
+    Raises:
+        OSError, ValueError: `out` cannot be read, or holds figures of something else.
+    """
     phases = {}
     if out.exists():
         earlier = read_json(out)
-        if changed := sorted(key for key in about if earlier.get(key) != about[key]):
+        if changed := sorted(key for key, value in description.items() if earlier.get(key) != value):
             raise ValueError(f"{out} holds figures of another {', '.join(changed)}: choose another file")
         phases = earlier["phases"]
-    return about | {"phases": phases, "gpu_hours": gpu_hours(phases)}
+    return description | {"phases": phases}
 
 
 def _number(value: torch.Tensor) -> float | None:
@@ -331,7 +404,7 @@ def _number(value: torch.Tensor) -> float | None:
     return value.item() if value.isfinite() else None
 
 
-def _free() -> None:
+def free() -> None:
     """What a phase leaves behind, its graphs too, is not the next one's peak."""
     gc.collect()
     if torch.cuda.is_available():

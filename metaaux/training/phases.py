@@ -44,7 +44,7 @@ from .validation import Validation
 
 LossSetting = Annotated[dict[str, float], AfterValidator(arguments_of(LossWeights))]
 #: Arguments of `AuxiliaryNetwork` that the generator decides.
-_GIVEN = ("layer_shapes", "image_size", "plane_features", "plane_resolution", "box_size")
+GIVEN_ARGUMENTS = ("layer_shapes", "image_size", "plane_features", "plane_resolution", "box_size")
 
 
 class FrozenNetworkSettings(Settings):
@@ -70,7 +70,7 @@ class AuxiliarySettings(Settings):
     """Its folder (meta: that of the plain phase's network); null: a new one."""
     layer_prefixes: tuple[str, ...] = ("",)
     """Generator layers whose name starts with one of these get weight offsets, "" being all (new network only)."""
-    arguments: Annotated[dict[str, Any], AfterValidator(arguments_of(AuxiliaryNetwork, *_GIVEN))] = {}
+    arguments: Annotated[dict[str, Any], AfterValidator(arguments_of(AuxiliaryNetwork, *GIVEN_ARGUMENTS))] = {}
     """Further arguments of `AuxiliaryNetwork` (new network only)."""
     offset_bias_resolution: NonNegativeInt | None = None
     """Where given, the network started from gets offset planes of this side, or with 0 loses its bias a position
