@@ -11,11 +11,13 @@ from accelerate import Accelerator
 
 from metaaux.cameras import camera_from_pose
 from metaaux.models.eg3d import EG3DGenerator
+from metaaux.models.encoder import LatentEncoder
 from metaaux.training import distributed, loading, trainer
 from metaaux.training.distributed import FlatGradients, check_replicas
 from metaaux.training.generator import GeneratorConfig, GeneratorTrainer, train
 from metaaux.training.loading import check_packages, find_folder, load_network
 from metaaux.training.trainer import TrainingRun
+from tests.conftest import TINY_ENCODER
 from tests.test_training_generator import tiny_config, weights
 
 
@@ -144,6 +146,43 @@ def test_a_run_that_was_stopped_comes_out_as_one_that_was_not(tmp_path, in_memor
         first, second = (EG3DGenerator.from_pretrained(folder / name).state_dict() for folder in (whole, parts))
         assert all(torch.equal(first[key], second[key]) for key in first), name
     assert [line["images"] for line in lines(tmp_path / "parts")] == [40, 80, 88]
+
+
+def test_an_optimiser_comes_back_in_the_layout_of_its_parameters(tmp_path):
+    """A fused one takes that for granted: on CUDA it refuses another, on a CPU it mixes numbers up."""
+    torch.manual_seed(0)
+    network = LatentEncoder(image_size=32, input_size=32, w_dim=16, num_ws=4, **TINY_ENCODER).to(
+        memory_format=torch.channels_last
+    )
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    gradients = FlatGradients(network.parameters())
+    steps = torch.randn(2, gradients.buffer.numel())
+
+    def run():
+        return TrainingRun(tmp_path, Accelerator(), 2, 1, {"encoder": network}, {"encoder": optimizer})
+
+    def step(flat):
+        gradients.set(flat)
+        optimizer.step()
+
+    first = run()
+    assert first.active()
+    step(steps[0])
+    first.advance(1)
+    first.close()
+    step(steps[1])
+    expected = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    assert run().resume()
+    for parameter, state in optimizer.state.items():
+        assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == parameter.stride()
+    step(steps[1])
+    assert any(p.ndim == 4 and not p.is_contiguous() for p in network.parameters())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in network.state_dict().items())
 
 
 def test_another_number_of_processes_draws_anew(tmp_path):

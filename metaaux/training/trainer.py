@@ -404,8 +404,13 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         for name, value in load_file(file).items():
             index, key = name.split(".", 1)
-            shape = () if key == "step" else parameters[int(index)].shape
-            state.setdefault(int(index), {})[key] = value.reshape(shape)
+            if key == "step":
+                value = value.reshape(())
+            else:
+                # In the parameter's memory layout, which fused optimisers take for granted and files do not have.
+                like = parameters[int(index)]
+                value = torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value.reshape(like.shape))
+            state.setdefault(int(index), {})[key] = value
     full = optimizer.state_dict()
     full["state"] = state
     optimizer.load_state_dict(full)
