@@ -285,7 +285,12 @@ class CudaLane(Lane):
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         with torch.cuda.device(self.device):
-            graph, outputs = capture(function, self.pool, self.stream)
+            try:
+                graph, outputs = capture(function, self.pool, self.stream)
+            except BaseException:
+                # PyTorch takes the pool for one that is captured into from there on. Its graphs keep their memory.
+                self.pool = torch.cuda.graph_pool_handle()
+                raise
         return graph.replay, outputs
 
     def wait(self) -> None:

@@ -79,9 +79,9 @@ def upsample2d(x: torch.Tensor, replicate: bool = False) -> torch.Tensor:
 
 def _border_factors(x: torch.Tensor) -> torch.Tensor:
     """[H, W] for x [B, C, H, W]: what replaces the quarter that outermost pixels lack with zero borders."""
-    rows, columns = (torch.ones(side, dtype=x.dtype, device=x.device) for side in x.shape[2:])
-    for factors in (rows, columns):
-        factors[0] = factors[-1] = 4 / 3
+    # Padded, since a number that is put into a tensor on a GPU makes the host wait.
+    inner = (torch.ones(side - 2, dtype=x.dtype, device=x.device) for side in x.shape[2:])
+    rows, columns = (F.pad(ones, (1, 1), value=4 / 3) for ones in inner)
     return rows[:, None] * columns
 
 
