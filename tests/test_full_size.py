@@ -19,7 +19,7 @@ from metaaux.data.dataset import FaceDataset
 from metaaux.evaluation.full_size import (
     PAPER_PHASES,
     TrainingBenchmark,
-    _normalise,
+    _bring_to_life,
     gpu_hours,
     run_training_benchmark,
     write_synthetic_photos,
@@ -95,10 +95,12 @@ def test_features_of_a_deep_random_network_keep_their_size():
         return network.backbone(image).feature_maps[-1].std().item()
 
     before, trained = size(auxiliary.eval()), size(auxiliary.train())
-    _normalise(auxiliary, image)
+    _bring_to_life(auxiliary, image)
     assert before > 100 and size(auxiliary) == pytest.approx(trained, rel=0.3)
     layers = [module for module in auxiliary.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert all(layer.momentum == 0.1 and not layer.training for layer in layers)
+    # And none is without gradient for the reason that what follows it is zero.
+    assert all(parameter.any() for parameter in auxiliary.adaptable_parameters().values())
 
 
 def test_hours_of_a_whole_training_are_those_of_its_phases(measured):

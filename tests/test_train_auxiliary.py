@@ -391,6 +391,30 @@ def test_calibrated_rates_move_each_tensor_by_the_same_fraction(networks, tasks,
     assert moved > 0.9 * len(auxiliary.adaptable_parameters())
 
 
+def test_tensors_without_a_gradient_get_the_least_calibrated_rate(networks, tasks, tiny_components):
+    """Those before layers that are zero yet: a step with the rate they had would lead far once these are not."""
+    from accelerate import Accelerator
+
+    config = {k: v for k, v in tiny_components["auxiliary"].config.items() if not k.startswith("_")}
+    auxiliary = AuxiliaryNetwork(**config).eval()
+    calibrate_rates(networks, auxiliary, tasks.split(1)[0], 1e-3, Accelerator())
+    rates = auxiliary.inner_rates()
+    behind_zeros = {
+        rate.item() for name, rate in rates.items() if ".convs." in name or "backbone" in name.split(".")[0]
+    }
+    others = {rate.item() for name, rate in rates.items() if name.endswith("to_a.weight")}
+    assert len(behind_zeros) == 1 and len(others) > 1
+    assert behind_zeros == {min(rate.item() for rate in rates.values())}
+    with torch.no_grad():
+        auxiliary.log_inner_rates.fill_(0.5)
+    parts = tiny_components["discriminator"], tiny_components["identity"]
+    nothing = InversionLoss.from_components(LossWeights(0.0, 0.0, 0.0, 0.0), *parts)
+    blind = FrozenNetworks(networks.generator, networks.encoder, nothing, nothing)
+    with pytest.raises(ValueError, match="nothing to calibrate"):
+        calibrate_rates(blind, auxiliary, tasks.split(1)[0], 1e-3, Accelerator())
+    assert (auxiliary.log_inner_rates == 0.5).all()
+
+
 # -------------------------------------------------------------------------------------------------------- runs
 
 

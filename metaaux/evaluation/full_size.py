@@ -288,15 +288,23 @@ def networks_of(inverter: MetaAuxInverter, model: Path, random_weights: bool, da
     if not random_weights:
         return model
     photos = FaceDataset(data, inverter.generator.config.image_size, limit=4)
-    _normalise(inverter.auxiliary, to_signed(photos.load()))
+    _bring_to_life(inverter.auxiliary, to_signed(photos.load()))
     inverter.save_pretrained(folder)
     return folder
 
 
+#: About the size that values have after the plain phase which were zero before it.
+_TRAINED = 0.03
+
+
 @torch.no_grad()
-def _normalise(auxiliary: AuxiliaryNetwork, image: torch.Tensor) -> None:
-    """Give batch normalisation the statistics of photos [B, 3, S, S], as the plain phase leaves it: without, the
-    features of a network this deep grow from block to block beyond all that gradient steps are made for."""
+def _bring_to_life(auxiliary: AuxiliaryNetwork, image: torch.Tensor) -> None:
+    """What the plain phase does to a new network, as far as gradient steps are made for it.
+
+    Batch normalisation gets the statistics of photos [B, 3, S, S]: without, the features of a network this deep grow
+    from block to block. And what starts at zero gets small values: layers before it have no gradient until then, from
+    which their rates could be found.
+    """
     layers = [module for module in auxiliary.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
@@ -307,6 +315,11 @@ def _normalise(auxiliary: AuxiliaryNetwork, image: torch.Tensor) -> None:
     auxiliary.eval()
     for layer, momentum in zip(layers, momenta):
         layer.momentum = momentum
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for parameter in auxiliary.adaptable_parameters().values():
+            if not parameter.any():
+                parameter.normal_(std=_TRAINED)
 
 
 def configuration(name: str, settings: TrainingBenchmark, networks: Path, data: Path) -> Settings:

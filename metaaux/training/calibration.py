@@ -22,7 +22,12 @@ def calibrate_rates(
     """Set the inner rates such that a step changes each tensor by `relative_step` of its root mean square.
 
     The scales of gradients differ by orders of magnitude between tensors (a tensor at zero counts as 0.01), which
-    one rate for all cannot suit and learning them from there would take long. Tensors without gradient keep theirs.
+    one rate for all cannot suit and learning them from there would take long. Tensors without gradient, such as those
+    before a layer that is zero yet, get the least rate of the others: with what theirs had been, steps might lead far
+    once that layer is not zero any more.
+
+    Raises:
+        ValueError: no tensor has a gradient.
     """
     parameters = auxiliary.adaptable_parameters()
     was_training = auxiliary.training
@@ -33,9 +38,11 @@ def calibrate_rates(
         _, losses = problem.evaluate(0, predict_tasks(auxiliary, stacked, tasks))
         gradients = torch.autograd.grad(losses["total"].sum(), list(stacked.values()))
     auxiliary.train(was_training)
-    logs = []
-    for current, parameter, gradient in zip(auxiliary.log_inner_rates, parameters.values(), gradients, strict=True):
-        size = parameter.square().mean().sqrt().clamp(min=0.01)
-        slope = gradient.square().mean().sqrt()
-        logs.append(torch.where(slope > 1e-9, (relative_step * size / slope.clamp(min=1e-9)).log(), current))
-    auxiliary.log_inner_rates.copy_(accelerator.reduce(torch.stack(logs), reduction="mean"))
+    sizes = torch.stack([parameter.square().mean().sqrt() for parameter in parameters.values()]).clamp(min=0.01)
+    slopes = torch.stack([gradient.square().mean().sqrt() for gradient in gradients])
+    known = slopes > 1e-9
+    if not known.any():
+        raise ValueError("no tensor of the auxiliary network has a gradient by the inner loss: nothing to calibrate")
+    logs = (relative_step * sizes / slopes.clamp(min=1e-9)).log()
+    logs = logs.where(known, logs[known].min())
+    auxiliary.log_inner_rates.copy_(accelerator.reduce(logs, reduction="mean"))
