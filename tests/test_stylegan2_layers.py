@@ -11,7 +11,6 @@ from metaaux.models import modulation
 from metaaux.models.discriminator import minibatch_deviation
 from metaaux.models.modulation import modulated_conv2d
 from metaaux.models.resampling import blur2d, downsample2d, upsample2d
-from metaaux.models.stylegan2 import limited
 
 KERNEL = torch.outer(torch.tensor([1.0, 3, 3, 1]), torch.tensor([1.0, 3, 3, 1])) / 64
 
@@ -174,14 +173,6 @@ def test_half_precision_survives_large_weights_and_styles(per_sample):
     offset = torch.zeros(2, 5, 64, 1, 1) if per_sample else None
     y = modulated_conv2d(x.half(), weight, styles, offset=offset)
     torch.testing.assert_close(y.float(), modulated_conv2d(x, weight, styles), rtol=0, atol=1e-2)
-
-
-def test_limited_activations_are_clamped_and_beyond_the_bound_have_no_slope():
-    x = torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0], requires_grad=True)
-    y = limited(x, 2.0)
-    assert torch.equal(y, x.clamp(-2, 2)) and limited(x, None) is x
-    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.tensor([0.0, 1, 1, 1, 0]))
-    assert torch.autograd.gradgradcheck(lambda x: limited(x, 2.0), x.detach().double().requires_grad_())
 
 
 def test_deviation_channel_sees_only_its_group():

@@ -23,7 +23,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from transformers import ResNetBackbone, ResNetConfig
 
-from .stylegan2 import KERNEL_SIZE, LRELU_SLOPE, MappingNetwork, StyleGAN2Generator, SynthesisBlock
+from .activation import LRELU_SLOPE
+from .stylegan2 import KERNEL_SIZE, MappingNetwork, StyleGAN2Generator, SynthesisBlock
 from .weights import constructor_arguments, unwrapped
 
 BACKBONE_STRIDE = 32

@@ -10,8 +10,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
+from .activation import LRELU_GAIN, activated
 from .resampling import blur2d, downsample2d
-from .stylegan2 import LRELU_GAIN, LRELU_SLOPE, FullyConnected, MappingNetwork, limited
+from .stylegan2 import FullyConnected, MappingNetwork
 from .weights import full_dtype
 
 
@@ -44,7 +45,7 @@ class Convolution(nn.Module):
             x = F.conv2d(blur2d(x, padding=2), weight, bias, stride=2)
         else:
             x = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
-        return limited(F.leaky_relu(x, LRELU_SLOPE), None if self.conv_clamp is None else self.conv_clamp * gain)
+        return activated(x, bound=None if self.conv_clamp is None else self.conv_clamp * gain)
 
 
 class DiscriminatorBlock(nn.Module):

@@ -10,8 +10,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from .activation import LRELU_SLOPE
 from .perceptual import unit_channels
-from .stylegan2 import LRELU_SLOPE
 
 
 class FeatureHead(nn.Module):

@@ -1,7 +1,8 @@
 """StyleGAN2's resampling with the low-pass kernel [1, 3, 3, 1] (Karras et al. 2020; Zhang 2019 for the reason).
 
-On a CPU one depthwise convolution is the fastest, on GPUs it is slow. There the kernel is taken for what it is, [1, 1]
-three times over: means of 2×2 pixels.
+On a CPU one depthwise convolution is the fastest, on GPUs it is slow. On CUDA each map has a kernel of its own
+(`resampling_kernels`); on others, and where `torch.compile` fuses passes itself, the filter is taken for what it is,
+[1, 1] three times over: means of 2×2 pixels.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from .. import devices
+from . import triplane_cuda
+
+if triplane_cuda.triton is not None:
+    from . import resampling_kernels as kernels
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 
@@ -23,8 +28,6 @@ class _Linear(torch.autograd.Function):
     Autograd would keep the input of each pass over the pixels, and PyTorch's derivative of means with borders is wrong
     for `channels_last` on CUDA before 2.13 (pytorch/pytorch#188344); on MPS it fails.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: torch.Tensor, function: Map, transpose: Map) -> torch.Tensor:
@@ -37,6 +40,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return _Linear.apply(gradient, ctx.transpose, ctx.function), None, None
+
+    @staticmethod
+    def vmap(info, in_dims, x, function, transpose):
+        # Each picture by itself in any case: as a larger batch.
+        x = x.movedim(in_dims[0], 0)
+        return _Linear.apply(x.flatten(0, 1), function, transpose).unflatten(0, x.shape[:2]), 0
+
+
+def _has_kernels(x: torch.Tensor) -> bool:
+    return triplane_cuda.triton is not None and x.is_cuda and not torch.compiler.is_compiling()
 
 
 def blur2d(x: torch.Tensor, padding: int, gain: int = 1) -> torch.Tensor:
@@ -51,6 +64,8 @@ def blur2d(x: torch.Tensor, padding: int, gain: int = 1) -> torch.Tensor:
 
 
 def _blur(padding: int, gain: int, x: torch.Tensor) -> torch.Tensor:
+    if _has_kernels(x):
+        return kernels.blur(x, padding, gain)
     # Beyond one pixel of border a mean is zero, so that each pass can bring a border of its own.
     first, second, third = (int(padding > done) for done in range(3))
     x = F.avg_pool2d(F.avg_pool2d(x, 2, 1, first), 2, 1, second)
@@ -101,10 +116,14 @@ def downsample2d(x: torch.Tensor) -> torch.Tensor:
 
 def _up(divisor: int, x: torch.Tensor) -> torch.Tensor:
     """Twice as many pixels: of the sum over them `divisor` 4 makes the mean."""
+    if _has_kernels(x):
+        return kernels.enlarge(x, 4 / divisor)
     x = F.avg_pool2d(F.interpolate(x, scale_factor=2, mode="nearest"), 2, 1, 1)
     return F.avg_pool2d(x, 2, 1, divisor_override=divisor)
 
 
 def _down(divisor: int, x: torch.Tensor) -> torch.Tensor:
     """Half as many pixels; `divisor` as of `_up`."""
+    if _has_kernels(x):
+        return kernels.reduce(x, 4 / divisor)
     return F.avg_pool2d(F.avg_pool2d(F.avg_pool2d(x, 2, 1, 1), 2, 1), 2, divisor_override=divisor)

@@ -18,12 +18,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 from ..cameras import CAMERA_FOCAL, CAMERA_RADIUS, camera_from_pose
+from .activation import LRELU_GAIN, LRELU_SLOPE, activated
 from .modulation import modulated_conv2d
 from .resampling import blur2d, upsample2d
 from .weights import full_dtype, note_origin
 
-LRELU_SLOPE = 0.2
-LRELU_GAIN = math.sqrt(2.0)
 KERNEL_SIZE = 3  # of the convolutions that take weight offsets
 
 
@@ -71,12 +70,6 @@ class FullyConnected(nn.Module):
 def normalize_second_moment(x: torch.Tensor) -> torch.Tensor:
     """Scale the last axis to a mean square of one."""
     return x * (x.square().mean(dim=-1, keepdim=True) + 1e-8).rsqrt()
-
-
-def limited(x: torch.Tensor, bound: float | None) -> torch.Tensor:
-    """Activations clamped to ±`bound`; `None`: as they are."""
-    # Of torch.clamp, which also knows tensors as bounds, the derivative takes five passes over x and not one.
-    return x if bound is None else F.hardtanh(x, -bound, bound)
 
 
 class MappingNetwork(nn.Module):
@@ -148,24 +141,18 @@ class SynthesisLayer(nn.Module):
 
     def forward(self, x, w, noise="const", offset=None):
         """x [B, in, R, R] (R/2 if `up`), w [B, w_dim] → [B, out, R, R]; noise: "const", "random" or "none"."""
-        # The activation's gain is taken into convolution, noise and bias, since it is the same before a leaky ReLU.
         x = modulated_conv2d(x, self.weight, self.affine(w), upsample=self.up, offset=offset, gain=LRELU_GAIN)
         if self.up:
             x = blur2d(x, padding=1, gain=2)
+        added = None
         if self.use_noise and noise != "none":
             pattern = self.noise_const
             if noise == "random":
                 pattern = torch.randn(
                     x.shape[0], 1, self.resolution, self.resolution, dtype=torch.float32, device=x.device
                 )
-            add = torch.addcmul if torch.is_grad_enabled() else torch.Tensor.addcmul_
-            x = add(x, pattern.to(x.dtype), (self.noise_strength * LRELU_GAIN).to(x.dtype))
-        bias = (self.bias * LRELU_GAIN).to(x.dtype)[:, None, None]
-        if torch.is_grad_enabled():
-            return limited(F.leaky_relu(x + bias, LRELU_SLOPE), self.conv_clamp)
-        # The convolution's result is nobody else's: new memory for each pass would cost more than the pass itself.
-        x = F.leaky_relu_(x.add_(bias), LRELU_SLOPE)
-        return x if self.conv_clamp is None else x.clamp_(-self.conv_clamp, self.conv_clamp)
+            added = pattern, self.noise_strength
+        return activated(x, self.bias, added, LRELU_GAIN, bound=self.conv_clamp)
 
 
 class ToRGB(nn.Module):
@@ -188,7 +175,7 @@ class ToRGB(nn.Module):
     def forward(self, x, w):
         """x [B, in, R, R], w [B, w_dim] → [B, out, R, R]."""
         x = modulated_conv2d(x, self.weight, self.affine(w, self.style_gain), demodulate=False)
-        return limited(x + self.bias.to(x.dtype)[:, None, None], self.conv_clamp)
+        return activated(x, self.bias, slope=1.0, bound=self.conv_clamp)
 
 
 class SynthesisBlock(nn.Module):

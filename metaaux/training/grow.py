@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from ..files import forget_origin
+from ..models.activation import LRELU_GAIN, LRELU_SLOPE
 from ..models.discriminator import Convolution, DualDiscriminator
 from ..models.eg3d import EG3DGenerator
-from ..models.stylegan2 import LRELU_GAIN, LRELU_SLOPE, SynthesisLayer, ToRGB
+from ..models.stylegan2 import SynthesisLayer, ToRGB
 from ..models.weights import constructor_arguments
 from .loading import load_network
 
