@@ -11,7 +11,7 @@ import torch
 from metaaux.models.auxiliary import AuxiliaryNetwork
 from metaaux.models.presets import inner_loop_of, preset_of
 from metaaux.training.auxiliary import AuxiliaryConfig
-from metaaux.training.phases import make_auxiliary
+from metaaux.training.phases import InnerSettings, make_auxiliary
 from metaaux.training.settings import load_settings
 from tests.nested import nested
 
@@ -88,6 +88,17 @@ def test_presets_fill_what_the_settings_leave_out(tiny_components, plain, tmp_pa
 def test_settings_of_ones_own_take_precedence_and_are_told(tiny_components, plain, changes):
     with pytest.warns(UserWarning, match=f"preset: {changes['preset']}, but .* custom"):
         assert preset_of(trained(tiny_components, plain, **changes)) == "custom"
+
+
+def test_settings_with_a_preset_can_be_assigned():
+    config = AuxiliaryConfig(**SETTINGS, phase="meta", preset="paper")
+    config.batch = config.batch * 2
+    config.inner.steps = 3
+    config.inner = InnerSettings(steps=2)
+    assert (config.inner.steps, config.inner.order, config.auxiliary.full_kernel_layers) == (2, "second", ())
+    with pytest.raises(ValueError, match="steps"):
+        config.inner = {"steps": -1}
+    assert config.inner.steps == 2
 
 
 def test_a_network_of_the_plain_phase_is_no_preset_yet(tiny_components):

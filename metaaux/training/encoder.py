@@ -30,7 +30,7 @@ from ..tasks import Generator
 from . import loop
 from .averaged import AveragedTrainer, SampleSource
 from .cuda_graphs import CapturedFunction
-from .loading import load_identity, load_network, load_perceptual
+from .loading import compile_frozen, load_identity, load_network, load_perceptual
 from .loop import per_process
 from .micro_batches import accumulated, in_parts, pictures_at_once
 from .settings import (
@@ -301,13 +301,9 @@ class EncoderTrainer(AveragedTrainer):
 
     def compile(self) -> None:
         """Fuse the passes of the encoder, where each normalisation would change the memory layout and back, and of the
-        generator's convolutions."""
-        modules = [self.network, self.generator.backbone]
-        if self.generator.has_viewpoints:
-            modules.append(self.generator.super_resolution)
-        for module in modules:
-            # There are two sizes of batches, of pictures with gradients and of those without.
-            module.compile(dynamic=False)
+        generator."""
+        compile_frozen(self.generator)
+        self.network.compile(dynamic=False)
 
     @property
     def images_per_step(self) -> int:

@@ -60,6 +60,17 @@ def load_generator(path: str | os.PathLike) -> Generator:
     return load_network((EG3DGenerator, StyleGAN2Generator), path)
 
 
+def compile_frozen(generator: Generator) -> None:
+    """Fuse the passes of its convolutions and of its samples' colours, which have no second derivatives then."""
+    modules = [generator.backbone]
+    if generator.has_viewpoints:
+        modules.append(generator.super_resolution)
+        generator.shade = torch.compile(generator.shade, dynamic=False)
+    for module in modules:
+        # There are few sizes of batches: those of a step, with gradients and without.
+        module.compile(dynamic=False)
+
+
 def load_identity(path: str | os.PathLike) -> IdentityNetwork | FaceRecogniser:
     """R of Eq. 11 of either kind; otherwise as `load_network`."""
     return load_network((IdentityNetwork, FaceRecogniser), path)

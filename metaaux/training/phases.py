@@ -26,7 +26,7 @@ from ..models.presets import PRESETS, Preset, inner_loop_of, preset_of
 from ..tasks import Generator
 from .calibration import calibrate_rates
 from .distributed import FlatGradients, broadcast_module
-from .loading import FrozenNetworks, load_generator, load_identity, load_network, load_perceptual
+from .loading import FrozenNetworks, compile_frozen, load_generator, load_identity, load_network, load_perceptual
 from .loop import Trainer, averaged_copy, per_process, set_learning_rates
 from .schedules import average_decay, update_average
 from .settings import (
@@ -183,7 +183,8 @@ class AuxiliaryConfig(Settings):
 def _filled(section: Any, defaults: dict[str, Any]) -> Any:
     """A section of settings with `defaults` for what it leaves out; what is no section is left to be refused."""
     if isinstance(section, Settings):
-        section = section.model_dump(exclude_unset=True)
+        # A section again, since pydantic does not look at it where another value is assigned.
+        return type(section).model_validate(defaults | section.model_dump(exclude_unset=True))
     return defaults if section is None else defaults | section if isinstance(section, dict) else section
 
 
@@ -265,16 +266,8 @@ class AuxiliaryTrainer(Trainer):
             self.compile()
 
     def compile(self) -> None:
-        """Fuse the passes of the generator's convolutions, of its samples' colours and of the losses' discriminator,
-        which have no second derivatives then."""
-        generator = self.networks.generator
-        modules = [generator.backbone]
-        if generator.has_viewpoints:
-            modules.append(generator.super_resolution)
-            generator.shade = torch.compile(generator.shade, dynamic=False)
-        for module in modules:
-            # There are few sizes of batches: those of a step, with gradients and without.
-            module.compile(dynamic=False)
+        """Fuse the passes of the generator and of the losses' discriminator, which have no second derivatives then."""
+        compile_frozen(self.networks.generator)
         for loss in (self.networks.inner_loss, self.networks.outer_loss):
             judge = loss.discriminator  # each loss's own view
             judge.features = torch.compile(judge.features, dynamic=False)
