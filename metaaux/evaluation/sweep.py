@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,11 @@ from ..devices import synchronize
 from ..pipeline import MetaAuxInverter
 from ..precision import check_precision
 from .benchmark import Work, random_picture, run_benchmark
+
+#: Times that threads are compared with one.
+ROUNDS = 3
+#: Rounds at most in which recordings are still made; one that is refused could be tried for ever.
+MOST_WARM_UPS = 10
 
 
 def run_sweep(
@@ -67,12 +73,13 @@ def run_sweep(
 
 
 def run_threads(work: Work, threads: int) -> dict[str, Any]:
-    """Inverts as many different pictures as there are threads, one after the other and all at once.
+    """Inverts as many different pictures as there are threads, one after the other and all at once, `ROUNDS` times in
+    turn.
 
     Returns:
-        "threads"; "one_per_second" and "all_per_second", inversions; "ratio" of the two; "difference" of results of
-        all at once from those of the same pictures alone (see `run_sweep`, the largest of all pictures), and
-        "difference_alone", that of two runs alone, which sums in varying order (atomics) may cause.
+        "threads"; "one_per_second" and "all_per_second", inversions by the medians; "ratio" of the two; "difference"
+        of results of all at once from those of the same pictures alone (see `run_sweep`, the largest of all pictures),
+        and "difference_alone", that of two runs alone, which sums in varying order (atomics) may cause.
     """
     inverter = work.inverter
     size = inverter.generator.config.image_size
@@ -90,13 +97,15 @@ def run_threads(work: Work, threads: int) -> dict[str, Any]:
 
     with ThreadPoolExecutor(threads) as pool:
         first, _ = timed_results(map)
-        while True:  # until each lane has its recordings: which records what depends on who comes when
+        # Until each lane has its recordings: which records what depends on who comes when.
+        for _ in range(MOST_WARM_UPS):
             before = _captures(inverter)
             timed_results(pool.map)
             if _captures(inverter) == before:
                 break
-        again, alone = timed_results(map)
-        together, at_once = timed_results(pool.map)
+        rounds = [(timed_results(map), timed_results(pool.map)) for _ in range(ROUNDS)]
+    (again, _), (together, _) = rounds[0]
+    alone, at_once = (statistics.median(seconds for _, seconds in column) for column in zip(*rounds))
     return {
         "threads": threads,
         "one_per_second": threads / alone,
