@@ -43,6 +43,7 @@ from .models.weights import check_computable, lay_out, unwrapped
 from .precision import autocast, check_precision, reduced_dtype
 from .rendering import RenderingMixin
 from .replay import ReplayedProblem
+from .tasks import encode
 
 StepCallback = Callable[[int, Image.Image, dict[str, float]], None]
 
@@ -381,21 +382,22 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
         device = self._weights_device
         target = torch.stack([image_to_tensor(crop) for crop in crops]).to(device)
         cameras = cameras.to(device)
-        codes = self.codes(target)
+        codes = self.codes(target, cameras)
         shares = frontal_shares(cameras).view(-1, *[1] * (codes.ndim - 1))
         return target, cameras, (shares * codes).sum(dim=0, keepdim=True)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def codes(self, target: torch.Tensor) -> torch.Tensor:
-        """The encoder's codes [P, …] of aligned photos [P, 3, S, S] in [-1, 1] on the pipeline's device."""
+    def codes(self, target: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
+        """The encoder's codes [P, …] of aligned photos [P, 3, S, S] in [-1, 1], seen by cameras [P, 25], on the
+        pipeline's device."""
 
-        def encode(given: dict[str, Any]) -> torch.Tensor:
+        def pass_of(given: dict[str, Any]) -> torch.Tensor:
             with autocast(given["image"].device, given["dtype"]):
-                return self.encoder(given["image"])
+                return encode(self.encoder, self.identity, given["image"], given["cameras"])
 
-        given = {"image": target.to(self.encoder.dtype), "dtype": reduced_dtype(self.precision)}
-        return self._run_pass("encoding", self.encoder)("encode", encode, given)
+        given = {"image": target.to(self.encoder.dtype), "cameras": cameras, "dtype": reduced_dtype(self.precision)}
+        return self._run_pass("encoding", self.encoder, self.identity)("encode", pass_of, given)
 
     def _crops(
         self, photo: Photo | Sequence[Photo], camera: torch.Tensor | None

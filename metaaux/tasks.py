@@ -58,9 +58,44 @@ class Tasks:
 
 
 @torch.no_grad()
-def make_tasks(generator: Generator, encoder: ImageEncoder, image: torch.Tensor, camera: torch.Tensor) -> Tasks:
-    """Photos [T, 3, S, S] seen by cameras [T, 25] as a task each, with the codes that the encoder gives them."""
-    w = encoder(image)
+def encode(
+    encoder: ImageEncoder, identity: torch.nn.Module | None, image: torch.Tensor, camera: torch.Tensor
+) -> torch.Tensor:
+    """The encoder's codes [B, …] of images [B, 3, S, S] seen by cameras [B, 25], without gradients.
+
+    Raises:
+        ValueError: the encoder wants to be told the person, and there is no `identity` network to tell it.
+    """
+    return encoder(image, embedding_for(encoder, identity, image, camera))
+
+
+@torch.no_grad()
+def embedding_for(
+    encoder: ImageEncoder, identity: torch.nn.Module | None, image: torch.Tensor, camera: torch.Tensor
+) -> torch.Tensor | None:
+    """What `encoder` is told of the faces beside their images: embeddings by the `identity` network, or `None`; see
+    `encode`."""
+    if not encoder.identity_size:
+        return None
+    if identity is None:
+        raise ValueError("the encoder needs the identity network's embeddings, and there is no such network")
+    return identity(image, camera)
+
+
+def make_tasks(
+    generator: Generator,
+    encoder: ImageEncoder,
+    image: torch.Tensor,
+    camera: torch.Tensor,
+    identity: torch.nn.Module | None = None,
+) -> Tasks:
+    """Photos [T, 3, S, S] seen by cameras [T, 25] as a task each, with the codes that `encode` gives them."""
+    return tasks_of(generator, encode(encoder, identity, image, camera), image, camera)
+
+
+@torch.no_grad()
+def tasks_of(generator: Generator, w: torch.Tensor, image: torch.Tensor, camera: torch.Tensor) -> Tasks:
+    """Photos [T, 3, S, S] seen by cameras [T, 25] as a task each, with codes w [T, …]."""
     return Tasks(image, camera, w, generator.planes(w))
 
 

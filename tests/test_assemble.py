@@ -166,6 +166,7 @@ class TestFit:
         elsewhere.set_latent_statistics(torch.ones(16), torch.ones(16))
         networks = {
             "narrow-encoder": LatentEncoder(**constructor_arguments(encoder, w_dim=8)),
+            "told-encoder": LatentEncoder(**constructor_arguments(encoder, identity_size=6)),
             "other-encoder": elsewhere,
             "large-discriminator": DualDiscriminator(image_size=64, channel_base=512, channel_max=16),
             "2d-auxiliary": tiny_2d_inverter.auxiliary,
@@ -188,6 +189,7 @@ class TestFit:
         ("part", "name", "match"),
         [
             ("encoder", "narrow-encoder", "the encoder's w_dim is 8, the generator's 16"),
+            ("encoder", "told-encoder", "the encoder takes embeddings of length 6, the identity network's have "),
             ("encoder", "other-encoder", "the encoder was trained for another generator"),
             ("discriminator", "large-discriminator", "the discriminator's image_size is 64, the generator's 32"),
             ("auxiliary", "2d-auxiliary", "offsets for . layers that the generator does not have"),

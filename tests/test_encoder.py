@@ -20,6 +20,7 @@ from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.encoder import LatentEncoder
 from metaaux.models.psp import PSPEncoder
 from metaaux.models.recogniser import SAME_PERSON, FaceRecogniser
+from metaaux.tasks import encode
 from metaaux.training.encoder import (
     ARCHITECTURES,
     EncoderConfig,
@@ -140,6 +141,26 @@ class TestModel:
         with pytest.raises(ValueError, match=message):
             tiny_encoder(**change)
 
+    @pytest.mark.parametrize("space, num_queries", [("w", 3), ("w+", 5)])
+    def test_embeddings_tell_it_the_person(self, space, num_queries, tmp_path):
+        encoder = tiny_encoder(space=space, num_queries=num_queries, identity_size=6)
+        one, other = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1))
+        w = encoder(images(), one)
+        assert w.shape == tiny_encoder(space=space, num_queries=num_queries)(images()).shape
+        assert (w - encoder(images(), other)).abs().amax(-1).min() > 1e-3
+        torch.testing.assert_close(encoder(images(), 7 * one), w, rtol=1e-3, atol=1e-3)  # of any network's length
+        w.square().sum().backward()
+        assert encoder.to_queries.weight.grad.abs().sum() > 0
+        encoder.save_pretrained(tmp_path)
+        torch.testing.assert_close(LatentEncoder.from_pretrained(tmp_path)(images(), one), w)
+        for given, length in ((None, 0), (one[:, :5], 5)):
+            with pytest.raises(ValueError, match=f"embeddings of length 6, got {length}"):
+                encoder(images(), given)
+        with pytest.raises(ValueError, match="embeddings of length 0, got 6"):
+            tiny_encoder()(images(), one)
+        with pytest.raises(ValueError, match="needs the identity network"):
+            encode(encoder, None, images(), torch.zeros(3, 25))
+
     def test_wrong_inputs(self):
         encoder = tiny_encoder()
         with pytest.raises(ValueError, match=r"\[B, 3, 32, 32\], got \[3, 3, 48, 48\]"):
@@ -256,6 +277,26 @@ class TestTraining:
         assert last["val/distance"] == pytest.approx(distances.mean().item(), rel=1e-3)
         assert last["val/same_person"] == pytest.approx((distances < SAME_PERSON).float().mean().item())
         assert 0 < last["val/same_person"] < 1
+
+    def test_with_embeddings(self, training_settings, tmp_path):
+        """In training and held out each picture is told with its own camera."""
+        torch.manual_seed(0)
+        recogniser = FaceRecogniser(widths=(4, 6, 8), depths=(1, 1, 1), embedding_dim=5).eval()
+        recogniser.save_pretrained(tmp_path / "recogniser")
+        settings = nested(training_settings, networks__identity=str(tmp_path / "recogniser"))
+        settings["encoder"] = settings["encoder"] | {"identity_size": 5}
+        checkpoint = train(EncoderConfig(**settings), tmp_path / "run")
+        encoder = LatentEncoder.from_pretrained(checkpoint / "encoder")
+        generator = EG3DGenerator.from_pretrained(settings["networks"]["generator"])
+        dataset = FaceDataset(settings["data"]["path"], generator.config.image_size, mirrored_copies=False)
+        photos, cameras = to_signed(dataset.load()), dataset.cameras
+        with torch.no_grad():
+            pictures = generator.synthesize(encode(encoder, recogniser, photos, cameras), cameras).image
+        error = (pictures - photos).square().mean().item()
+        assert figures(tmp_path / "run")[-1]["val/mse"] == pytest.approx(error, rel=1e-3)
+        settings["encoder"] = settings["encoder"] | {"identity_size": 6}
+        with pytest.raises(ValueError, match="length 6, got 5"):
+            train(EncoderConfig(**settings), tmp_path / "other")
 
     def test_latent_codes_are_learnt_from_samples(self, training_settings):
         config = EncoderConfig(

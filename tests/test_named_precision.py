@@ -98,7 +98,7 @@ def test_sums_of_losses_are_float32(inverter, batch):
     """They would be numbers of 8 bits else."""
     inverter.precision = "bfloat16"
     (image, camera), loss = batch, inverter.inversion_loss()
-    output = inverter.generator.synthesize(inverter.codes(image), camera, dtype=torch.bfloat16)
+    output = inverter.generator.synthesize(inverter.codes(image, camera), camera, dtype=torch.bfloat16)
     terms = loss(output.image, output.image_raw, image, camera)
     for name, term in terms.items():
         assert term.dtype == torch.float32 and not torch.equal(term, term.bfloat16().float()), name

@@ -9,6 +9,7 @@ import torch
 from ..files import source_name
 from ..models.encoder import ImageEncoder
 from ..precision import autocast, reduced_dtype
+from ..tasks import encode
 from .base import Generator, InversionMethod, Reconstruction, render_each
 from .registry import MethodRequest, register
 
@@ -23,6 +24,7 @@ class EncoderMethod(InversionMethod):
         encoder: predicts W or W+.
         source: where the encoder came from, for the records.
         dtype: reduced precision of both networks; `None`: theirs.
+        identity: whose embeddings the encoder is told, if it asks for them.
     """
 
     def __init__(
@@ -33,9 +35,10 @@ class EncoderMethod(InversionMethod):
         encoder: ImageEncoder,
         source: str,
         dtype: torch.dtype | None = None,
+        identity: torch.nn.Module | None = None,
     ):
         super().__init__(name, label)
-        self.dtype = dtype
+        self.dtype, self.identity = dtype, identity
         self.generator, self.encoder, self.source = generator, encoder, source
 
     def settings(self) -> dict[str, Any]:
@@ -44,7 +47,7 @@ class EncoderMethod(InversionMethod):
     @torch.no_grad()
     def invert(self, image: torch.Tensor, camera: torch.Tensor) -> list[Reconstruction]:
         with autocast(image.device, self.dtype):
-            w = self.encoder(image)
+            w = encode(self.encoder, self.identity, image, camera)
         return render_each(self.generator, w, camera, self.dtype)
 
 
@@ -53,7 +56,8 @@ def make_encoder(request: MethodRequest) -> EncoderMethod:
     """The checkpoint's own encoder, with which our method starts."""
     inverter = request.inverter
     dtype = reduced_dtype(inverter.precision)
-    return EncoderMethod(request.name, request.label, inverter.generator, inverter.encoder, "pipeline", dtype)
+    networks = inverter.generator, inverter.encoder
+    return EncoderMethod(request.name, request.label, *networks, "pipeline", dtype, inverter.identity)
 
 
 def make_from_folder(request: MethodRequest, cls: type[ImageEncoder]) -> EncoderMethod:
@@ -65,4 +69,5 @@ def make_from_folder(request: MethodRequest, cls: type[ImageEncoder]) -> Encoder
         w_dim=generator.config.w_dim,
         num_ws=generator.num_ws,
     )
-    return EncoderMethod(request.name, request.label, generator, encoder, source_name(request.folder), dtype)
+    source, identity = source_name(request.folder), request.inverter.identity
+    return EncoderMethod(request.name, request.label, generator, encoder, source, dtype, identity)

@@ -12,7 +12,7 @@ from ..losses import InversionLoss
 from ..models.auxiliary import AuxiliaryNetwork
 from ..models.encoder import LatentEncoder
 from ..precision import autocast, reduced_dtype
-from ..tasks import Tasks, make_tasks, predict_tasks
+from ..tasks import Tasks, encode, predict_tasks, tasks_of
 from .base import Generator, InversionMethod, Reconstruction, weights_of
 from .registry import MethodRequest, register
 
@@ -77,7 +77,7 @@ class AuxiliaryAdaptation(InversionMethod):
 
     def _invert_one(self, image: torch.Tensor, camera: torch.Tensor) -> Reconstruction:
         with torch.no_grad():
-            w = self._encode(image)
+            w = self._encode(image, camera)
         result = adapt(
             self.generator,
             self.auxiliary,
@@ -94,7 +94,7 @@ class AuxiliaryAdaptation(InversionMethod):
 
     def _invert_batch(self, image: torch.Tensor, camera: torch.Tensor) -> list[Reconstruction]:
         generator, auxiliary = self.generator, self.auxiliary
-        tasks = make_tasks(generator, self._encode, image, camera)
+        tasks = tasks_of(generator, self._encode(image, camera), image, camera)
         parameters = {name: p.detach().requires_grad_() for name, p in auxiliary.adaptable_parameters().items()}
         inner = InnerLoop.of(auxiliary, self.steps, rates=self.rates(), dtype=self.dtype, auxiliary_dtype=self.dtype)
         with torch.enable_grad():
@@ -103,9 +103,9 @@ class AuxiliaryAdaptation(InversionMethod):
             offsets = predict_tasks(auxiliary, adapted, tasks, self.dtype)
             return [self._of_task(tasks, offsets, index) for index in range(len(image))]
 
-    def _encode(self, image: torch.Tensor) -> torch.Tensor:
+    def _encode(self, image: torch.Tensor, camera: torch.Tensor) -> torch.Tensor:
         with autocast(image.device, self.dtype):
-            return self.encoder(image)
+            return encode(self.encoder, self.loss.identity, image, camera)
 
     def _of_task(self, tasks: Tasks, offsets, index: int) -> Reconstruction:
         part = slice(index, index + 1)

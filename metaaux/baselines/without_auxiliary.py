@@ -10,6 +10,7 @@ import torch
 from ..losses import InversionLoss
 from ..models.encoder import LatentEncoder
 from ..precision import autocast
+from ..tasks import encode
 from .base import Generator, InversionMethod, Reconstruction, weights_of
 from .optimization import TuningSettings, tune_to_photo
 from .registry import MethodRequest, register
@@ -50,7 +51,7 @@ class GeneratorAdaptation(InversionMethod):
     def invert(self, image: torch.Tensor, camera: torch.Tensor) -> list[Reconstruction]:
         with torch.no_grad():
             with autocast(image.device, self.loss.dtype):
-                w = self.encoder(image)
+                w = encode(self.encoder, self.loss.identity, image, camera)
         return [
             tune_to_photo(self.generator, self.loss, *one, self.tuning)
             for one in zip(image.split(1), camera.split(1), w.split(1))

@@ -174,7 +174,7 @@ class Work:
         self.target = random_picture(size).to(device)
         self.camera = camera_from_pose(5.0, 0.0)[None].to(device)
         self.side = camera_from_pose(20.0, -5.0)[None].to(device)
-        self.w = inverter.codes(self.target)
+        self.w = inverter.codes(self.target, self.camera)
         with torch.no_grad():
             self.planes = inverter.generator.planes(self.w)
         # Random weights answer to no rate in particular; this one keeps them finite.
@@ -199,7 +199,7 @@ class Work:
         total loss, and the seconds of each gradient step."""
         inverter = self.inverter
         with inverter._own_stream(), inverter._products():
-            photo = inverter.inversion_loss(), target, inverter.codes(target), self.camera
+            photo = inverter.inversion_loss(), target, inverter.codes(target, self.camera), self.camera
             result = inverter._adapt(*photo, self.steps, learning_rate=self.learning_rate)
             return result.image.cpu(), result.steps[-1]["total"], [s["seconds"] for s in result.steps[1:-1]]
 

@@ -78,6 +78,9 @@ def _encoder_faults(parts: Mapping[str, torch.nn.Module]) -> list[str]:
         expected["num_ws"] = generator.num_ws
     if faults := _differences("encoder", encoder.config, expected):
         return faults
+    if encoder.identity_size not in (0, parts["identity"].config.embedding_dim):
+        size = parts["identity"].config.embedding_dim
+        return [f"the encoder takes embeddings of length {encoder.identity_size}, the identity network's have {size}"]
     # Training takes it from the generator; files in half precision round it.
     scale = generator.w_avg.abs().max().clamp(min=1e-6)
     if (encoder.w_avg - generator.w_avg).abs().max() > 2e-3 * scale:

@@ -126,6 +126,7 @@ class ImageEncoder(ModelMixin, ConfigMixin, ABC):
     deviations. The buffers `w_avg` and `w_std` [w_dim] are the generator's (`set_latent_statistics`).
 
     Subclasses have `image_size`, `input_size` and `w_dim` in their configuration and make the offsets in `offsets`.
+    `tasks.encode` calls them with all that they ask for.
     """
 
     def __init__(self, input_size: int, widths: Sequence[int], depths: Sequence[int], width: int, w_dim: int):
@@ -153,19 +154,27 @@ class ImageEncoder(ModelMixin, ConfigMixin, ABC):
         self.w_avg.copy_(w_avg)
         self.w_std.copy_(w_std)
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
+    @property
+    def identity_size(self) -> int:
+        """Length of the embedding that it is to be told beside the image; 0: none."""
+        return self.config.get("identity_size", 0)
+
+    def forward(self, image: torch.Tensor, identity: torch.Tensor | None = None) -> torch.Tensor:
         """Latent codes (float32) of images [B, 3, image_size, image_size] in [-1, 1]: [B, w_dim], or [B, num_ws,
-        w_dim] in "w+".
+        w_dim] in "w+". `identity` [B, identity_size]: the faces' embeddings by the identity network.
 
         Raises:
-            ValueError: for images of another size.
+            ValueError: for images of another size, or embeddings other than those that it was made for.
         """
         size = self.config.image_size
         if image.ndim != 4 or tuple(image.shape[1:]) != (3, size, size):
             raise ValueError(f"The encoder takes images [B, 3, {size}, {size}], got {list(image.shape)}.")
+        given = 0 if identity is None else identity.shape[-1]
+        if given != self.identity_size:
+            raise ValueError(f"The encoder takes embeddings of length {self.identity_size}, got {given}.")
         if self.config.input_size != size:
             image = resize_antialiased(image, self.config.input_size).to(image.dtype)
-        return self.w_avg.float() + self.w_std.float() * self.offsets(self.pyramid(image)).float()
+        return self.w_avg.float() + self.w_std.float() * self.offsets(self.pyramid(image), identity).float()
 
     @property
     @abstractmethod
@@ -173,8 +182,13 @@ class ImageEncoder(ModelMixin, ConfigMixin, ABC):
         """One code for all layers, "w", or one a layer, "w+"."""
 
     @abstractmethod
-    def offsets(self, pyramid: list[torch.Tensor]) -> torch.Tensor:
-        """Features of the three levels (see `FeaturePyramid`) → offsets [B, w_dim] or [B, num_ws, w_dim]."""
+    def offsets(self, pyramid: list[torch.Tensor], identity: torch.Tensor | None) -> torch.Tensor:
+        """Features of the three levels (see `FeaturePyramid`) and embeddings → offsets [B, w_dim] or [B, num_ws,
+        w_dim]."""
+
+
+#: Queries that are made of an embedding.
+IDENTITY_QUERIES = 4
 
 
 class LatentEncoder(ImageEncoder):
@@ -197,6 +211,9 @@ class LatentEncoder(ImageEncoder):
         num_blocks: transformer blocks.
         num_heads: attention heads.
         expansion: hidden width of the feed-forward layers, in multiples of `width`.
+        identity_size: length of an identity network's embedding of the face, from which further queries are made; 0:
+            it has the image alone. What a network that was trained on millions of people knows of a face need not be
+            learnt anew from a few thousand photos.
 
     Raises:
         ValueError: for a space or sizes that do not fit together.
@@ -217,6 +234,7 @@ class LatentEncoder(ImageEncoder):
         num_blocks: int = 3,
         num_heads: int = 8,
         expansion: int = 2,
+        identity_size: int = 0,
     ):
         super().__init__(input_size, widths, depths, width, w_dim)
         if space not in ("w", "w+"):
@@ -227,6 +245,9 @@ class LatentEncoder(ImageEncoder):
             raise ValueError(f"width {width} must be divisible by num_heads={num_heads}.")
         self.token_norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         self.queries = nn.Parameter(torch.randn(num_queries, width))
+        if identity_size:
+            self.identity_norm = nn.LayerNorm(identity_size, elementwise_affine=False)
+            self.to_queries = nn.Linear(identity_size, IDENTITY_QUERIES * width)
         self.blocks = nn.ModuleList(StyleTransformerBlock(width, num_heads, 3, expansion) for _ in range(num_blocks))
         self.out_norm = nn.LayerNorm(width)
         self.to_offset = nn.Linear(width * num_queries if space == "w" else width, w_dim)
@@ -238,16 +259,21 @@ class LatentEncoder(ImageEncoder):
         """See `ImageEncoder`."""
         return self.config.space
 
-    def offsets(self, pyramid: list[torch.Tensor]) -> torch.Tensor:
+    def offsets(self, pyramid: list[torch.Tensor], identity: torch.Tensor | None) -> torch.Tensor:
         """See `ImageEncoder`."""
         levels = []
         for level, norm in zip(pyramid, self.token_norms):
             tokens = norm(level.flatten(2).transpose(1, 2))
             levels.append(tokens + position_encoding(*level.shape[2:], level.shape[1], tokens))
         queries = self.queries.expand(len(pyramid[0]), -1, -1)
+        if identity is not None:
+            person = self.to_queries(self.identity_norm(identity.to(queries.dtype))).unflatten(
+                1, (IDENTITY_QUERIES, -1)
+            )
+            queries = torch.cat((queries, person.to(queries.dtype)), dim=1)
         for block in self.blocks:
             queries = block(queries, levels)
-        queries = self.out_norm(queries)
+        queries = self.out_norm(queries[:, : len(self.queries)])
 
         return self.to_offset(queries.flatten(1) if self.config.space == "w" else queries)
 

@@ -67,6 +67,6 @@ class PSPEncoder(ImageEncoder):
         """See `ImageEncoder`."""
         return "w+"
 
-    def offsets(self, pyramid: list[torch.Tensor]) -> torch.Tensor:
+    def offsets(self, pyramid: list[torch.Tensor], identity: torch.Tensor | None) -> torch.Tensor:
         """See `ImageEncoder`."""
         return torch.stack([head(pyramid[level]) for head, level in zip(self.heads, self.levels)], dim=1)

@@ -111,10 +111,10 @@ class AveragedTrainer(Trainer):
         super().load_data(images)
         self.samples = SampleSource(self.generator, self.sampler, self.config.min_truncation, self.dtype)
 
-    def run_network(self, image: torch.Tensor) -> torch.Tensor:
+    def run_network(self, *inputs: torch.Tensor | None) -> torch.Tensor:
         """Output of the network in training, in the run's precision."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.network(image)
+            return self.network(*inputs)
 
     @abstractmethod
     def compute(self, images: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -26,7 +26,7 @@ from ..models.discriminator import DualDiscriminator
 from ..models.encoder import ImageEncoder, LatentEncoder
 from ..models.psp import PSPEncoder
 from ..models.recogniser import SAME_PERSON, FaceRecogniser
-from ..tasks import Generator
+from ..tasks import Generator, embedding_for, encode
 from . import loop
 from .averaged import AveragedTrainer, SampleSource
 from .cuda_graphs import CapturedFunction
@@ -219,8 +219,8 @@ class EncoderEvaluation:
         shown = range(min(self.PHOTOS, len(dataset)))
         self.photos = to_signed(torch.stack([dataset[i][0] for i in shown])).to(device)
         self.cameras = dataset.cameras[: len(self.photos)].to(device)
-        conditions, cameras = (samples.cameras(self.SAMPLES) for _ in range(2))
-        self.w, self.samples = samples.pictures(conditions, cameras, None)
+        conditions, self.sample_cameras = (samples.cameras(self.SAMPLES) for _ in range(2))
+        self.w, self.samples = samples.pictures(conditions, self.sample_cameras, None)
 
     @torch.no_grad()
     def figures(self, encoder: ImageEncoder) -> dict[str, float]:
@@ -229,7 +229,7 @@ class EncoderEvaluation:
         Where the identity network is a `FaceRecogniser`, whose distances mean something by themselves, also its mean
         `distance` to the photos, and the share of reconstructions that it takes for the `same_person`.
         """
-        predicted = in_parts(encoder, self.at_once, self.photos)
+        predicted = self.codes(encoder, self.photos, self.cameras)
         names = (*self.loss.terms, "total")
         recogniser = self.loss.identity if isinstance(self.loss.identity, FaceRecogniser) else None
 
@@ -247,9 +247,13 @@ class EncoderEvaluation:
             names += ("distance", "same_person")
         figures = dict(zip(names, means.tolist(), strict=True))
         figures["mahalanobis"] = self.distribution.mahalanobis(predicted).mean().item()
-        predicted = in_parts(encoder, self.at_once, self.samples)
+        predicted = self.codes(encoder, self.samples, self.sample_cameras)
         figures["latent"] = latent_error(predicted, self.w, self.distribution.w_std).item()
         return figures
+
+    def codes(self, encoder: ImageEncoder, images: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
+        """Codes of images [B, 3, S, S] seen by cameras [B, 25]."""
+        return in_parts(functools.partial(encode, encoder, self.loss.identity), self.at_once, images, cameras)
 
     def picture(self, w: torch.Tensor, camera: torch.Tensor) -> torch.Tensor:
         """Heads [B, 3, S, S] of codes w [B, …] seen by cameras [B, 25]."""
@@ -260,7 +264,7 @@ class EncoderEvaluation:
         """`columns` photos, their reconstructions, and, if there are other views, these with the head turned by 25
         degrees."""
         photos, cameras = self.photos[:columns], self.cameras[:columns]
-        w = in_parts(encoder, self.at_once, photos)
+        w = self.codes(encoder, photos, cameras)
         views = [cameras]
         if self.generator.has_viewpoints:
             views.append(self.generator.camera_at(25.0, 0.0).to(cameras).expand_as(cameras))
@@ -318,10 +322,14 @@ class EncoderTrainer(AveragedTrainer):
         with torch.compiler.set_stance("force_eager"):
             self.evaluation = EncoderEvaluation(held_out, self.samples, self.distribution, self.loss)
 
+    def codes(self, images: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
+        """The encoder's of images [B, 3, S, S] seen by cameras [B, 25]."""
+        return self.run_network(images, embedding_for(self.network, self.loss.identity, images, cameras))
+
     def latent_pass(self, resolution, conditions, cameras):
         """Flat gradient and figures of samples alone, seen at `cameras`; `conditions` are the mapping's."""
         w, images = self.samples.pictures(conditions, cameras, resolution)
-        latent = latent_error(self.run_network(images), w, self.distribution.w_std)
+        latent = latent_error(self.codes(images, cameras), w, self.distribution.w_std)
         return self._gradient(self.config.loss.latent * latent, {"latent": latent})
 
     def mixed_pass(self, resolution, conditions, cameras, photos, photo_cameras):
@@ -329,7 +337,7 @@ class EncoderTrainer(AveragedTrainer):
         config = self.config
         w, samples = self.samples.pictures(conditions, cameras, resolution)
         images = torch.cat([photos, samples])
-        predicted = self.run_network(images)
+        predicted = self.codes(images, torch.cat([photo_cameras, cameras]))
         latent = latent_error(predicted[len(photos) :], w, self.distribution.w_std)
         # Nearer to the average than the mapping network's codes is no fault: only what lies beyond them is penalised.
         distance = self.distribution.mahalanobis(predicted[: len(photos)])

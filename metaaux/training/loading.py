@@ -101,7 +101,7 @@ class FrozenNetworks:
 
     def tasks(self, image: torch.Tensor, camera: torch.Tensor) -> Tasks:
         """Photos [B, 3, S, S] seen by cameras [B, 25] as a task each."""
-        return make_tasks(self.generator, self.encoder, image, camera)
+        return make_tasks(self.generator, self.encoder, image, camera, self.inner_loss.identity)
 
 
 def make_sampler(data: DataSettings, dataset: FaceDataset, batch: int, device: torch.device, seed: int) -> FaceSampler:
