@@ -41,7 +41,7 @@ def activated(
     Returns:
         [B, C, H, W] in the dtype of `x`.
     """
-    if _has_kernels(x) and (noise is None or noise[0].ndim == 2):
+    if triplane_cuda.has_kernels(x) and (noise is None or noise[0].ndim == 2):
         return _Activate.apply(x, bias, *(noise or (None, None)), gain, slope, bound)
     in_place = not torch.is_grad_enabled()  # new memory for each pass would cost more than the pass itself
     if noise is not None:
@@ -57,10 +57,6 @@ def activated(
         return x
     # Of torch.clamp, which also knows tensors as bounds, the derivative takes five passes over x and not one.
     return x.clamp_(-bound, bound) if in_place else F.hardtanh(x, -bound, bound)
-
-
-def _has_kernels(x: torch.Tensor) -> bool:
-    return triplane_cuda.triton is not None and x.is_cuda and not torch.compiler.is_compiling()
 
 
 class _Activate(torch.autograd.Function):

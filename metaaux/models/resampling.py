@@ -48,10 +48,6 @@ class _Linear(torch.autograd.Function):
         return _Linear.apply(x.flatten(0, 1), function, transpose).unflatten(0, x.shape[:2]), 0
 
 
-def _has_kernels(x: torch.Tensor) -> bool:
-    return triplane_cuda.triton is not None and x.is_cuda and not torch.compiler.is_compiling()
-
-
 def blur2d(x: torch.Tensor, padding: int, gain: int = 1) -> torch.Tensor:
     """Low-pass filter [B, C, H, W] with the separable [1, 3, 3, 1] kernel over zero borders of width `padding`.
 
@@ -64,7 +60,7 @@ def blur2d(x: torch.Tensor, padding: int, gain: int = 1) -> torch.Tensor:
 
 
 def _blur(padding: int, gain: int, x: torch.Tensor) -> torch.Tensor:
-    if _has_kernels(x):
+    if triplane_cuda.has_kernels(x):
         return kernels.blur(x, padding, gain)
     # Beyond one pixel of border a mean is zero, so that each pass can bring a border of its own.
     first, second, third = (int(padding > done) for done in range(3))
@@ -116,7 +112,7 @@ def downsample2d(x: torch.Tensor) -> torch.Tensor:
 
 def _up(divisor: int, x: torch.Tensor) -> torch.Tensor:
     """Twice as many pixels: of the sum over them `divisor` 4 makes the mean."""
-    if _has_kernels(x):
+    if triplane_cuda.has_kernels(x):
         return kernels.enlarge(x, 4 / divisor)
     x = F.avg_pool2d(F.interpolate(x, scale_factor=2, mode="nearest"), 2, 1, 1)
     return F.avg_pool2d(x, 2, 1, divisor_override=divisor)
@@ -124,6 +120,6 @@ def _up(divisor: int, x: torch.Tensor) -> torch.Tensor:
 
 def _down(divisor: int, x: torch.Tensor) -> torch.Tensor:
     """Half as many pixels; `divisor` as of `_up`."""
-    if _has_kernels(x):
+    if triplane_cuda.has_kernels(x):
         return kernels.reduce(x, 4 / divisor)
     return F.avg_pool2d(F.avg_pool2d(F.avg_pool2d(x, 2, 1, 1), 2, 1), 2, divisor_override=divisor)

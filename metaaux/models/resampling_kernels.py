@@ -15,8 +15,20 @@ BLOCK = 1024
 
 
 @triton.jit
-def _filter(x, y, height, out_height, length, out_length, channels, scale, STEP: tl.constexpr, PADDING: tl.constexpr,
-            WIDE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _filter(
+    x,
+    y,
+    height,
+    out_height,
+    length,
+    out_length,
+    channels,
+    scale,
+    STEP: tl.constexpr,
+    PADDING: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """y [B, H', W', C]: the sums of 4×4 pixels of x [B, H, W, C] by [1, 3, 3, 1] in both axes, times `scale`; each
     STEP pixels after the last, the first PADDING pixels before the border. Lengths are of rows: W·C and W'·C."""
     row = tl.program_id(0)

@@ -29,6 +29,11 @@ def is_supported(planes: object, plane_axes: Sequence[str]) -> bool:
     return on_gpu and planes.dtype in DTYPES and len(plane_axes) == 3
 
 
+def has_kernels(x: torch.Tensor) -> bool:
+    """Whether Triton's kernels can run on `x` here; where `torch.compile` traces it fuses passes itself."""
+    return triton is not None and x.is_cuda and not torch.compiler.is_compiling()
+
+
 def pixels_first(planes: torch.Tensor) -> torch.Tensor:
     """planes [B, 3, C, H, W] → [B, H, W, 3, C], contiguous: the kernels' layout, in which a sample's channels are one
     cache line. Costs nothing for planes whose memory format is that of channels last."""
