@@ -40,7 +40,7 @@ from .models.presets import preset_of
 from .models.recogniser import FaceRecogniser
 from .models.stylegan2 import StyleGAN2Generator
 from .models.weights import check_computable, lay_out, unwrapped
-from .precision import autocast, check_precision, reduced_dtype
+from .precision import check_precision, reduced_dtype
 from .rendering import RenderingMixin
 from .replay import ReplayedProblem
 from .tasks import encode
@@ -393,8 +393,7 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
         pipeline's device."""
 
         def pass_of(given: dict[str, Any]) -> torch.Tensor:
-            with autocast(given["image"].device, given["dtype"]):
-                return encode(self.encoder, self.identity, given["image"], given["cameras"])
+            return encode(self.encoder, self.identity, given["image"], given["cameras"], given["dtype"])
 
         given = {"image": target.to(self.encoder.dtype), "cameras": cameras, "dtype": reduced_dtype(self.precision)}
         return self._run_pass("encoding", self.encoder, self.identity)("encode", pass_of, given)

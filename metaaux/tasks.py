@@ -59,14 +59,21 @@ class Tasks:
 
 @torch.no_grad()
 def encode(
-    encoder: ImageEncoder, identity: torch.nn.Module | None, image: torch.Tensor, camera: torch.Tensor
+    encoder: ImageEncoder,
+    identity: torch.nn.Module | None,
+    image: torch.Tensor,
+    camera: torch.Tensor,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The encoder's codes [B, …] of images [B, 3, S, S] seen by cameras [B, 25], without gradients.
+
+    `dtype` of the networks' products: by autocast, or, `None`, their own.
 
     Raises:
         ValueError: the encoder wants to be told the person, and there is no `identity` network to tell it.
     """
-    return encoder(image, embedding_for(encoder, identity, image, camera))
+    with autocast(image.device, dtype):
+        return encoder(image, embedding_for(encoder, identity, image, camera))
 
 
 @torch.no_grad()
@@ -82,20 +89,17 @@ def embedding_for(
     return identity(image, camera)
 
 
+@torch.no_grad()
 def make_tasks(
     generator: Generator,
     encoder: ImageEncoder,
     image: torch.Tensor,
     camera: torch.Tensor,
     identity: torch.nn.Module | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tasks:
     """Photos [T, 3, S, S] seen by cameras [T, 25] as a task each, with the codes that `encode` gives them."""
-    return tasks_of(generator, encode(encoder, identity, image, camera), image, camera)
-
-
-@torch.no_grad()
-def tasks_of(generator: Generator, w: torch.Tensor, image: torch.Tensor, camera: torch.Tensor) -> Tasks:
-    """Photos [T, 3, S, S] seen by cameras [T, 25] as a task each, with codes w [T, …]."""
+    w = encode(encoder, identity, image, camera, dtype)
     return Tasks(image, camera, w, generator.planes(w))
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ..files import source_name
 from ..models.encoder import ImageEncoder
-from ..precision import autocast, reduced_dtype
+from ..precision import reduced_dtype
 from ..tasks import encode
 from .base import Generator, InversionMethod, Reconstruction, render_each
 from .registry import MethodRequest, register
@@ -46,8 +46,7 @@ class EncoderMethod(InversionMethod):
 
     @torch.no_grad()
     def invert(self, image: torch.Tensor, camera: torch.Tensor) -> list[Reconstruction]:
-        with autocast(image.device, self.dtype):
-            w = encode(self.encoder, self.identity, image, camera)
+        w = encode(self.encoder, self.identity, image, camera, self.dtype)
         return render_each(self.generator, w, camera, self.dtype)
 
 

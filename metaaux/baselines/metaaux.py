@@ -11,8 +11,8 @@ from ..files import source_name
 from ..losses import InversionLoss
 from ..models.auxiliary import AuxiliaryNetwork
 from ..models.encoder import LatentEncoder
-from ..precision import autocast, reduced_dtype
-from ..tasks import Tasks, encode, predict_tasks, tasks_of
+from ..precision import reduced_dtype
+from ..tasks import Tasks, encode, make_tasks, predict_tasks
 from .base import Generator, InversionMethod, Reconstruction, weights_of
 from .registry import MethodRequest, register
 
@@ -76,8 +76,7 @@ class AuxiliaryAdaptation(InversionMethod):
         return [self._invert_one(*one) for one in zip(image.split(1), camera.split(1))]
 
     def _invert_one(self, image: torch.Tensor, camera: torch.Tensor) -> Reconstruction:
-        with torch.no_grad():
-            w = self._encode(image, camera)
+        w = encode(self.encoder, self.loss.identity, image, camera, self.dtype)
         result = adapt(
             self.generator,
             self.auxiliary,
@@ -94,7 +93,7 @@ class AuxiliaryAdaptation(InversionMethod):
 
     def _invert_batch(self, image: torch.Tensor, camera: torch.Tensor) -> list[Reconstruction]:
         generator, auxiliary = self.generator, self.auxiliary
-        tasks = tasks_of(generator, self._encode(image, camera), image, camera)
+        tasks = make_tasks(generator, self.encoder, image, camera, self.loss.identity, self.dtype)
         parameters = {name: p.detach().requires_grad_() for name, p in auxiliary.adaptable_parameters().items()}
         inner = InnerLoop.of(auxiliary, self.steps, rates=self.rates(), dtype=self.dtype, auxiliary_dtype=self.dtype)
         with torch.enable_grad():
@@ -102,10 +101,6 @@ class AuxiliaryAdaptation(InversionMethod):
         with torch.no_grad():
             offsets = predict_tasks(auxiliary, adapted, tasks, self.dtype)
             return [self._of_task(tasks, offsets, index) for index in range(len(image))]
-
-    def _encode(self, image: torch.Tensor, camera: torch.Tensor) -> torch.Tensor:
-        with autocast(image.device, self.dtype):
-            return encode(self.encoder, self.loss.identity, image, camera)
 
     def _of_task(self, tasks: Tasks, offsets, index: int) -> Reconstruction:
         part = slice(index, index + 1)

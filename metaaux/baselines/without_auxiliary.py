@@ -9,7 +9,6 @@ import torch
 
 from ..losses import InversionLoss
 from ..models.encoder import LatentEncoder
-from ..precision import autocast
 from ..tasks import encode
 from .base import Generator, InversionMethod, Reconstruction, weights_of
 from .optimization import TuningSettings, tune_to_photo
@@ -49,9 +48,7 @@ class GeneratorAdaptation(InversionMethod):
         return {"tuning": asdict(self.tuning), "loss": weights_of(self.loss)}
 
     def invert(self, image: torch.Tensor, camera: torch.Tensor) -> list[Reconstruction]:
-        with torch.no_grad():
-            with autocast(image.device, self.loss.dtype):
-                w = encode(self.encoder, self.loss.identity, image, camera)
+        w = encode(self.encoder, self.loss.identity, image, camera, self.loss.dtype)
         return [
             tune_to_photo(self.generator, self.loss, *one, self.tuning)
             for one in zip(image.split(1), camera.split(1), w.split(1))
