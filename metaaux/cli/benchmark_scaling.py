@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .benchmark_training import TrainingBenchmarkOptions
 from .options import check_file, echo, split_names, with_options
 
 if TYPE_CHECKING:
@@ -17,18 +18,9 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class ScalingOptions:
+class ScalingOptions(TrainingBenchmarkOptions):
     """What `benchmark-scaling` is told."""
 
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            "--model",
-            metavar="FOLDER",
-            help="Pipeline whose networks' shapes count; without weights it gets random ones. Default: metaaux-ffhq, "
-            "the paper's.",
-        ),
-    ] = None
     generator: Annotated[
         Path | None,
         typer.Option(
@@ -38,17 +30,6 @@ class ScalingOptions:
             "other networks are random ones that fit them.",
         ),
     ] = None
-    configs: Annotated[
-        Path | None,
-        typer.Option("--configs", metavar="FOLDER", help="The phases' NAME.yaml. Default: metaaux/configs/ffhq."),
-    ] = None
-    phases: Annotated[
-        str,
-        typer.Option(
-            help="What to measure, separated by commas: names of configurations, which begin with generator, encoder, "
-            "plain or meta."
-        ),
-    ] = "encoder,plain,meta-paper,meta-extended"
     processes: Annotated[
         str | None,
         typer.Option(
@@ -61,14 +42,6 @@ class ScalingOptions:
         str,
         typer.Option(help="weak: the batch is that of each process; strong: that of all together; or both."),
     ] = "weak,strong"
-    steps: Annotated[int, typer.Option(min=1, help="Timed optimiser steps of each measurement.")] = 30
-    warmup: Annotated[
-        int, typer.Option(min=0, help="Steps before them; the generator takes more until all is captured.")
-    ] = 5
-    batch: Annotated[int | None, typer.Option(min=1, help="Photos or tasks a step. Default: the configuration's.")] = (
-        None
-    )
-    photos: Annotated[int, typer.Option(min=1, help="Synthetic photos, shown again and again.")] = 64
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -97,18 +70,10 @@ class ScalingOptions:
         Raises:
             ValueError: as `ScalingBenchmark`.
         """
-        from .. import configs as shipped
         from ..evaluation.scaling import ScalingBenchmark
-        from ..hub.loading import embedded_model_folder
 
         return ScalingBenchmark(
-            model=self.model or embedded_model_folder("metaaux-ffhq"),
-            configs=self.configs or Path(shipped.__file__).parent / "ffhq",
-            phases=split_names(self.phases),
-            steps=self.steps,
-            warmup=self.warmup,
-            batch=self.batch,
-            photos=self.photos,
+            **self.arguments(),
             overrides=self.overrides or (),
             processes=self.numbers(),
             scalings=split_names(self.scaling),

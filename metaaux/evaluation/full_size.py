@@ -140,16 +140,8 @@ def run_training_benchmark(
     """
     out = Path(out)
     with tempfile.TemporaryDirectory(prefix="metaaux-") as temporary:
-        inverter, random_weights = load_for_benchmark(str(settings.model), "cpu")
-        size, data = inverter.generator.config.image_size, Path(temporary, "photos.zip")
-        write_synthetic_photos(data, size, settings.photos)
-        networks = networks_of(inverter, settings.model, random_weights, data, Path(temporary, "networks"))
-        del inverter
-        configs = {name: configuration(name, settings, networks, data) for name in settings.phases}
-        if random_weights:
-            for config in configs.values():
-                shorten_inner_steps(config)
-        results = begin(out, description(settings.model, size, random_weights))
+        configs, machine = prepare(settings, *load_for_benchmark(str(settings.model), "cpu"), Path(temporary))
+        results = begin(out, machine)
         results["gpu_hours"] = gpu_hours(results["phases"])
         for name, config in configs.items():
             try:
@@ -165,6 +157,20 @@ def run_training_benchmark(
             if on_phase is not None:
                 on_phase(name, figures)
     return results
+
+
+def prepare(
+    settings: TrainingBenchmark, inverter: MetaAuxInverter, random_weights: bool, folder: Path
+) -> tuple[dict[str, Settings], dict[str, Any]]:
+    """Photos and networks in `folder`; each phase's settings; and what figures in one file must have in common."""
+    size, data = inverter.generator.config.image_size, folder / "photos.zip"
+    write_synthetic_photos(data, size, settings.photos)
+    networks = _networks(inverter, settings.model, random_weights, data, folder / "networks")
+    configs = {name: _configuration(name, settings, networks, data) for name in settings.phases}
+    if random_weights:
+        for config in configs.values():
+            _shorten_inner_steps(config)
+    return configs, _description(settings.model, size, random_weights)
 
 
 def measure_phase(name: str, config: Settings, steps: int, warmup: int, folder: str | os.PathLike) -> dict[str, Any]:
@@ -283,7 +289,7 @@ def write_synthetic_photos(path: Path, size: int, count: int) -> None:
         archive.writestr("dataset.json", json.dumps({"labels": labels}))
 
 
-def networks_of(inverter: MetaAuxInverter, model: Path, random_weights: bool, data: Path, folder: Path) -> Path:
+def _networks(inverter: MetaAuxInverter, model: Path, random_weights: bool, data: Path, folder: Path) -> Path:
     """Folder of the model's networks, with weights: the model's own, or `folder`, which is made for random ones."""
     if not random_weights:
         return model
@@ -322,7 +328,7 @@ def _bring_to_life(auxiliary: AuxiliaryNetwork, image: torch.Tensor) -> None:
                 parameter.normal_(std=_TRAINED)
 
 
-def configuration(name: str, settings: TrainingBenchmark, networks: Path, data: Path) -> Settings:
+def _configuration(name: str, settings: TrainingBenchmark, networks: Path, data: Path) -> Settings:
     """The phase's shipped configuration, on these networks and photos."""
     phase = phase_of(name)
     is_encoder = phase.config is EncoderConfig
@@ -352,7 +358,7 @@ def configuration(name: str, settings: TrainingBenchmark, networks: Path, data: 
     return config
 
 
-def shorten_inner_steps(config: Settings) -> None:
+def _shorten_inner_steps(config: Settings) -> None:
     """Steps that trained networks take well lead five times farther from random ones than a float can hold the second
     derivative of: on an H100 the meta-gradient was 4e6 long with them, and then no number."""
     if isinstance(config, AuxiliaryConfig) and config.inner.calibrate_rates > 0:
@@ -384,7 +390,7 @@ def _least_warmup(config: Settings, device: torch.device) -> int:
     return 3 * config.r1.interval + 1 if config.r1.gamma else 0
 
 
-def description(model: Path, size: int, random_weights: bool) -> dict[str, Any]:
+def _description(model: Path, size: int, random_weights: bool) -> dict[str, Any]:
     """What figures in one file must have in common."""
     device = torch.device(best_device())
     return {

@@ -41,13 +41,9 @@ from .benchmark import load_for_benchmark
 from .full_size import (
     TrainingBenchmark,
     begin,
-    configuration,
-    description,
-    networks_of,
     phase_of,
-    shorten_inner_steps,
+    prepare,
     without_paths,
-    write_synthetic_photos,
 )
 
 #: What is kept when processes are added: the batch of each, or that of all.
@@ -201,19 +197,13 @@ def _prepare(settings: ScalingBenchmark, folder: Path) -> tuple[dict[str, Settin
     inverter, random_weights = load_for_benchmark(str(settings.model), "cpu")
     if settings.generator is not None:
         inverter, random_weights = _with_generator(inverter, settings.generator), True
-    size, data = inverter.generator.config.image_size, folder / "photos.zip"
-    write_synthetic_photos(data, size, settings.photos)
-    networks = networks_of(inverter, settings.model, random_weights, data, folder / "networks")
-    configs = {name: configuration(name, settings, networks, data) for name in settings.phases}
+    configs, machine = prepare(settings, inverter, random_weights, folder)
     for config in configs.values():
         # Shapes that a configuration asks for are those of its run; the model's are for one that asks for none.
         if isinstance(config, EncoderConfig) and config.encoder:
             config.initial = None
         elif isinstance(config, AuxiliaryConfig) and config.auxiliary.arguments:
             config.auxiliary.initial = None
-        if random_weights:
-            shorten_inner_steps(config)
-    machine = description(settings.model, size, random_weights)
     on_gpus = best_device() == "cuda"
     machine["generator"] = None if settings.generator is None else source_name(settings.generator)
     machine["devices"] = torch.cuda.device_count() if on_gpus else 1
