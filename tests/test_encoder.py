@@ -234,6 +234,19 @@ class TestPSP:
             self.tiny(widths=(16, 16))
 
 
+def tiny_recogniser() -> FaceRecogniser:
+    """With embeddings of length 5."""
+    torch.manual_seed(0)
+    return FaceRecogniser(widths=(4, 6, 8), depths=(1, 1, 1), embedding_dim=5).eval()
+
+
+def held_out(settings) -> tuple[EG3DGenerator, torch.Tensor, torch.Tensor]:
+    """A run's generator, and the photos and cameras of its data."""
+    generator = EG3DGenerator.from_pretrained(settings["networks"]["generator"])
+    dataset = FaceDataset(settings["data"]["path"], generator.config.image_size, mirrored_copies=False)
+    return generator, to_signed(dataset.load()), dataset.cameras
+
+
 class TestTraining:
     def test_the_losses_fall(self, training_settings, tmp_path):
         config = EncoderConfig(
@@ -260,16 +273,13 @@ class TestTraining:
         assert encoder.w_std.min() > 0
 
     def test_held_out_figures_are_the_saved_encoders_distances_by_the_recogniser(self, training_settings, tmp_path):
-        torch.manual_seed(0)
-        recogniser = FaceRecogniser(widths=(4, 6, 8), depths=(1, 1, 1), embedding_dim=5).eval()
+        recogniser = tiny_recogniser()
         torch.nn.init.normal_(recogniser.fc.weight, std=1.8)  # so that distances lie on both sides of the limit
         recogniser.save_pretrained(tmp_path / "recogniser")
         settings = nested(training_settings, networks__identity=str(tmp_path / "recogniser"))
         checkpoint = train(EncoderConfig(**settings), tmp_path / "run")
         encoder = LatentEncoder.from_pretrained(checkpoint / "encoder")
-        generator = EG3DGenerator.from_pretrained(settings["networks"]["generator"])
-        dataset = FaceDataset(settings["data"]["path"], generator.config.image_size, mirrored_copies=False)
-        photos, cameras = to_signed(dataset.load()), dataset.cameras
+        generator, photos, cameras = held_out(settings)
         with torch.no_grad():
             pictures = generator.synthesize(encoder(photos), cameras).image
             distances = recogniser.distance(recogniser(pictures, cameras), recogniser(photos, cameras))
@@ -280,16 +290,13 @@ class TestTraining:
 
     def test_with_embeddings(self, training_settings, tmp_path):
         """In training and held out each picture is told with its own camera."""
-        torch.manual_seed(0)
-        recogniser = FaceRecogniser(widths=(4, 6, 8), depths=(1, 1, 1), embedding_dim=5).eval()
+        recogniser = tiny_recogniser()
         recogniser.save_pretrained(tmp_path / "recogniser")
         settings = nested(training_settings, networks__identity=str(tmp_path / "recogniser"))
         settings["encoder"] = settings["encoder"] | {"identity_size": 5}
         checkpoint = train(EncoderConfig(**settings), tmp_path / "run")
         encoder = LatentEncoder.from_pretrained(checkpoint / "encoder")
-        generator = EG3DGenerator.from_pretrained(settings["networks"]["generator"])
-        dataset = FaceDataset(settings["data"]["path"], generator.config.image_size, mirrored_copies=False)
-        photos, cameras = to_signed(dataset.load()), dataset.cameras
+        generator, photos, cameras = held_out(settings)
         with torch.no_grad():
             pictures = generator.synthesize(encode(encoder, recogniser, photos, cameras), cameras).image
         error = (pictures - photos).square().mean().item()
