@@ -57,7 +57,9 @@ def _slopes(gradient, y, out, count, slope, bound, BOUND: tl.constexpr, WIDE: tl
     back = tl.load(gradient + at, mask=live, other=0.0).to(value.dtype)
     back = tl.where(value > 0, back, back * slope)
     if BOUND:
-        back = tl.where((value >= bound) | (value <= -bound), 0.0, back)
+        # As `y` has it where it was clamped.
+        limit = tl.full([BLOCK], bound, y.dtype.element_ty).to(value.dtype)
+        back = tl.where((value >= limit) | (value <= -limit), 0.0, back)
     tl.store(out + at, back.to(out.dtype.element_ty), mask=live)
 
 
@@ -109,8 +111,6 @@ def slopes(gradient: torch.Tensor, y: torch.Tensor, slope: float, bound: float |
     if gradient.stride() != y.stride():
         gradient = torch.empty_like(y).copy_(gradient)
     out = torch.empty_like(y)
-    # As `y` has it where it was clamped.
-    limit = 0.0 if bound is None else torch.tensor(bound, dtype=y.dtype).item()
     if count := y.numel():
         with torch.cuda.device_of(y):
             _slopes[(triton.cdiv(count, BLOCK),)](
@@ -119,7 +119,7 @@ def slopes(gradient: torch.Tensor, y: torch.Tensor, slope: float, bound: float |
                 out,
                 count,
                 slope,
-                limit,
+                0.0 if bound is None else bound,
                 bound is not None,
                 y.dtype == torch.float64,
                 BLOCK,
