@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from metaaux import MetaAuxInverter
 from metaaux.faces.canonical import canonical_face
-from metaaux.faces.measures import MEASURES, face_measures
+from metaaux.faces.measures import MEASURES, REGIONS, face_measures, mean_colours
 from metaaux.models.age_gender import AgeGenderNetwork
 from metaaux.models.directions import LatentDirections
 from metaaux.training.directions import (
     DirectionsConfig,
     principal_components,
     project_out,
+    regression_normals,
     separate,
     train,
     unexplained,
@@ -106,6 +107,21 @@ class TestProjectOut:
             project_out(normal, [np.array([1.0, 1, 0]), np.array([0, 1.0, 0])])
 
 
+class TestRegressionNormals:
+    def test_finds_what_w_explains(self, samples):
+        w, truth, values = samples
+        noise = np.random.default_rng(1).standard_normal(len(w))
+        values = np.stack([values, noise, -2 * w[:, 3]], axis=1)
+        values[:5, 1] = np.nan
+        found, axis = regression_normals(w, values)
+        assert found @ truth > 0.95
+        np.testing.assert_allclose(axis, -np.eye(12)[3], atol=0.02)
+
+    def test_nothing_known_or_nothing_varies(self, samples):
+        assert regression_normals(samples[0], np.full((2000, 2), np.nan)) == []
+        assert regression_normals(samples[0], np.ones((2000, 2))) == []
+
+
 class TestPrincipalComponents:
     def test_axes_and_deviations(self, samples):
         w, _, _ = samples
@@ -152,6 +168,33 @@ class TestFaceMeasures:
     def test_wrong_shape(self):
         with pytest.raises(ValueError, match=r"\[478, 3\]"):
             face_measures(np.zeros((478, 3)))
+
+
+class TestMeanColours:
+    def test_cheeks_and_edges(self):
+        # The canonical face fills most of a crop: a grey one with red cheeks before a green wall and a blue floor.
+        side = 64
+        face = canonical_face().astype(np.float64) * [1, -1, -1]
+        low, high = face[:, :2].min(0), face[:, :2].max(0)
+        landmarks = (face - [*(low + high) / 2, 0]) * 0.7 * side / (high - low).max() + [side / 2, side / 2, 0]
+        pixels = np.full((side, side, 3), 128, dtype=np.uint8)
+        for cheek in (205, 425):
+            x, y = landmarks[cheek, :2].astype(int)
+            pixels[y - 12 : y + 12, x - 12 : x + 12] = (200, 0, 0)
+        pixels[: side // 2, [*range(4), *range(side - 4, side)]] = (0, 100, 0)
+        pixels[side // 2 :, :4] = (0, 0, 255)
+        colours = mean_colours(pixels, landmarks)
+        assert colours.shape == (len(REGIONS), 3)
+        np.testing.assert_allclose(colours, np.array([[200, 0, 0], [0, 100, 0]]) / 255)
+        beside = mean_colours(pixels, landmarks + [10 * side, 0, 0])
+        assert np.isnan(beside[0]).all() and np.isfinite(beside[1]).all()
+
+    @pytest.mark.parametrize(
+        "pixels", [np.zeros((8, 8, 3), np.uint8), np.zeros((64, 64, 3)), np.zeros((64, 64), np.uint8)]
+    )
+    def test_what_is_no_crop(self, pixels):
+        with pytest.raises(ValueError, match="uint8"):
+            mean_colours(pixels, np.zeros((468, 3)))
 
 
 class TestTrain:

@@ -63,6 +63,9 @@ def test_results_are_mean_changes(directed_inverter, face_zip, attribute_file, t
     assert (details["n"], details["failed"]) == (3, 0)
     assert all(-1 <= details["identity"]["gender"][str(alpha)] < 1 for alpha in ALPHAS)
     assert 0 <= details["monotone"]["age"] <= 1
+    # With random weights an edit changes the whole picture, the longer one more.
+    moved = [details["background"][name]["3"] for name in ("age", "gender")]
+    assert 0 < moved[0] < moved[1] < 1
     lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "| Edit | encoder (W) | Ours |" and lines[2].startswith("| age -3 | ")
 

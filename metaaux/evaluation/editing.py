@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
@@ -17,7 +18,7 @@ from ..devices import device_name
 from ..editing import apply_edits
 from ..export.images import tensor_to_image
 from ..faces.detection import FaceDetector
-from ..faces.measures import MEASURES, face_measures
+from ..faces.measures import MEASURES, background_colour, face_measures
 from ..files import source_name, write_json, write_text
 from ..models.age_gender import AgeGenderNetwork
 from ..precision import products
@@ -40,7 +41,8 @@ class EditingEvaluation:
     Each photo is inverted by each method; its code is moved by α along the checkpoint's directions "age" and "gender"
     and rendered at the photo's camera with the weights that the inversion found; where those are offsets, with the
     directions' `gain`, as the pipeline has it. The change is that of the attribute network's judgement against the
-    unedited reconstruction: years of age, and P(male).
+    unedited reconstruction: years of age, and P(male). What an edit should leave alone is recorded beside it: the
+    identity, and the mean colour of the background.
 
     Args:
         inverter: the pipeline; its `directions` must hold "age" and "gender".
@@ -90,6 +92,7 @@ class EditingEvaluation:
             "weights": weights_digest(inverter),
             "photos": photos.digest,
             "measures": sorted(self.measures),
+            "kept": ["identity", "background"],
             "gains": {name: self.directions[name].gain for name in self.names},
             "methods": {method.name: method.settings() for method in methods},
         } | noted_precision(inverter)
@@ -125,21 +128,26 @@ class EditingEvaluation:
 
     @torch.no_grad()
     def _edit(self, reconstruction: Reconstruction) -> dict[str, Any]:
-        """For each attribute its value at each α, 0 included, and the identity that is left."""
+        """For each attribute its value at each α, 0 included, the identity that is left, and how far the channel of
+        the background's mean colour that moves most has moved, in [0, 1]."""
         base = reconstruction.image[None]
         camera, identify = reconstruction.camera, self.inverter.identity
         embedding = identify(base, camera)
         adapted = bool(reconstruction.weight_offsets)
         values: dict[str, dict[str, float | None]] = {}
         identity: dict[str, dict[str, float]] = {}
+        background: dict[str, dict[str, float]] = {}
+        colour = background_colour(np.asarray(tensor_to_image(base[0])))
         for name in self.names:
-            values[name], identity[name] = {"0": self._value(name, base)}, {}
+            values[name], identity[name], background[name] = {"0": self._value(name, base)}, {}, {}
             for alpha in ALPHAS:
                 w = apply_edits(reconstruction.w, self.directions, {name: alpha}, adapted)
                 image = reconstruction.views(camera, w=w)
                 values[name][str(alpha)] = self._value(name, image)
                 identity[name][str(alpha)] = F.cosine_similarity(embedding, identify(image, camera)).item()
-        return {"values": values, "identity": identity}
+                moved = background_colour(np.asarray(tensor_to_image(image[0]))) - colour
+                background[name][str(alpha)] = float(np.abs(moved).max())
+        return {"values": values, "identity": identity, "background": background}
 
     def _value(self, name: str, image: torch.Tensor) -> float | None:
         """Of an attribute in an image [1, 3, S, S]; `None` where landmarks are needed and no face is found."""
@@ -151,11 +159,12 @@ class EditingEvaluation:
     def summarize(self) -> dict[str, Any]:
         """Writes `results.json` and `table.md` from all records so far; returns the results.
 
-        "methods" holds the mean change for each α; "details" the means of identity with the unedited reconstruction,
-        the share of photos on which the attribute rises with every step of α, the changes of what landmarks measure
-        (over the `n` photos on which they were found at every α), and `n` and `failed`. "equal_gains", where both
-        "metaaux" and "encoder" were run, holds for each direction the `gain` under which its edits would change
-        adapted heads from α = -3 to 3 as much as unadapted ones, if strength were proportional to it.
+        "methods" holds the mean change for each α; "details" the means of identity with the unedited reconstruction
+        and of how far the background's mean colour moved (the channel that moves most, [0, 1]), the share of photos on
+        which the attribute rises with every step of α, the changes of what landmarks measure (over the `n` photos on
+        which they were found at every α), and `n` and `failed`. "equal_gains", where both "metaaux" and "encoder" were
+        run, holds for each direction the `gain` under which its edits would change adapted heads from α = -3 to 3 as
+        much as unadapted ones, if strength were proportional to it.
         """
         return self.records.summarize(self._write_summary, [m.name for m in self.methods], len(self.photos))
 
@@ -169,9 +178,12 @@ class EditingEvaluation:
             change = changes[method.name] = {name: _changes(curve) for name, curve in curves.items()}
             results["methods"][method.name] = {name: change[name] for name in ATTRIBUTES}
             results["details"][method.name] = {
-                "identity": {
-                    name: {str(a): mean_of([r["identity"][name] for r in good], str(a)) for a in ALPHAS}
-                    for name in curves
+                **{
+                    kept: {
+                        name: {str(a): mean_of([r[kept][name] for r in good], str(a)) for a in ALPHAS}
+                        for name in curves
+                    }
+                    for kept in ("identity", "background")
                 },
                 "monotone": {
                     name: (curve.diff(dim=1) > 0).all(dim=1).double().mean().item() if len(curve) else None

@@ -9,13 +9,13 @@ import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from math import nan
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ..faces.measures import MEASURES, face_measures
+from ..faces.measures import MEASURES, REGIONS, face_measures, mean_colours
 from ..models.age_gender import AgeGenderNetwork
 
 #: Attributes that the age and gender network judges; the others are `faces.measures.MEASURES`.
@@ -29,14 +29,33 @@ def _detector():
     return FaceDetector()
 
 
+class Measured(NamedTuple):
+    """What is measured of B pictures, float32 on the CPU, not-a-numbers where no face is found.
+
+    Attributes:
+        values: attributes [B, attributes].
+        colours: mean colours of the regions, [B, 6] in [0, 1] (`faces.measures.mean_colours`).
+        pose: yaws and pitches [B, 2] in degrees.
+    """
+
+    values: torch.Tensor
+    colours: torch.Tensor
+    pose: torch.Tensor
+
+
+_COUNTS = (len(MEASURES), 3 * len(REGIONS), 2)
+
+
 def _measure_picture(pixels: np.ndarray) -> list[float]:
-    """Measures, yaw and pitch of the largest face of an RGB picture [S, S, 3], not-a-numbers where there is none."""
+    """Measures, colours, yaw and pitch of the largest face of an RGB picture [S, S, 3], not-a-numbers where there is
+    none."""
     from ..faces.alignment import head_pose
 
     faces = _detector().detect(Image.fromarray(pixels))
     if not faces:
-        return [float("nan")] * (len(MEASURES) + 2)
-    return [*face_measures(faces[0].landmarks).values(), *head_pose(faces[0])]
+        return [float("nan")] * sum(_COUNTS)
+    landmarks = faces[0].landmarks
+    return [*face_measures(landmarks).values(), *mean_colours(pixels, landmarks).ravel(), *head_pose(faces[0])]
 
 
 class Attributes:
@@ -67,22 +86,22 @@ class Attributes:
         return (*(NETWORK_ATTRIBUTES if self.network else ()), *(MEASURES if self.landmarks else ()))
 
     @torch.no_grad()
-    def start(self, images: torch.Tensor) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-        """Begins to measure images [B, 3, S, S] in [-1, 1]; what it returns waits for the values [B, attributes] and
-        the heads' yaws and pitches [B, 2] in degrees, float32 on the CPU, not-a-numbers where no face is found.
-        Rendering may go on in the meantime."""
+    def start(self, images: torch.Tensor) -> Callable[[], Measured]:
+        """Begins to measure images [B, 3, S, S] in [-1, 1]; what it returns waits for the result. Rendering may go on
+        in the meantime."""
         columns = []
         if self.network is not None:
             columns = [column.float().cpu()[:, None] for column in self.network(images)]
         if not self.landmarks:
-            return lambda: (torch.cat([*columns, torch.empty(len(images), 0)], 1), torch.full((len(images), 2), nan))
+            unknown = torch.full((len(images), sum(_COUNTS)), float("nan")).split(_COUNTS, dim=1)
+            return lambda: Measured(torch.cat([*columns, torch.empty(len(images), 0)], dim=1), *unknown[1:])
         pixels = (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         pictures = list(pixels.permute(0, 2, 3, 1).cpu().numpy())
         measured = self._pool.map(_measure_picture, pictures) if self._pool else map(_measure_picture, pictures)
 
-        def wait() -> tuple[torch.Tensor, torch.Tensor]:
-            found = torch.tensor(list(measured)).float()
-            return torch.cat([*columns, found[:, :-2]], dim=1), found[:, -2:]
+        def wait() -> Measured:
+            measures, colours, pose = torch.tensor(list(measured)).float().split(_COUNTS, dim=1)
+            return Measured(torch.cat([*columns, measures], dim=1), colours, pose)
 
         return wait
 

@@ -2,10 +2,10 @@
 
 Random heads are rendered from the front and measured: age and gender by a network, expressions and shape from
 landmarks. For each attribute a linear support vector machine separates the heads that have most of it from those that
-have least; the normal of its boundary, freed of the attributes named as its conditions and of the pose, is the
-direction. With conditions, it is what they do not explain of the attribute that the boundary separates: most open
-mouths smile, and the heads with the most open mouths of all would only tell what a smile is. What each direction
-really does is then measured by moving heads along it, which sets its scale and range.
+have least; the normal of its boundary, freed of the attributes named as its conditions, of the pose and of the mean
+colours of skin and background, is the direction. With conditions, it is what they do not explain of the attribute that
+the boundary separates: most open mouths smile, and the heads with the most open mouths of all would only tell what a
+smile is. What each direction really does is then measured by moving heads along it, which sets its scale and range.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 from tqdm.auto import tqdm
 
 from ..export.sheets import grid
-from ..faces.measures import MEASURES
+from ..faces.measures import MEASURES, REGIONS
 from ..files import atomic_path, write_text
 from ..inversion import generator_fingerprint
 from ..models.directions import Direction, LatentDirections
 from ..models.identity import IdentityNetwork
 from ..models.recogniser import FaceRecogniser
 from ..tasks import Generator
-from .attributes import NETWORK_ATTRIBUTES, Attributes
+from .attributes import NETWORK_ATTRIBUTES, Attributes, Measured
 from .distributed import check_shared_folder, on_main_process, start_processes
 from .head_samples import Samples, SamplingSettings, frontal_cameras, frontal_views
 from .loading import check_packages, load_generator, load_identity
@@ -69,6 +69,9 @@ class BoundarySettings(Settings):
     conditions: dict[str, list[str]] = {}
     """For an attribute, those whose effect is taken out of its values (`unexplained`) and whose normals are projected
     out of its own; the pose always is."""
+    hold_colours: bool = True
+    """Condition every attribute on the mean colours of skin and background too: among photos, old people are lit
+    otherwise than young ones."""
     min_accuracy: Share = 0.7
     """Directions that separate worse are left out, and the report says so."""
 
@@ -243,26 +246,26 @@ def principal_components(w: np.ndarray, count: int) -> tuple[np.ndarray, np.ndar
     return axes[:count], singular[:count] / np.sqrt(len(w))
 
 
-def _pose_normals(w: np.ndarray, pose: np.ndarray) -> list[np.ndarray]:
-    """Unit normals of yaw and pitch: of their regression on w. Empty where w does not know the pose [N, 2], or nobody
-    does."""
-    known = np.isfinite(pose).all(1)
+def regression_normals(w: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
+    """Unit vectors [w_dim] along which w [N, w_dim] explains each column of `values` [N, C] best, by linear
+    regression; without those of columns that w hardly explains. Samples that are not finite are left out."""
+    known = np.isfinite(values).all(1)
     if not known.any():
         return []
-    w, pose = w[known], pose[known]
-    centred, target = w - w.mean(0), pose - pose.mean(0)
+    w, values = w[known], values[known]
+    centred, target = w - w.mean(0), values - values.mean(0)
     gram = centred.T @ centred
     solution = np.linalg.solve(gram + 1e-3 * np.trace(gram) / len(gram) * np.eye(len(gram)), centred.T @ target)
-    explained = 1 - ((target - centred @ solution) ** 2).mean(0) / (target**2).mean(0)
     # What chance alone explains grows with the number of axes.
-    chance = 3 * w.shape[1] / len(w)
-    return [solution[:, i] / np.linalg.norm(solution[:, i]) for i in range(2) if explained[i] > max(0.05, chance)]
+    least = max(0.05, 3 * w.shape[1] / len(w))
+    explained = ((target - centred @ solution) ** 2).mean(0) < (1 - least) * (target**2).mean(0)
+    return [column / np.linalg.norm(column) for column in solution.T[explained]]
 
 
 @dataclass(eq=False)
 class _Movable:
-    """Heads that are moved along directions: their codes w [M, w_dim], and measured values [M, attributes] and
-    identity vectors [M, D] (or `None`) at rest; `distance` is the mean one between two samples' codes."""
+    """Heads that are moved along directions: their codes w [M, w_dim], and at rest what is measured of them and
+    identity vectors [M, D] (or `None`); `distance` is the mean one between two samples' codes."""
 
     generator: Generator
     attributes: Attributes
@@ -272,27 +275,29 @@ class _Movable:
     distance: float
 
     def __post_init__(self):
-        self.values, self.vectors = self._look(self.w)
+        self.measured, self.vectors = self._look(self.w)
 
     @torch.no_grad()
-    def _look(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _look(self, w: torch.Tensor) -> tuple[Measured, torch.Tensor | None]:
         batch, resolution = self.config.sampling.batch, self.config.sampling.resolution
         images = torch.cat([frontal_views(self.generator, part, resolution) for part in w.split(batch)])
         vectors = None
         if self.identity is not None:
             parts = images.clamp(-1, 1).split(batch)
             vectors = torch.cat([self.identity(part, frontal_cameras(self.generator, len(part))) for part in parts])
-        return self.attributes.start(images)()[0], vectors
+        return self.attributes.start(images)(), vectors
 
     def effect(self, column: int, shift: torch.Tensor) -> dict[str, float]:
         """Of adding `shift` [w_dim] to w: mean `change` of the attribute in that column, share of the faces still
-        `found`, mean `identity` cosine with the head at rest."""
-        values, vectors = self._look(self.w + shift)
-        values, before = values[:, column], self.values[:, column]
+        `found`, how far the mean colours of `skin` and `background` move (the channel that moves most, mean of the
+        heads), mean `identity` cosine with the head at rest."""
+        measured, vectors = self._look(self.w + shift)
+        values, before = measured.values[:, column], self.measured.values[:, column]
+        moved = (measured.colours - self.measured.colours).abs().unflatten(1, (len(REGIONS), 3)).amax(2)
         entry = {
             "change": float((values - before).nanmean()),
             "found": float((~(values.isnan() & ~before.isnan())).float().mean()),
-        }
+        } | dict(zip(REGIONS, moved.nanmean(0).tolist(), strict=True))
         if vectors is not None:
             entry["identity"] = float(F.cosine_similarity(vectors, self.vectors, dim=1).mean())
         return entry
@@ -343,7 +348,7 @@ class _Search:
 
     Attributes:
         w, values: of the samples, [N, w_dim] and [N, attributes].
-        poses: unit normals of the pose.
+        held: unit normals of what no direction shall change: the pose, and the colours of skin and background.
         found: the boundary of each attribute that has one.
         report: figures of each direction, and why others are left out.
     """
@@ -351,14 +356,17 @@ class _Search:
     def __init__(self, samples: Samples, config: DirectionsConfig):
         self.samples, self.config = samples, config
         self.names = samples.attributes.names
-        self.w, pose, self.values = samples.load()
+        self.w, pose, self.values, self.colours = samples.load()
         # The code of a 3D generator knows the pose that it was conditioned on, that of a 2D one the picture's.
         knows_pose = not samples.generator.has_viewpoints or samples.generator.config.pose_conditioning
-        self.poses = _pose_normals(self.w, pose) if knows_pose else []
+        poses = regression_normals(self.w, pose) if knows_pose else []
+        colours = regression_normals(self.w, self.colours) if config.boundaries.hold_colours else []
+        self.held = poses + colours
         self.report = {
             "config": config.model_dump(mode="json"),
             "samples": len(self.w),
-            "pose_normals": len(self.poses),
+            "pose_normals": len(poses),
+            "colour_normals": len(colours),
             "directions": {},
             "left_out": {},
         }
@@ -402,9 +410,12 @@ class _Search:
         others = [other for other in settings.conditions.get(name, []) if other in self.found]
         values = self.values[:, self.names.index(name)]
         figures = {"accuracy_unconditioned": boundary.accuracy(boundary.normal)}
-        if others:
-            boundary = self._separate(unexplained(values, self.values[:, [self.names.index(o) for o in others]]))
-        freed = project_out(boundary.normal, [*(self.found[other].normal for other in others), *self.poses])
+        conditions = self.values[:, [self.names.index(other) for other in others]]
+        if settings.hold_colours and np.isfinite(self.colours).any():
+            conditions = np.column_stack([conditions, self.colours])
+        if conditions.shape[1]:
+            boundary = self._separate(unexplained(values, conditions))
+        freed = project_out(boundary.normal, [*(self.found[other].normal for other in others), *self.held])
         figures["accuracy"] = share = boundary.accuracy(freed)
         self.report["directions"][name] = figures
         if share < settings.min_accuracy:

@@ -12,6 +12,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from ..faces.measures import REGIONS
 from ..files import atomic_path, write_json
 from ..tasks import Generator
 from .attributes import Attributes
@@ -84,7 +85,7 @@ class Samples:
         names = ("truncation", "max_yaw", "max_pitch", "resolution", "shard", "seed")
         settings = {name: getattr(self.settings, name) for name in names}
         settings |= sources
-        settings["measured"] = list(self.attributes.names)
+        settings["measured"] = [*self.attributes.names, *REGIONS]
         path = self.folder / "settings.json"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -125,16 +126,18 @@ class Samples:
         for part in ws.split(settings.batch):
             pending.append(self.attributes.start(frontal_views(generator, part, settings.resolution)))
             bar.update(len(part))
-        values, found = (torch.cat(parts) for parts in zip(*(wait() for wait in pending), strict=True))
+        measured = (torch.cat(parts) for parts in zip(*(wait() for wait in pending), strict=True))
+        values, colours, found = (part.contiguous() for part in measured)
         return {
             "w": ws.float().cpu().contiguous(),
-            "pose": found.contiguous() if pose is None else pose,
+            "pose": found if pose is None else pose,
             "values": values,
+            "colours": colours,
         }
 
-    def load(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Codes [N, w_dim], poses [N, 2] in degrees, which no code need know, and attributes [N, attributes], float64;
-        not-a-numbers where no face was found."""
+    def load(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Codes [N, w_dim], poses [N, 2] in degrees, which no code need know, attributes [N, attributes] and colours
+        [N, 6] (`attributes.Measured`), float64; not-a-numbers where no face was found."""
         shards = [load_file(self._path(index)) for index in range(self.shards)]
-        joined = (torch.cat([shard[key] for shard in shards]) for key in ("w", "pose", "values"))
+        joined = (torch.cat([shard[key] for shard in shards]) for key in ("w", "pose", "values", "colours"))
         return tuple(tensor[: self.settings.heads].double().numpy() for tensor in joined)
