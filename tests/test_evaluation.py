@@ -19,6 +19,7 @@ from metaaux import MetaAuxInverter
 from metaaux.baselines import MethodOptions, make_methods
 from metaaux.baselines.encoder import EncoderMethod
 from metaaux.baselines.optimization import LatentSettings
+from metaaux.cameras import pose_of_camera
 from metaaux.cli import main
 from metaaux.evaluation import reconstruction
 from metaaux.evaluation.flip import TurnedFace, compare_flip
@@ -31,6 +32,7 @@ from metaaux.evaluation.report import comparison_picture
 from metaaux.export.images import image_to_tensor, tensor_to_image
 from metaaux.files import source_name
 from metaaux.models.identity import IdentityNetwork
+from metaaux.models.recogniser import FaceRecogniser
 from tests import warm
 
 FAST = MethodOptions(latent=LatentSettings(steps=2), tuning_steps=2)
@@ -303,7 +305,8 @@ class TestEvaluation:
         evaluation.run()
         details = evaluation.summarize()["details"]["encoder"]
         # A tiny generator with random weights shows no face.
-        assert details["pose_detected"] == 0 and details["pose_error"] is None
+        for turn in ("", "_40"):
+            assert details["pose_detected" + turn] == 0 and details["pose_error" + turn] is None
 
     def test_2d_generator(self, flat_inverter, face_zip, tmp_path):  # noqa: F811
         names = ("metaaux", "w+", "pti", "without_auxiliary")
@@ -313,6 +316,29 @@ class TestEvaluation:
         assert all(figures["failed"] == 0 and figures["mse"] > 0 for figures in results["methods"].values())
         # There are no other sides.
         assert all(details["identity_turned"] is None for details in results["details"].values())
+
+    def test_distances_of_a_recogniser(self, tiny_components, face_zip, batch, tmp_path, monkeypatch):
+        recogniser = FaceRecogniser(widths=(4, 6, 8), depths=(1, 1, 1), embedding_dim=5).eval()
+        inverter = MetaAuxInverter(**tiny_components | {"identity": recogniser})
+        w, camera = inverter.encoder(batch[0]), batch[1]
+        own = recogniser(batch[0], camera)
+        view = inverter.generator.camera_at
+        expected = {"distance": recogniser(inverter.generator.synthesize(w, camera).image.clamp(-1, 1), camera) - own}
+        _, pitches = pose_of_camera(camera)
+        for turn, name in ((20, "distance_turned"), (40, "distance_turned_40")):
+            sides = [torch.stack([view(yaw, float(pitch)) for pitch in pitches]) for yaw in (-turn, turn)]
+            views = [recogniser(inverter.generator.synthesize(w, side).image.clamp(-1, 1), side) for side in sides]
+            expected[name] = torch.cat(views) - torch.cat([own, own])
+        nearest, second, _ = expected["distance"].norm(dim=1).sort().values.tolist()
+        monkeypatch.setattr(reconstruction, "SAME_PERSON", (nearest + second) / 2)
+        evaluation = make_evaluation(inverter, face_zip, tmp_path)
+        evaluation.run()
+        results = evaluation.summarize()
+        details = results["details"]["encoder"]
+        for name, difference in expected.items():
+            assert details[name] == pytest.approx(difference.norm(dim=1).mean().item(), rel=1e-3), name
+        assert details["same_person"] == pytest.approx(1 / 3)
+        assert "recognition" in results["metrics"]["distance"]
 
 
 class ByCamera(IdentityNetwork):

@@ -16,13 +16,14 @@ from ..files import source_name
 from ..hub.loading import load_component
 from ..losses import perceptual_distance
 from ..models.perceptual import LPIPS
+from ..models.recogniser import FaceRecogniser
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter
 
 
 class ReconstructionMetrics:
-    """MSE of images in [-1, 1], perceptual distance, and cosine of identity embeddings.
+    """MSE of images in [-1, 1], perceptual distance, and likeness by the identity network.
 
     Args:
         inverter: its identity network is used and, unless `perceptual` names another one, its perceptual distance.
@@ -58,34 +59,40 @@ class ReconstructionMetrics:
             "perceptual": perceptual_name,
             "identity": f"cosine of embeddings by the identity network of {model}",
         }
+        if isinstance(self.identity, FaceRecogniser):
+            self.names["distance"] = "of embeddings by dlib's face recognition network"
 
     @torch.no_grad()
     def measure(
         self, image: torch.Tensor, target: torch.Tensor, camera: torch.Tensor | None = None
-    ) -> dict[str, float]:
+    ) -> dict[str, float | None]:
         """Figures of a reconstruction [3, S, S] and its photo [3, S, S], both in [-1, 1] and seen by `camera` [25]."""
         cameras = None if camera is None else camera[None]
         return {
             "mse": (image - target).square().mean().item(),
             "perceptual": self.perceptual(image[None], target[None]).item(),
-            "identity": self.similarity(image[None], target, cameras, camera).item(),
-        }
+        } | self.likeness(image[None], target, cameras, camera)
 
     @torch.no_grad()
-    def similarity(
+    def likeness(
         self,
         images: torch.Tensor,
         target: torch.Tensor,
         cameras: torch.Tensor | None = None,
         camera: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Mean cosine between the embeddings of images [V, 3, S, S] and that of one photo [3, S, S]: a scalar.
+    ) -> dict[str, float | None]:
+        """Of images [V, 3, S, S] with one photo [3, S, S]: "identity", the mean cosine of their embeddings with the
+        photo's, and "distance", the mean distance, by which only a `FaceRecogniser` tells persons apart.
 
         Identity networks that cut the face out by its camera need `cameras` [V, 25] of the images and the photo's
         `camera` [25].
         """
         of_photo = self.identity(target[None], None if camera is None else camera[None])
-        return F.cosine_similarity(self.identity(images, cameras), of_photo, dim=1).mean()
+        of_images = self.identity(images, cameras)
+        distance = None
+        if isinstance(self.identity, FaceRecogniser):
+            distance = self.identity.distance(of_images, of_photo).mean().item()
+        return {"identity": F.cosine_similarity(of_images, of_photo, dim=1).mean().item(), "distance": distance}
 
 
 def _describe(network: LPIPS) -> str:

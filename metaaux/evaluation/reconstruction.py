@@ -19,6 +19,7 @@ from ..cameras import pose_of_camera
 from ..devices import device_name
 from ..export.images import image_to_tensor, save_image, tensor_to_image
 from ..files import source_name, write_json, write_text
+from ..models.recogniser import SAME_PERSON
 from ..precision import products
 from .frechet import FeatureExtractor, FeatureStatistics, frechet_between
 from .metrics import ReconstructionMetrics, timed
@@ -29,8 +30,9 @@ from .report import comparison_picture, table
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter
 
-#: Yaws in degrees of the views that show whether an inverted head is still the person when it is turned.
-TURNED_YAWS = (-20.0, 20.0)
+#: Degrees by which heads are turned to either side, to see whether they are still the person, and what their figures'
+#: names end in.
+TURNS = {20.0: "", 40.0: "_40"}
 PICTURE_ROWS = 6
 
 
@@ -91,6 +93,7 @@ class ReconstructionEvaluation:
             "photos": photos.digest,
             "metrics": metrics.names,
             "pose": pose,
+            "turns": list(TURNS),
             "methods": {method.name: method.settings() for method in methods},
         } | noted_precision(inverter)
         self.records = Records(folder, self.settings, shard)
@@ -175,20 +178,23 @@ class ReconstructionEvaluation:
         )
 
     def _turned(self, reconstruction: Reconstruction, target: torch.Tensor) -> dict[str, Any]:
-        """Identity of the turned head with the photo, and how far the detected yaws are from those asked."""
-        if not self.inverter.has_viewpoints:
-            return {"identity_turned": None}
-        _, pitch = pose_of_camera(reconstruction.camera[0].cpu())
-        view = self.inverter.generator.camera_at
-        cameras = torch.stack([view(yaw, float(pitch)) for yaw in TURNED_YAWS]).to(self.device)
-        views = reconstruction.views(cameras)
-        similarity = self.metrics.similarity(views, target, cameras, reconstruction.camera[0])
-        figures: dict[str, Any] = {"identity_turned": similarity.item()}
-        if self.pose:
-            poses = [self.inverter.aligner.estimate_pose(tensor_to_image(view)) for view in views]
-            figures["yaw_errors"] = [
-                None if pose is None else abs(pose[0] - yaw) for yaw, pose in zip(TURNED_YAWS, poses)
-            ]
+        """Likeness of the turned head with the photo, and how far the detected yaws are from those asked."""
+        figures: dict[str, Any] = {}
+        for turn, suffix in TURNS.items():
+            likeness: dict[str, float | None] = {"identity": None, "distance": None}
+            if self.inverter.has_viewpoints:
+                _, pitch = pose_of_camera(reconstruction.camera[0].cpu())
+                yaws = (-turn, turn)
+                cameras = torch.stack([self.inverter.generator.camera_at(yaw, float(pitch)) for yaw in yaws])
+                cameras = cameras.to(self.device)
+                views = reconstruction.views(cameras)
+                likeness = self.metrics.likeness(views, target, cameras, reconstruction.camera[0])
+                if self.pose:
+                    poses = [self.inverter.aligner.estimate_pose(tensor_to_image(view)) for view in views]
+                    figures["yaw_errors" + suffix] = [
+                        None if pose is None else abs(pose[0] - yaw) for yaw, pose in zip(yaws, poses, strict=True)
+                    ]
+            figures |= {f"{name}_turned{suffix}": value for name, value in likeness.items()}
         return figures
 
     def _picture(self, method: str, index: int) -> Path:
@@ -216,7 +222,7 @@ class ReconstructionEvaluation:
                 "n": len(records),
             }
             results["details"][method.name] = {
-                "identity_turned": mean_of(good, "identity_turned"),
+                **_likeness_figures(good),
                 **self._pose_figures(good),
                 "timed": len(seconds),
                 "tuning_steps": mean_of(good, "tuning_steps"),
@@ -261,12 +267,13 @@ class ReconstructionEvaluation:
     def _pose_figures(self, records: list[dict[str, Any]]) -> dict[str, float | None]:
         if not (self.pose and self.inverter.has_viewpoints):
             return {}
-        errors = [error for record in records for error in record["yaw_errors"]]
-        found = [error for error in errors if error is not None]
-        return {
-            "pose_error": statistics.fmean(found) if found else None,
-            "pose_detected": len(found) / len(errors) if errors else None,
-        }
+        figures = {}
+        for suffix in TURNS.values():
+            errors = [error for record in records for error in record["yaw_errors" + suffix]]
+            found = [error for error in errors if error is not None]
+            figures["pose_error" + suffix] = statistics.fmean(found) if found else None
+            figures["pose_detected" + suffix] = len(found) / len(errors) if errors else None
+        return figures
 
     def _write_picture(self) -> None:
         """The first photos that every method has finished: input and reconstructions side by side."""
@@ -281,6 +288,17 @@ class ReconstructionEvaluation:
         if rows:
             labels = ["Input", *(method.label for method in self.methods)]
             save_image(comparison_picture(rows, labels), self.folder / "comparison.png")
+
+
+def _likeness_figures(records: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """The distance to the photo, the share of photos that are the same person by it, and both likenesses turned."""
+    distances = [record["distance"] for record in records if record["distance"] is not None]
+    figures = {
+        "distance": statistics.fmean(distances) if distances else None,
+        "same_person": statistics.fmean(d < SAME_PERSON for d in distances) if distances else None,
+    }
+    turned = [f"{name}_turned{suffix}" for suffix in TURNS.values() for name in ("identity", "distance")]
+    return figures | {name: mean_of(records, name) for name in turned}
 
 
 def mean_of(records: Sequence[dict[str, Any]], key: str) -> float | None:
