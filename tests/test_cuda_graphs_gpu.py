@@ -38,6 +38,8 @@ def no_waiting():
 def inverter(tiny_folder):
     inverter = MetaAuxInverter.from_pretrained(tiny_folder).to("cuda")
     inverter.set_progress_bar_config(disable=True)
+    # TF32 makes of the last bits, which sums by atomic additions leave to chance, differences of some 1e-5.
+    inverter.precision = "float32"
     return inverter
 
 
