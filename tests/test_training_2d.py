@@ -20,7 +20,7 @@ from metaaux.models.directions import LatentDirections
 from metaaux.models.encoder import LatentEncoder
 from metaaux.models.recogniser import FaceRecogniser
 from metaaux.training import auxiliary, directions, encoder, identity
-from metaaux.training.directions import DirectionsConfig, _pose_normals
+from metaaux.training.directions import DirectionsConfig
 from metaaux.training.loading import sample_cameras
 from metaaux.training.plain import PlainTrainer
 from tests.conftest import IMAGE_SIZE, TINY_AUXILIARY, TINY_ENCODER
@@ -145,17 +145,7 @@ def test_directions(settings, attribute_file, tmp_path):
     assert load_file(tmp_path / "samples" / "00000.safetensors")["pose"].isnan().all()
 
 
-def test_poses_that_were_measured():
-    rng = np.random.default_rng(0)
-    w = rng.standard_normal((600, 12))
-    pose = np.stack([w[:, 3] + 0.1 * rng.standard_normal(600), rng.standard_normal(600)], axis=1)
-    pose[::7] = np.nan
-    (yaw,) = _pose_normals(w, pose)
-    assert yaw[3] > 0.99
-    assert _pose_normals(w, np.full((600, 2), np.nan)) == []
-
-
-def test_poses_of_faces_are_measured():
+def test_poses_and_colours_of_faces_are_measured():
     pytest.importorskip("mediapipe")
     from metaaux import MetaAuxInverter
     from metaaux.training.attributes import Attributes
@@ -168,10 +158,14 @@ def test_poses_of_faces_are_measured():
     with torch.no_grad():
         images = torch.cat([generator.synthesize(w, camera[None]).image for camera in (frontal, turned)])
     attributes = Attributes(None, 1, torch.device("cpu"))
-    values, poses = attributes.start(images)()
+    values, colours, poses = attributes.start(images)()
     assert values.shape == (2, len(attributes.names)) and poses.isfinite().all()
     expected = torch.stack(pose_of_camera(torch.stack([frontal, turned])), dim=1)
     assert (poses - expected).abs().max() < 8
+    # Skin of any kind has more red than green, and more green than blue.
+    red, green, blue = colours[:, :3].unbind(1)
+    assert colours.shape == (2, 6) and 0 < blue.min() and (blue < green).all() and (green < red).all()
+    assert red.max() < 1
 
 
 def test_no_identity_network_from_one_view(settings, tmp_path):
