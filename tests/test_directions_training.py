@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from metaaux import MetaAuxInverter
 from metaaux.faces.canonical import canonical_face
-from metaaux.faces.measures import MEASURES, REGIONS, face_measures, mean_colours
+from metaaux.faces.measures import MEASURES, REGIONS, background_mask, face_measures, mean_colours, region_masks
 from metaaux.models.age_gender import AgeGenderNetwork
 from metaaux.models.directions import LatentDirections
+from metaaux.training.attributes import Attributes
 from metaaux.training.directions import (
     DirectionsConfig,
     principal_components,
@@ -24,6 +25,9 @@ from metaaux.training.directions import (
     train,
     unexplained,
 )
+from metaaux.training.head_samples import frontal_views
+from metaaux.training.held_colours import colour_sensitivity, held_direction
+from metaaux.training.loading import load_generator
 
 
 @pytest.fixture
@@ -183,18 +187,71 @@ class TestMeanColours:
             pixels[y - 12 : y + 12, x - 12 : x + 12] = (200, 0, 0)
         pixels[: side // 2, [*range(4), *range(side - 4, side)]] = (0, 100, 0)
         pixels[side // 2 :, :4] = (0, 0, 255)
-        colours = mean_colours(pixels, landmarks)
+        colours = mean_colours(pixels, region_masks(side, landmarks))
         assert colours.shape == (len(REGIONS), 3)
         np.testing.assert_allclose(colours, np.array([[200, 0, 0], [0, 100, 0]]) / 255)
-        beside = mean_colours(pixels, landmarks + [10 * side, 0, 0])
+        beside = mean_colours(pixels, region_masks(side, landmarks + [10 * side, 0, 0]))
         assert np.isnan(beside[0]).all() and np.isfinite(beside[1]).all()
 
-    @pytest.mark.parametrize(
-        "pixels", [np.zeros((8, 8, 3), np.uint8), np.zeros((64, 64, 3)), np.zeros((64, 64), np.uint8)]
-    )
-    def test_what_is_no_crop(self, pixels):
-        with pytest.raises(ValueError, match="uint8"):
-            mean_colours(pixels, np.zeros((468, 3)))
+    def test_what_is_no_crop(self):
+        mask = background_mask(16)[None]
+        with pytest.raises(ValueError, match="at least 16 pixels a side, got 8"):
+            region_masks(8, np.zeros((468, 3)))
+        for pixels in (np.zeros((16, 16, 3)), np.zeros((16, 16), np.uint8), np.zeros((16, 20, 3), np.uint8)):
+            with pytest.raises(ValueError, match="pixels are uint8"):
+                mean_colours(pixels, mask)
+        with pytest.raises(ValueError, match="bool masks, got bool .1, 16, 16"):
+            mean_colours(np.zeros((32, 32, 3), np.uint8), mask)
+
+
+class TestHeldColours:
+    def test_sensitivity_is_the_mean_square_move(self, tiny_folder):
+        generator = load_generator(tiny_folder / "generator")
+        attributes = Attributes(None, 1, torch.device("cpu"))
+        random = torch.Generator().manual_seed(0)
+        ws = torch.randn(10, generator.config.w_dim, generator=random)  # more than go through together
+        step = 0.01 * torch.randn(generator.config.w_dim, generator=random)
+        matrix = colour_sensitivity(generator, attributes, ws)
+        mask = torch.from_numpy(background_mask(generator.config.image_size))
+        with torch.no_grad():
+            there, back = (frontal_views(generator, ws + sign * step, None)[..., mask].mean(2) for sign in (1, -1))
+        # Images lie in [-1, 1] and colours in [0, 1]; noise has no skin.
+        expected = ((there - back) / 4).square().mean().item()
+        assert step.numpy() @ matrix @ step.numpy() == pytest.approx(expected, rel=0.02)
+        np.testing.assert_allclose(matrix, matrix.T)
+
+    @pytest.fixture
+    def sensitivity(self):
+        """Colours move along two axes alone."""
+        return np.diag([1.0, 0.25, *[0.0] * 10])
+
+    def test_least_change_of_the_direction(self, samples, sensitivity):
+        w, truth, _ = samples
+        conditions = [np.eye(12)[5], np.eye(12)[5] + 0.5 * np.eye(12)[7]]
+        free = project_out(truth, conditions)
+
+        def change(v):
+            return np.sqrt(v @ sensitivity @ v) * (w @ v).std()
+
+        kept = []
+        for share in (0.5, 0.1, 0.01):
+            limit = share * change(free)
+            v = held_direction(truth, conditions, sensitivity, w, limit)
+            assert np.linalg.norm(v) == pytest.approx(1) and np.abs(v[[5, 7]]).max() < 1e-9
+            assert change(v) <= limit and change(v) == pytest.approx(limit, rel=1e-3)
+            kept.append(v @ free)
+        assert 1 > kept[0] > kept[1] > kept[2] > 0
+        np.testing.assert_allclose(held_direction(truth, conditions, sensitivity, w, 100.0), free, atol=1e-9)
+        # Where nothing but these axes may be left out, the nearest direction is without them.
+        v = held_direction(truth, [], sensitivity, w, 1e-7)
+        np.testing.assert_allclose(v[2:], project_out(truth, list(np.eye(12)[:2]))[2:], atol=1e-6)
+
+    def test_what_cannot_be_held(self, samples, sensitivity):
+        w, truth, _ = samples
+        with pytest.raises(ValueError, match="within the span"):
+            held_direction(truth, [truth], sensitivity, w, 0.1)
+        with pytest.raises(ValueError, match="move with it, whatever is done"):
+            held_direction(truth, [], np.eye(12), w, 0.1)
 
 
 class TestTrain:
@@ -246,6 +303,7 @@ class TestTrain:
         for name in named:
             figures = report["directions"][name]
             assert figures["accuracy"] == found[name].accuracy and figures["slope"] > 0
+            assert all(0 <= effect["background"] < 1 for effect in figures["effects"])
             assert len(figures["effects"]) == 6 and found[name].low <= -1 and found[name].high >= 1
         assert Image.open(run / "sheets" / "directions.png").width == 10 * 32
 

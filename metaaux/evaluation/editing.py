@@ -18,7 +18,7 @@ from ..devices import device_name
 from ..editing import apply_edits
 from ..export.images import tensor_to_image
 from ..faces.detection import FaceDetector
-from ..faces.measures import MEASURES, background_colour, face_measures
+from ..faces.measures import MEASURES, background_mask, face_measures, mean_colours
 from ..files import source_name, write_json, write_text
 from ..models.age_gender import AgeGenderNetwork
 from ..precision import products
@@ -137,7 +137,7 @@ class EditingEvaluation:
         values: dict[str, dict[str, float | None]] = {}
         identity: dict[str, dict[str, float]] = {}
         background: dict[str, dict[str, float]] = {}
-        colour = background_colour(np.asarray(tensor_to_image(base[0])))
+        colour = _background(base)
         for name in self.names:
             values[name], identity[name], background[name] = {"0": self._value(name, base)}, {}, {}
             for alpha in ALPHAS:
@@ -145,8 +145,7 @@ class EditingEvaluation:
                 image = reconstruction.views(camera, w=w)
                 values[name][str(alpha)] = self._value(name, image)
                 identity[name][str(alpha)] = F.cosine_similarity(embedding, identify(image, camera)).item()
-                moved = background_colour(np.asarray(tensor_to_image(image[0]))) - colour
-                background[name][str(alpha)] = float(np.abs(moved).max())
+                background[name][str(alpha)] = float(np.abs(_background(image) - colour).max())
         return {"values": values, "identity": identity, "background": background}
 
     def _value(self, name: str, image: torch.Tensor) -> float | None:
@@ -216,6 +215,12 @@ class EditingEvaluation:
             editing_table(results, {method.name: method.label for method in self.methods}), self.folder / "table.md"
         )
         return results
+
+
+def _background(image: torch.Tensor) -> np.ndarray:
+    """Its mean colour [3] in [0, 1] in an image [1, 3, S, S]."""
+    pixels = np.asarray(tensor_to_image(image[0]))
+    return mean_colours(pixels, background_mask(len(pixels))[None])[0]
 
 
 def _curves(records: Sequence[dict[str, Any]], name: str) -> torch.Tensor:

@@ -53,48 +53,59 @@ def face_measures(landmarks: np.ndarray) -> dict[str, float]:
     }
 
 
-def mean_colours(pixels: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
-    """Mean colours of a crop's skin and background: how it is lit, and before what.
+def region_masks(side: int, landmarks: np.ndarray) -> np.ndarray:
+    """Where a face's crop shows skin and background.
 
     Args:
-        pixels: a face's crop, uint8 [S, S, 3], sRGB.
+        side: of the crop, pixels.
         landmarks: [468, 3], x, y in its pixels.
 
     Returns:
-        [2, 3] float64 in [0, 1]: of the `REGIONS`, red, green and blue. Skin is that of the cheeks, not-a-numbers
-        where none of them lies in the crop; background as `background_colour` has it.
+        bool [2, side, side], of the `REGIONS`: the cheeks, of which a crop need not show any; and `background_mask`.
 
     Raises:
-        ValueError: the pixels are not uint8 [S, S, 3], or the landmarks not [468, 3].
+        ValueError: the side is below 16, or the landmarks are not [468, 3].
     """
-    background, landmarks = background_colour(pixels), _checked(landmarks)
-    side = len(pixels)
+    background, landmarks = background_mask(side), _checked(landmarks)
     mask = Image.new("1", (side, side))
     for outline in _CHEEK_OUTLINES:
         # Whole numbers are the centres of Pillow's pixels, and halves those of the landmarks'.
         ImageDraw.Draw(mask).polygon([tuple(point) for point in landmarks[list(outline), :2] - 0.5], fill=1)
-    skin = pixels[np.asarray(mask)]
-    return np.stack([skin.mean(0) / 255 if len(skin) else np.full(3, np.nan), background])
+    return np.stack([np.asarray(mask), background])
 
 
-def background_colour(pixels: np.ndarray) -> np.ndarray:
-    """Mean colour of what the outermost sixteenths of a crop to the left and right show in its upper half, where few
-    heads reach.
-
-    Args:
-        pixels: a face's crop, uint8 [S, S, 3], sRGB.
-
-    Returns:
-        [3] float64 in [0, 1].
+def background_mask(side: int) -> np.ndarray:
+    """The outermost sixteenths of a crop to the left and right in its upper half, where few heads reach: bool
+    [side, side].
 
     Raises:
-        ValueError: the pixels are not uint8 [S, S, 3], S at least 16.
+        ValueError: the side is below 16.
     """
-    side = len(pixels)
-    if pixels.dtype != np.uint8 or pixels.shape != (side, side, 3) or side < 16:
-        raise ValueError(f"a crop's pixels are uint8 [S, S, 3], S >= 16, got {pixels.dtype} {list(pixels.shape)}")
-    upper, edge = pixels[: side // 2], side // 16
-    return np.concatenate([upper[:, :edge], upper[:, -edge:]], axis=1).mean((0, 1)) / 255
+    if side < 16:
+        raise ValueError(f"a crop has at least 16 pixels a side, got {side}")
+    edge = np.minimum(np.arange(side), np.arange(side)[::-1]) < side // 16
+    return np.broadcast_to(edge, (side, side)) & (np.arange(side) < side // 2)[:, None]
+
+
+def mean_colours(pixels: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Mean colour of each region of a crop: how it is lit, and before what.
+
+    Args:
+        pixels: uint8 [S, S, 3], sRGB.
+        masks: bool [R, S, S], such as `region_masks`.
+
+    Returns:
+        [R, 3] float64 in [0, 1]; not-a-numbers where a region is empty.
+
+    Raises:
+        ValueError: the pixels are not uint8 [S, S, 3], or the masks not of their size.
+    """
+    pixels, masks = np.asarray(pixels), np.asarray(masks)
+    if pixels.dtype != np.uint8 or pixels.shape != (len(pixels), len(pixels), 3):
+        raise ValueError(f"a crop's pixels are uint8 [S, S, 3], got {pixels.dtype} {list(pixels.shape)}")
+    if masks.dtype != bool or masks.shape[1:] != pixels.shape[:2]:
+        raise ValueError(f"regions of {list(pixels.shape[:2])} pixels are bool masks, got {masks.dtype} {masks.shape}")
+    return np.stack([pixels[mask].mean(0) / 255 if mask.any() else np.full(3, np.nan) for mask in masks])
 
 
 def _checked(landmarks: np.ndarray) -> np.ndarray:

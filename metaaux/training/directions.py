@@ -2,10 +2,11 @@
 
 Random heads are rendered from the front and measured: age and gender by a network, expressions and shape from
 landmarks. For each attribute a linear support vector machine separates the heads that have most of it from those that
-have least; the normal of its boundary, freed of the attributes named as its conditions, of the pose and of the mean
-colours of skin and background, is the direction. With conditions, it is what they do not explain of the attribute that
-the boundary separates: most open mouths smile, and the heads with the most open mouths of all would only tell what a
-smile is. What each direction really does is then measured by moving heads along it, which sets its scale and range.
+have least; the normal of its boundary, freed of the attributes named as its conditions, of the pose and of what moves
+the mean colours of skin and background (`held_colours`), is the direction. With conditions, it is what they do not
+explain of the attribute that the boundary separates: most open mouths smile, and the heads with the most open mouths
+of all would only tell what a smile is. What each direction really does is then measured by moving heads along it,
+which sets its scale and range.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from ..tasks import Generator
 from .attributes import NETWORK_ATTRIBUTES, Attributes, Measured
 from .distributed import check_shared_folder, on_main_process, start_processes
 from .head_samples import Samples, SamplingSettings, frontal_cameras, frontal_views
+from .held_colours import colour_sensitivity, held_direction
 from .loading import check_packages, load_generator, load_identity
 from .settings import Settings, Share
 
@@ -69,9 +71,10 @@ class BoundarySettings(Settings):
     conditions: dict[str, list[str]] = {}
     """For an attribute, those whose effect is taken out of its values (`unexplained`) and whose normals are projected
     out of its own; the pose always is."""
-    hold_colours: bool = True
-    """Condition every attribute on the mean colours of skin and background too: among photos, old people are lit
-    otherwise than young ones."""
+    max_colour_change: PositiveFloat | None = 0.01
+    """Root mean square by which the mean colours of skin and background may move, of [0, 1], in a step of one
+    deviation of the samples along a direction (`held_colours.held_direction`); they are conditions of every
+    attribute's values then, too. Null: whatever comes."""
     min_accuracy: Share = 0.7
     """Directions that separate worse are left out, and the report says so."""
 
@@ -289,15 +292,19 @@ class _Movable:
 
     def effect(self, column: int, shift: torch.Tensor) -> dict[str, float]:
         """Of adding `shift` [w_dim] to w: mean `change` of the attribute in that column, share of the faces still
-        `found`, how far the mean colours of `skin` and `background` move (the channel that moves most, mean of the
-        heads), mean `identity` cosine with the head at rest."""
+        `found`, how far the mean colours of `skin` and `background` move where they are seen (the channel that moves
+        most, mean of the heads), mean `identity` cosine with the head at rest."""
         measured, vectors = self._look(self.w + shift)
         values, before = measured.values[:, column], self.measured.values[:, column]
         moved = (measured.colours - self.measured.colours).abs().unflatten(1, (len(REGIONS), 3)).amax(2)
         entry = {
             "change": float((values - before).nanmean()),
             "found": float((~(values.isnan() & ~before.isnan())).float().mean()),
-        } | dict(zip(REGIONS, moved.nanmean(0).tolist(), strict=True))
+        } | {
+            name: float(region.nanmean())
+            for name, region in zip(REGIONS, moved.T, strict=True)
+            if region.isfinite().any()
+        }
         if vectors is not None:
             entry["identity"] = float(F.cosine_similarity(vectors, self.vectors, dim=1).mean())
         return entry
@@ -348,7 +355,8 @@ class _Search:
 
     Attributes:
         w, values: of the samples, [N, w_dim] and [N, attributes].
-        held: unit normals of what no direction shall change: the pose, and the colours of skin and background.
+        poses: unit normals of the pose.
+        colours: mean colours of skin and background, [N, 6]; sensitivity: how they answer to w, `None` where they may.
         found: the boundary of each attribute that has one.
         report: figures of each direction, and why others are left out.
     """
@@ -359,14 +367,11 @@ class _Search:
         self.w, pose, self.values, self.colours = samples.load()
         # The code of a 3D generator knows the pose that it was conditioned on, that of a 2D one the picture's.
         knows_pose = not samples.generator.has_viewpoints or samples.generator.config.pose_conditioning
-        poses = regression_normals(self.w, pose) if knows_pose else []
-        colours = regression_normals(self.w, self.colours) if config.boundaries.hold_colours else []
-        self.held = poses + colours
+        self.poses = regression_normals(self.w, pose) if knows_pose else []
         self.report = {
             "config": config.model_dump(mode="json"),
             "samples": len(self.w),
-            "pose_normals": len(poses),
-            "colour_normals": len(colours),
+            "pose_normals": len(self.poses),
             "directions": {},
             "left_out": {},
         }
@@ -380,6 +385,11 @@ class _Search:
         columns = [self.names.index(name) for name in self.found]
         complete = np.flatnonzero(np.isfinite(self.values[:, columns]).all(1))[-config.calibration.heads :]
         self.heads = torch.from_numpy(self.w[complete]).float().to(samples.generator.device)
+        self.sensitivity = None
+        if config.boundaries.max_colour_change is not None:
+            self.sensitivity = colour_sensitivity(
+                samples.generator, samples.attributes, self.heads, config.sampling.resolution
+            )
 
     def _separate(self, values: np.ndarray) -> Boundary:
         settings = self.config.boundaries
@@ -411,11 +421,15 @@ class _Search:
         values = self.values[:, self.names.index(name)]
         figures = {"accuracy_unconditioned": boundary.accuracy(boundary.normal)}
         conditions = self.values[:, [self.names.index(other) for other in others]]
-        if settings.hold_colours and np.isfinite(self.colours).any():
+        if self.sensitivity is not None and np.isfinite(self.colours).any():
             conditions = np.column_stack([conditions, self.colours])
         if conditions.shape[1]:
             boundary = self._separate(unexplained(values, conditions))
-        freed = project_out(boundary.normal, [*(self.found[other].normal for other in others), *self.held])
+        normals = [*(self.found[other].normal for other in others), *self.poses]
+        freed = project_out(boundary.normal, normals)
+        if self.sensitivity is not None:
+            figures["accuracy_unheld"] = boundary.accuracy(freed)
+            freed = held_direction(freed, normals, self.sensitivity, self.w, settings.max_colour_change)
         figures["accuracy"] = share = boundary.accuracy(freed)
         self.report["directions"][name] = figures
         if share < settings.min_accuracy:
