@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import save_file
 
 from metaaux.cameras import camera_from_pose
@@ -39,6 +40,12 @@ GENERATOR = dict(
 DISCRIMINATOR = dict(image_size=32, channel_base=128, channel_max=8, conv_clamp=None, mapping_layers=2, raw_size=16)
 
 
+@pytest.fixture(autouse=True)
+def few_heads(monkeypatch):
+    """On sheets, which would take longer than the steps."""
+    monkeypatch.setattr(GeneratorTrainer, "HEADS", 3)
+
+
 def tiny_config(tmp_path, **settings):
     data = tmp_path / "data.zip"
     if not data.exists():
@@ -62,7 +69,9 @@ class TestRun:
         names = {"loss_generator", "loss_discriminator", "r1_penalty", "depth_error", "images_per_second"}
         assert names <= set(lines[0])
         assert all(torch.isfinite(torch.tensor(float(v))) for line in lines for v in line.values())
-        assert len(list((tmp_path / "run/sheets").glob("heads-*.png"))) == 2
+        sheets = [Image.open(path) for path in (tmp_path / "run/sheets").glob("heads-*.png")]
+        # Three heads, two a line, from five sides and in depth.
+        assert [sheet.size for sheet in sheets] == [(2 * 6 * 32, 2 * 32)] * 2
         DualDiscriminator.from_pretrained(checkpoint / "discriminator")
 
     def test_moves_both_networks(self, tmp_path):
