@@ -18,7 +18,7 @@ from metaaux.training.generator import GeneratorConfig, GeneratorTrainer, train
 from metaaux.training.loading import check_packages, find_folder, load_network
 from metaaux.training.trainer import TrainingRun
 from tests.conftest import TINY_ENCODER
-from tests.test_training_generator import few_heads, tiny_config, weights  # noqa: F401, one is a fixture
+from tests.test_training_generator import SHORT, few_heads, tiny_config, weights  # noqa: F401, one is a fixture
 
 
 def lines(folder):
@@ -27,10 +27,10 @@ def lines(folder):
 
 class TestUsedFolder:
     def test_is_refused_and_left_as_it_is(self, tmp_path):
-        train(tiny_config(tmp_path), tmp_path / "run")
+        train(tiny_config(tmp_path, run=SHORT), tmp_path / "run")
         before = sorted(path.relative_to(tmp_path) for path in (tmp_path / "run").rglob("*") if path.is_file())
         with pytest.raises(FileExistsError, match="resume it, or choose another folder"):
-            train(tiny_config(tmp_path, run={"total_images": 8}), tmp_path / "run")
+            train(tiny_config(tmp_path), tmp_path / "run")
         after = sorted(path.relative_to(tmp_path) for path in (tmp_path / "run").rglob("*") if path.is_file())
         assert after == before
 
@@ -75,11 +75,11 @@ class TestInterval:
         assert not (tmp_path / "run").exists()
         with pytest.raises(ValueError, match="needs no_such_module"):
             check_packages(["no_such_module", "json"])
-        train(tiny_config(tmp_path, run={"total_images": 8, "trackers": []}), tmp_path / "run")
+        train(tiny_config(tmp_path, run=SHORT | {"trackers": []}), tmp_path / "run")
         assert not (tmp_path / "run" / "trackers").exists()
 
     def test_figures_go_to_tensorboard(self, tmp_path):
-        train(tiny_config(tmp_path, run={"total_images": 8}), tmp_path / "run")
+        train(tiny_config(tmp_path, run=SHORT), tmp_path / "run")
         assert list((tmp_path / "run" / "trackers").rglob("events.out.tfevents.*"))
 
 
@@ -97,7 +97,7 @@ class TestLatest:
             raise OSError("a required privilege is not held by the client")
 
         monkeypatch.setattr(trainer.Path, "symlink_to", refuse)
-        checkpoint = train(tiny_config(tmp_path), tmp_path / "run")
+        checkpoint = train(tiny_config(tmp_path, run=SHORT), tmp_path / "run")
         latest = tmp_path / "run" / "latest"
         assert latest.read_text() == checkpoint.name
         assert find_folder(latest / "generator") == checkpoint / "generator"
@@ -186,10 +186,10 @@ def test_an_optimiser_comes_back_in_the_layout_of_its_parameters(tmp_path):
 
 
 def test_another_number_of_processes_draws_anew(tmp_path):
-    checkpoint = train(tiny_config(tmp_path), tmp_path / "run")
+    checkpoint = train(tiny_config(tmp_path, run=SHORT), tmp_path / "run")
     (state,) = (checkpoint / "random").iterdir()
     state.rename(state.with_name("00000-of-00002.safetensors"))
-    config = tiny_config(tmp_path, run={"total_images": 24})
+    config = tiny_config(tmp_path)
     with pytest.warns(UserWarning, match="no random state for process 0 of 1"):
         train(config, tmp_path / "run", resume=True)
 
