@@ -34,8 +34,9 @@ TINY_ENCODER = {
     "num_heads": 2,
 }
 
-#: Files that drive a browser: one after the other, since two at once would wait for each other's pages.
-BROWSER_FILES = ("test_app_browser", "test_app_turn", "test_app_zero_gpu")
+#: Files that run the app: one after the other, since two browsers would wait for each other's pages, and two files
+#: share a server.
+APP_FILES = ("test_app_api", "test_app_browser", "test_app_turn", "test_app_zero_gpu")
 
 # Its assertions are to say what differs, as those of test files do.
 pytest.register_assert_rewrite("recordings")
@@ -46,7 +47,7 @@ def pytest_collection_modifyitems(items):
     """Each file's tests share a process, and with it the fixtures of the file."""
     for item in items:
         name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("browser" if name in BROWSER_FILES else name))
+        item.add_marker(pytest.mark.xdist_group("app" if name in APP_FILES else name))
 
 
 def pytest_collection_finish(session):
@@ -147,6 +148,16 @@ def smiling_folder(tiny_components, tmp_path_factory):
     directions = LatentDirections.from_directions([smile])
     MetaAuxInverter(**tiny_components, latent_directions=directions).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def smiling_app(smiling_folder, tmp_path_factory):
+    """The demo in a process of its own, with the tiny pipeline that has an editing direction."""
+    from app_server import running_app
+
+    variables = {"METAAUX_MODELS": str(smiling_folder), "METAAUX_DEVICE": "cpu"}
+    with running_app(tmp_path_factory.mktemp("app"), **variables) as app:
+        yield app
 
 
 @pytest.fixture(scope="session")

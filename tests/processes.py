@@ -23,6 +23,8 @@ from safetensors.torch import save_file
 
 from metaaux import cli
 from metaaux.training import loop
+from metaaux.training.encoder import EncoderEvaluation
+from metaaux.training.generator import GeneratorTrainer
 from metaaux.training.identity import IdentityTrainer
 from metaaux.training.trainer import TrainingRun
 
@@ -137,7 +139,9 @@ def do(job: dict, rank: int) -> None:
         }.items():
             changed = functools.partialmethod(_swapped, function, getattr(TrainingRun, name))
             stack.enter_context(patch.object(TrainingRun, name, changed))
+        stack.enter_context(patch.object(GeneratorTrainer, "HEADS", 2))
         stack.enter_context(patch.object(IdentityTrainer, "EVALUATED", 50))
+        stack.enter_context(patch.object(EncoderEvaluation, "SAMPLES", 8))
         if job.get("one_batch"):
             stack.enter_context(one_batch(job))
         try:

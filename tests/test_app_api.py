@@ -16,8 +16,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-import torch
-from app_server import ROOT, new_client, running_app
+from app_server import ROOT, new_client
 from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 from jsonschema import Draft202012Validator
@@ -29,30 +28,14 @@ from safetensors.torch import load_file, save_file
 PHOTO = ROOT / "examples" / "eileen_collins.jpg"
 
 
-@pytest.fixture(scope="module")
-def model_folder(tiny_components, tmp_path_factory):
-    """The tiny pipeline with one editing direction."""
-    from metaaux import MetaAuxInverter
-    from metaaux.models.directions import Direction, LatentDirections
-
-    normal = torch.nn.functional.normalize(torch.arange(1.0, 17.0), dim=0)
-    smile = Direction("smile", "interfacegan", normal, 5.0, -3.0, 3.0, 0.9, "smiles more")
-    folder = tmp_path_factory.mktemp("app-model") / "tiny"
-    directions = LatentDirections.from_directions([smile])
-    MetaAuxInverter(**tiny_components, latent_directions=directions).save_pretrained(folder)
-    return folder
+@pytest.fixture
+def app(smiling_app):
+    return smiling_app
 
 
 @pytest.fixture(scope="module")
-def app(model_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("app")
-    with running_app(folder, METAAUX_MODELS=str(model_folder), METAAUX_DEVICE="cpu") as app:
-        yield app
-
-
-@pytest.fixture(scope="module")
-def client(app, tmp_path_factory):
-    return new_client(app, tmp_path_factory.mktemp("downloads"))
+def client(smiling_app, tmp_path_factory):
+    return new_client(smiling_app, tmp_path_factory.mktemp("downloads"))
 
 
 def invert(client, photo=PHOTO, **options):
@@ -80,10 +63,10 @@ def inversion(results):
 
 
 @pytest.fixture(scope="module")
-def inverter(model_folder):
+def inverter(smiling_folder):
     from metaaux import MetaAuxInverter
 
-    return MetaAuxInverter.from_pretrained(model_folder)
+    return MetaAuxInverter.from_pretrained(smiling_folder)
 
 
 def same(path, image):

@@ -34,6 +34,15 @@ from metaaux.inversion import max_file_bytes
 from metaaux.models.directions import Direction, LatentDirections
 
 
+@pytest.fixture(scope="module", autouse=True)
+def warmed_up():
+    """No engine is left warming up: Python would stop its thread at the end inside of PyTorch, which then aborts."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "load-models":
+            thread.join()
+
+
 @pytest.fixture(scope="module")
 def flat_handlers(tiny_2d_inverter, tmp_path_factory):
     folder = tmp_path_factory.mktemp("flat") / "model"

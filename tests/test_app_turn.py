@@ -13,7 +13,6 @@ import time
 
 import numpy as np
 import pytest
-from app_server import running_app
 from browser import CHROMIUM, changed, expect_angles, running_browser, view, visitors
 from PIL import Image
 from playwright.sync_api import expect
@@ -26,13 +25,8 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "i
 
 
 @pytest.fixture(scope="module")
-def open_page(smiling_folder, tmp_path_factory):
-    variables = {"METAAUX_MODELS": str(smiling_folder), "METAAUX_DEVICE": "cpu"}
-    with (
-        running_app(tmp_path_factory.mktemp("app"), **variables) as app,
-        running_browser() as browser,
-        visitors(app, browser) as open_page,
-    ):
+def open_page(smiling_app):
+    with running_browser() as browser, visitors(smiling_app, browser) as open_page:
         yield open_page
 
 

@@ -84,7 +84,8 @@ def test_from_a_pickle_to_the_hub_and_back(
     kind, hub, tiny_components, face_zip, crops, cameras, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("metaaux.training.encoder.EncoderEvaluation.PHOTOS", 2)
+    for name in ("PHOTOS", "SAMPLES"):
+        monkeypatch.setattr(f"metaaux.training.encoder.EncoderEvaluation.{name}", 2)
     # 1. Convert. The identity network is one of the project's; LPIPS' backbone is SqueezeNet, with random weights.
     generator, judge = networks_of(kind)
     if kind == "eg3d":

@@ -24,6 +24,7 @@ from metaaux.tasks import encode
 from metaaux.training.encoder import (
     ARCHITECTURES,
     EncoderConfig,
+    EncoderEvaluation,
     EncoderTrainer,
     LatentDistribution,
     latent_error,
@@ -248,6 +249,11 @@ def held_out(settings) -> tuple[EG3DGenerator, torch.Tensor, torch.Tensor]:
 
 
 class TestTraining:
+    @pytest.fixture(autouse=True)
+    def few_samples(self, monkeypatch):
+        """Held out: to render and encode the usual 64 would take as long as the steps."""
+        monkeypatch.setattr(EncoderEvaluation, "SAMPLES", 8)
+
     def test_the_losses_fall(self, training_settings, tmp_path):
         config = EncoderConfig(
             **nested(

@@ -31,9 +31,9 @@ def directed_inverter(tiny_components):
     return MetaAuxInverter(**tiny_components, latent_directions=LatentDirections.from_directions(directions).eval())
 
 
-def make_evaluation(inverter, face_zip, attribute_file, folder, names=("encoder", "metaaux"), **options):
+def make_evaluation(inverter, face_zip, attribute_file, folder, names=("encoder", "metaaux"), limit=None, **options):
     methods = make_methods(list(names), inverter, MethodOptions(steps=1))
-    photos = open_photos(face_zip, IMAGE_SIZE)
+    photos = open_photos(face_zip, IMAGE_SIZE, limit=limit)
     network = AgeGenderNetwork.from_file(attribute_file)
     return EditingEvaluation(inverter, methods, photos, network, folder, progress=False, **options)
 
@@ -75,7 +75,7 @@ def test_gain_is_for_adapted_heads(tiny_components, directed_inverter, face_zip,
     found = {}
     for name, component in (("plain", directed_inverter.latent_directions), ("gained", gained)):
         inverter = MetaAuxInverter(**tiny_components, latent_directions=component.eval())
-        evaluation = make_evaluation(inverter, face_zip, attribute_file, tmp_path / name)
+        evaluation = make_evaluation(inverter, face_zip, attribute_file, tmp_path / name, limit=1)
         evaluation.run()
         results = evaluation.summarize()
         found[name] = results["methods"]
@@ -108,7 +108,7 @@ def test_landmarks(directed_inverter, face_zip, attribute_file, tmp_path):
     known = [*directed_inverter.directions.values(), Direction("smile", "interfacegan", normal, 1.0, -3, 3, None, "")]
     components = directed_inverter.components | {"latent_directions": LatentDirections.from_directions(known).eval()}
     inverter = MetaAuxInverter(**components)
-    evaluation = make_evaluation(inverter, face_zip, attribute_file, tmp_path, ["encoder"], measures=["smile"])
+    evaluation = make_evaluation(inverter, face_zip, attribute_file, tmp_path, ["encoder"], 1, measures=["smile"])
     evaluation.run()
     results = evaluation.summarize()
     assert results["methods"]["encoder"].keys() == {"age", "gender"}

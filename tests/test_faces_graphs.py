@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import os
 import pickle
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import torch
 from metaaux.faces import FaceAligner
 from metaaux.faces import graphs as graphs_module
 from metaaux.faces.graphs import POOL
+from tests import warm
 
 pytest.importorskip("mediapipe")
 ROOT = Path(__file__).parent.parent
@@ -41,22 +41,24 @@ photo, folder = sys.argv[1:]
 """
 
 
-def run(code, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE + code, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr
-    return result
+@pytest.fixture
+def run(tmp_path):
+    """Runs code in a process of its own, in which no face has been looked for; returns its output and its errors."""
+
+    def run(code, *arguments):
+        script = tmp_path / "script.py"
+        script.write_text(MEASURE + code)
+        process = warm.Popen([script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        out, errors = (written.decode() for written in process.communicate(timeout=600))
+        assert process.returncode == 0, errors
+        return out, errors
+
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_45_aligners_leave_neither_memory_nor_threads(tiny_folder):
+def test_45_aligners_leave_neither_memory_nor_threads(run, tiny_folder):
     code = """
 start, threads = measured()
 closed = []
@@ -70,13 +72,13 @@ for number in range(45):
 memory, now = measured()
 print(memory - start, now - threads)
 """
-    memory, threads = map(float, run(code, HOPPER, tiny_folder).stdout.split())
+    memory, threads = map(float, run(code, HOPPER, tiny_folder)[0].split())
     assert memory < 150 and threads <= 8
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_45_pipelines_leave_neither_memory_nor_threads(tiny_folder):
+def test_45_pipelines_leave_neither_memory_nor_threads(run, tiny_folder):
     code = """
 inverter = MetaAuxInverter.from_pretrained(folder)
 start, threads = measured()
@@ -89,11 +91,11 @@ del inverter
 memory, now = measured()
 print(memory - start, now - threads)
 """
-    memory, threads = map(float, run(code, HOPPER, tiny_folder).stdout.split()[-2:])
+    memory, threads = map(float, run(code, HOPPER, tiny_folder)[0].split()[-2:])
     assert memory < 150 and threads <= 8
 
 
-def test_aligning_prints_nothing_and_leaves_other_messages_alone(tiny_folder):
+def test_aligning_prints_nothing_and_leaves_other_messages_alone(run, tiny_folder):
     code = """
 import os, threading
 FaceAligner().align(photo)
@@ -101,14 +103,13 @@ with FaceAligner() as aligner:
     assert aligner.estimate_pose(Image.new("RGB", (90, 90))) is None
 os.write(2, b"after")
 """
-    result = run(code, HOPPER, tiny_folder)
-    assert (result.stdout, result.stderr) == ("", "after")
+    assert run(code, HOPPER, tiny_folder) == ("", "after")
     code = """
 from metaaux.faces.graphs import _without_chatter
 with _without_chatter():
     os.write(2, b"INFO: Created TensorFlow Lite XNNPACK delegate\\nE0000 00:00:1 1 graph.cc:9] failed\\nown words\\n")
 """
-    assert run(code, HOPPER, tiny_folder).stderr == "E0000 00:00:1 1 graph.cc:9] failed\nown words\n"
+    assert run(code, HOPPER, tiny_folder)[1] == "E0000 00:00:1 1 graph.cc:9] failed\nown words\n"
 
 
 @pytest.fixture

@@ -111,7 +111,8 @@ def weights(names):
 class TestDownload:
     def test_pipeline(self, hub, client, variants_folder, tiny_inverter, tmp_path):
         hub.publish(variants_folder, REPO)
-        hub.repositories[REPO]["main"] |= {"pipeline.py": b"raise SystemExit", "generator/x.bin": b"pickle"}
+        remote = {"pipeline.py": b"raise SystemExit", "generator/diffusion_pytorch_model.bin": b"pickle"}
+        hub.repositories[REPO]["main"] |= remote
         show = "[pipeline.fingerprint, pipeline.name_or_path, str(pipeline.generator.dtype), pipeline.card]"
         fingerprint, name, dtype, card = client(load(tmp_path, show=show))
         assert (fingerprint, name, dtype) == (tiny_inverter.fingerprint, REPO, "torch.float32")
@@ -130,6 +131,15 @@ class TestDownload:
             # Headers have the same length but for the type's name.
             header = 2 * (8 + int.from_bytes(files[name][:8], "little"))
             assert len(files[name]) <= len(plain) / 2 + header
+
+    def test_a_component_without_the_variant_comes_as_it_is(self, hub, client, variants_folder, tmp_path):
+        hub.publish(variants_folder, REPO)
+        files = hub.repositories[REPO]["main"]
+        for name in [name for name in files if name.endswith("model.safetensors") and not name.startswith("encoder")]:
+            del files[name]
+        del files["encoder/diffusion_pytorch_model.fp16.safetensors"]
+        client(load(tmp_path, ', variant="fp16"'))
+        assert weights(hub.served) == weights(files)
 
     def test_revision(self, hub, client, variants_folder, tiny_inverter, tmp_path):
         hub.publish(variants_folder, REPO, revision="v1")

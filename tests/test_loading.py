@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.server
 import json
 import shutil
 import subprocess
 import sys
-import threading
-import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -21,21 +17,17 @@ from metaaux import MetaAuxInverter
 from metaaux.hub.loading import load_component
 from metaaux.models.encoder import LatentEncoder
 from metaaux.models.psp import PSPEncoder
+from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def run_python(code):
-    """Runs code in a fresh interpreter in the repository's root; returns its stdout."""
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 class TestImport:
     def test_importing_the_package_loads_no_framework(self):
         heavy = "{'torch', 'diffusers', 'transformers', 'mediapipe', 'gradio'}"
-        assert run_python(f"import sys, metaaux; print(sorted({heavy} & set(sys.modules)))").strip() == "[]"
+        code = f"import sys, metaaux; print(sorted({heavy} & set(sys.modules)))"
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert result.stdout.strip() == "[]"
 
     def test_public_names(self):
         import metaaux
@@ -323,106 +315,11 @@ class TestHub:
             MetaAuxInverter.from_pretrained("someone/absent", cache_dir=tmp_path, local_files_only=True)
 
 
-@pytest.fixture
-def hub(tmp_path):
-    """A Hub on this machine that serves one repository, someone/some-model, from the folder it yields."""
-    folder = tmp_path / "served"
-    commit, served = "1" * 40, []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            self.answer(send_body=False)
-
-        def do_GET(self):
-            self.answer(send_body=True)
-
-        def answer(self, send_body):
-            path = urllib.parse.urlsplit(self.path).path
-            files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
-            if path.startswith("/api/models/someone/some-model/tree/"):
-                body = [
-                    {"type": "file", "path": n, "size": p.stat().st_size, "oid": f"{i:040x}"}
-                    for i, (n, p) in enumerate(files.items())
-                ]
-                return self.reply(json.dumps(body).encode(), "application/json", send_body)
-            if path.startswith("/api/models/someone/some-model"):
-                body = {"id": "someone/some-model", "sha": commit, "siblings": [{"rfilename": n} for n in files]}
-                return self.reply(json.dumps(body).encode(), "application/json", send_body)
-            name = path.removeprefix(f"/someone/some-model/resolve/{commit}/")
-            if name not in files:
-                return self.send_error(404)
-            if send_body:
-                served.append(name)
-            self.reply(files[name].read_bytes(), "application/octet-stream", send_body)
-
-        def reply(self, body, kind, send_body):
-            self.send_response(200)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
-            self.send_header("X-Repo-Commit", commit)
-            self.end_headers()
-            if send_body:
-                self.wfile.write(body)
-
-        def log_message(self, *arguments):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield folder, f"http://127.0.0.1:{server.server_port}", served
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-class TestDownload:
-    """Loading by Hub id over HTTP, in a fresh interpreter, since the Hub's address is read at import."""
-
-    def load(self, hub, tmp_path, options=""):
-        _, address, served = hub
-        served.clear()
-        cache = tmp_path / "cache"
-        code = f"""
-import os
-os.environ |= {{"HF_ENDPOINT": {address!r}, "HF_HOME": {str(cache)!r}, "HF_HUB_DISABLE_XET": "1"}}
-from metaaux import MetaAuxInverter
-print(MetaAuxInverter.from_pretrained("someone/some-model"{options}).fingerprint)
-"""
-        return run_python(code).strip(), {name for name in served if name.endswith((".safetensors", ".bin", ".py"))}
-
-    def test_takes_what_it_needs_and_nothing_else(self, hub, tiny_components, tiny_inverter, tmp_path):
-        folder = hub[0]
-        inverter = MetaAuxInverter(**tiny_components)
-        inverter.save_pretrained(folder)
-        weights = {f"{name}/diffusion_pytorch_model.safetensors" for name in tiny_components}
-        inverter.save_pretrained(folder, variant="fp16")
-        (folder / "pipeline.py").write_text("raise SystemExit('remote code ran')")
-        (folder / "generator" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
-
-        fingerprint, served = self.load(hub, tmp_path)
-        assert fingerprint == tiny_inverter.fingerprint
-        assert served == weights
-
-    def test_variant_where_there_is_one(self, hub, tiny_components, tmp_path):
-        folder = hub[0]
-        inverter = MetaAuxInverter(**tiny_components)
-        inverter.save_pretrained(folder, variant="fp16")
-        # One component has no such variant: its plain file is taken.
-        variant = folder / "encoder" / "diffusion_pytorch_model.fp16.safetensors"
-        variant.rename(variant.with_name("diffusion_pytorch_model.safetensors"))
-        _, served = self.load(hub, tmp_path, ', variant="fp16"')
-        assert served == {
-            f"{name}/diffusion_pytorch_model{'' if name == 'encoder' else '.fp16'}.safetensors"
-            for name in tiny_components
-        }
-
-
 class TestEmbeddedModel:
-    def test_loads_and_inverts_offline(self):
+    def test_loads_and_inverts_offline(self, tmp_path):
         """The default model works without a network: every attempt to open a socket fails."""
-        code = """
+        script = tmp_path / "script.py"
+        script.write_text("""
 import socket
 def refuse(*args, **kwargs):
     raise AssertionError("the network was used")
@@ -435,8 +332,10 @@ inverter.set_progress_bar_config(disable=True)
 inversion = inverter.invert(skimage.data.astronaut(), steps=2)
 assert inverter.render(inversion, yaw=15).size == (inverter.generator.config.image_size,) * 2
 print(inversion.model, inversion.steps[-1]["mse"] < inversion.steps[0]["mse"])
-"""
-        assert run_python(code).split() == ["metaaux-mini", "True"]
+""")
+        process = warm.Popen([script], stdout=subprocess.PIPE, cwd=ROOT)
+        assert process.communicate()[0].split() == [b"metaaux-mini", b"True"]
+        assert process.returncode == 0
 
     def test_size(self):
         files = list((ROOT / "hub_configs" / "metaaux-mini").rglob("*.safetensors"))

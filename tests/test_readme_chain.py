@@ -108,7 +108,9 @@ def test_the_chain_runs_as_written(tmp_path, monkeypatch):
         shutil.copy(ROOT / "examples" / photo, tmp_path / "photos")
     shutil.copy(ROOT / "examples" / "grace_hopper.jpg", tmp_path / "held-out")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("metaaux.training.generator.GeneratorTrainer.HEADS", 2)
     monkeypatch.setattr("metaaux.training.identity.IdentityTrainer.EVALUATED", 50)
+    monkeypatch.setattr("metaaux.training.encoder.EncoderEvaluation.SAMPLES", 2)
 
     commands = commands_of(SECTION)
     trained = [Path(command[-1]).stem for command in commands if command[0] == "train"]

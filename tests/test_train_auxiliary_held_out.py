@@ -25,7 +25,6 @@ from tests.test_train_auxiliary import (  # noqa: F401, some are fixtures
     folders,
     lines_of,
     networks,
-    one_thread,
     tiny_config,
 )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import save_file
 
 from metaaux.cameras import camera_from_pose
@@ -37,6 +38,14 @@ GENERATOR = dict(
     super_resolution_conv_clamp=None,
 )
 DISCRIMINATOR = dict(image_size=32, channel_base=128, channel_max=8, conv_clamp=None, mapping_layers=2, raw_size=16)
+#: In place of two intervals of two steps one, where a checkpoint is all that counts.
+SHORT = {"total_images": 8}
+
+
+@pytest.fixture(autouse=True)
+def few_heads(monkeypatch):
+    """On sheets, which would take longer than the steps."""
+    monkeypatch.setattr(GeneratorTrainer, "HEADS", 3)
 
 
 def tiny_config(tmp_path, **settings):
@@ -62,7 +71,9 @@ class TestRun:
         names = {"loss_generator", "loss_discriminator", "r1_penalty", "depth_error", "images_per_second"}
         assert names <= set(lines[0])
         assert all(torch.isfinite(torch.tensor(float(v))) for line in lines for v in line.values())
-        assert len(list((tmp_path / "run/sheets").glob("heads-*.png"))) == 2
+        sheets = [Image.open(path) for path in (tmp_path / "run/sheets").glob("heads-*.png")]
+        # Three heads, two a line, from five sides and in depth.
+        assert [sheet.size for sheet in sheets] == [(2 * 6 * 32, 2 * 32)] * 2
         DualDiscriminator.from_pretrained(checkpoint / "discriminator")
 
     def test_moves_both_networks(self, tmp_path):
@@ -107,13 +118,12 @@ class TestRun:
             assert states[index]["exp_avg_sq"].shape == parameter.shape
 
     def test_starts_from_a_published_checkpoint(self, tmp_path):
-        checkpoint = train(tiny_config(tmp_path), tmp_path / "run")
-        config = tiny_config(tmp_path, init=str(checkpoint))
+        checkpoint = train(tiny_config(tmp_path, run=SHORT), tmp_path / "run")
+        config = tiny_config(tmp_path, run=SHORT, init=str(checkpoint))
         config.generator = config.discriminator = {}
         trainer = GeneratorTrainer(config, Accelerator())
         published = weights(checkpoint)
         assert all(torch.equal(published[k], v) for k, v in trainer.generator.state_dict().items())
-        config.run.total_images = 8
         goes_on = train(config, tmp_path / "more")
         assert str(checkpoint) not in (goes_on / "generator" / "config.json").read_text()
 
@@ -151,7 +161,7 @@ class TestRun:
     def test_second_discriminator_goes_on_where_it_was_saved(self, tmp_path):
         features = tmp_path / "features.safetensors"
         save_file({f"features.{k}": v for k, v in squeezenet_features().state_dict().items()}, features)
-        checkpoint = train(tiny_config(tmp_path, features=str(features)), tmp_path / "run")
+        checkpoint = train(tiny_config(tmp_path, run=SHORT, features=str(features)), tmp_path / "run")
         trainer = GeneratorTrainer(tiny_config(tmp_path, features=str(features), init=str(checkpoint)), Accelerator())
         saved = FeatureDiscriminator.from_pretrained(checkpoint / "feature_discriminator").state_dict()
         goes_on = trainer.judges["feature_discriminator"].state_dict()

@@ -18,7 +18,7 @@ from metaaux.training.generator import GeneratorConfig, GeneratorTrainer, train
 from metaaux.training.loading import check_packages, find_folder, load_network
 from metaaux.training.trainer import TrainingRun
 from tests.conftest import TINY_ENCODER
-from tests.test_training_generator import tiny_config, weights
+from tests.test_training_generator import SHORT, few_heads, tiny_config, weights  # noqa: F401, one is a fixture
 
 
 def lines(folder):
@@ -27,10 +27,10 @@ def lines(folder):
 
 class TestUsedFolder:
     def test_is_refused_and_left_as_it_is(self, tmp_path):
-        train(tiny_config(tmp_path), tmp_path / "run")
+        train(tiny_config(tmp_path, run=SHORT), tmp_path / "run")
         before = sorted(path.relative_to(tmp_path) for path in (tmp_path / "run").rglob("*") if path.is_file())
         with pytest.raises(FileExistsError, match="resume it, or choose another folder"):
-            train(tiny_config(tmp_path, run={"total_images": 8}), tmp_path / "run")
+            train(tiny_config(tmp_path), tmp_path / "run")
         after = sorted(path.relative_to(tmp_path) for path in (tmp_path / "run").rglob("*") if path.is_file())
         assert after == before
 
@@ -75,11 +75,11 @@ class TestInterval:
         assert not (tmp_path / "run").exists()
         with pytest.raises(ValueError, match="needs no_such_module"):
             check_packages(["no_such_module", "json"])
-        train(tiny_config(tmp_path, run={"total_images": 8, "trackers": []}), tmp_path / "run")
+        train(tiny_config(tmp_path, run=SHORT | {"trackers": []}), tmp_path / "run")
         assert not (tmp_path / "run" / "trackers").exists()
 
     def test_figures_go_to_tensorboard(self, tmp_path):
-        train(tiny_config(tmp_path, run={"total_images": 8}), tmp_path / "run")
+        train(tiny_config(tmp_path, run=SHORT), tmp_path / "run")
         assert list((tmp_path / "run" / "trackers").rglob("events.out.tfevents.*"))
 
 
@@ -97,7 +97,7 @@ class TestLatest:
             raise OSError("a required privilege is not held by the client")
 
         monkeypatch.setattr(trainer.Path, "symlink_to", refuse)
-        checkpoint = train(tiny_config(tmp_path), tmp_path / "run")
+        checkpoint = train(tiny_config(tmp_path, run=SHORT), tmp_path / "run")
         latest = tmp_path / "run" / "latest"
         assert latest.read_text() == checkpoint.name
         assert find_folder(latest / "generator") == checkpoint / "generator"
@@ -122,30 +122,30 @@ def test_schedules_follow_the_images_where_the_clock_ends_the_run(tmp_path, monk
 
     monkeypatch.setattr(GeneratorTrainer, "step", step_and_look)
     run = {"total_images": 1000, "interval_images": 1000, "max_seconds": 0.0}
-    checkpoint = train(tiny_config(tmp_path, run=run, optimiser={"warmup_images": 99}), tmp_path / "run")
-    assert checkpoint.name == "checkpoint-64"  # the clock is looked at every 16 steps
-    assert rates == {images: pytest.approx(0.0025 * (images + 1) / 100) for images in range(0, 64, 4)}
+    checkpoint = train(tiny_config(tmp_path, batch=2, run=run, optimiser={"warmup_images": 99}), tmp_path / "run")
+    assert checkpoint.name == "checkpoint-32"  # the clock is looked at every 16 steps
+    assert rates == {images: pytest.approx(0.0025 * (images + 1) / 100) for images in range(0, 32, 2)}
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_run_that_was_stopped_comes_out_as_one_that_was_not(tmp_path, in_memory):
     """Weights, optimisers, order of the photos, random codes, augmentation: to the bit, on a CPU."""
     settings = {"path": str(tmp_path / "data.zip"), "in_memory": in_memory, "workers": 0}
-    config = tiny_config(tmp_path, augmentation={"ramp_images": 50})
+    config = tiny_config(tmp_path, batch=2, augmentation={"ramp_images": 25})
     config = GeneratorConfig.model_validate(config.model_dump() | {"data": settings})
-    config.run.total_images = 88
-    config.run.interval_images = 40
+    config.run.total_images = 44
+    config.run.interval_images = 20
     whole = train(config, tmp_path / "whole")
-    config.run.total_images = 40
+    config.run.total_images = 20
     train(config, tmp_path / "parts")
-    config.run.total_images = 88
+    config.run.total_images = 44
     parts = train(config, tmp_path / "parts", resume=True)
     states = [json.loads((folder / "state.json").read_text()) for folder in (whole, parts)]
     assert states[0] == states[1] and len(states[0]["state"]["signs"]) == 22 - 16
     for name in ("generator", "generator_raw"):
         first, second = (EG3DGenerator.from_pretrained(folder / name).state_dict() for folder in (whole, parts))
         assert all(torch.equal(first[key], second[key]) for key in first), name
-    assert [line["images"] for line in lines(tmp_path / "parts")] == [40, 80, 88]
+    assert [line["images"] for line in lines(tmp_path / "parts")] == [20, 40, 44]
 
 
 def test_an_optimiser_comes_back_in_the_layout_of_its_parameters(tmp_path):
@@ -186,10 +186,10 @@ def test_an_optimiser_comes_back_in_the_layout_of_its_parameters(tmp_path):
 
 
 def test_another_number_of_processes_draws_anew(tmp_path):
-    checkpoint = train(tiny_config(tmp_path), tmp_path / "run")
+    checkpoint = train(tiny_config(tmp_path, run=SHORT), tmp_path / "run")
     (state,) = (checkpoint / "random").iterdir()
     state.rename(state.with_name("00000-of-00002.safetensors"))
-    config = tiny_config(tmp_path, run={"total_images": 24})
+    config = tiny_config(tmp_path)
     with pytest.warns(UserWarning, match="no random state for process 0 of 1"):
         train(config, tmp_path / "run", resume=True)
 
@@ -210,8 +210,8 @@ class TestNotFinite:
 
     def test_ends_the_run_within_a_long_interval(self, tmp_path, monkeypatch):
         self.spoil(monkeypatch, steps=set(range(100)))
-        config = tiny_config(tmp_path, run={"total_images": 4000, "interval_images": 4000})
-        with pytest.raises(FloatingPointError, match="at 128 images; .* none"):  # looked at every 16 steps
+        config = tiny_config(tmp_path, batch=2, run={"total_images": 4000, "interval_images": 4000})
+        with pytest.raises(FloatingPointError, match="at 64 images; .* none"):  # looked at every 16 steps
             train(config, tmp_path / "run")
 
     def test_weights_that_are_not_finite_are_never_saved(self, tmp_path):

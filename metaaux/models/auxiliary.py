@@ -208,6 +208,15 @@ class OffsetPlaneNetwork(nn.Module):
         return vectors * torch.rsqrt(1 + vectors.square().sum(dim=2, keepdim=True)) * (self.bound / 3)
 
 
+class Backbone(ResNetBackbone):
+    """ResNet whose numbers are not drawn where it has no storage, as while a checkpoint is read: transformers spares
+    that under `torch.device("meta")`, not under the accelerate library's empty weights, which diffusers uses."""
+
+    def init_weights(self) -> None:
+        if self.device.type != "meta":
+            super().init_weights()
+
+
 class AuxiliaryNetwork(ModelMixin, ConfigMixin):
     """Predicts weight offsets and offset planes from a photo.
 
@@ -288,7 +297,7 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self._check_config()
-        self.backbone = ResNetBackbone(
+        self.backbone = Backbone(
             ResNetConfig(
                 layer_type=backbone_layer_type,
                 depths=list(backbone_depths),

@@ -179,6 +179,9 @@ class GeneratorConfig(Settings):
 class GeneratorTrainer(Trainer):
     """The networks, and one method a pass of a step."""
 
+    #: Of a sheet.
+    HEADS = 16
+
     def __init__(self, config: GeneratorConfig, accelerator: Accelerator):
         super().__init__(config, accelerator)
         self.batch = per_process(config.batch, accelerator)
@@ -444,11 +447,11 @@ class GeneratorTrainer(Trainer):
         run.sheet("heads", self.sheet())
 
     @torch.no_grad()
-    def sheet(self, heads: int = 16, truncation_psi: float = 0.7):
-        """`heads` fixed random heads of the averaged generator, five yaws and depth (see `sheets.head_sheet`)."""
+    def sheet(self, truncation_psi: float = 0.7):
+        """`HEADS` fixed random heads of the averaged generator, five yaws and depth (see `sheets.head_sheet`)."""
         generator = torch.Generator().manual_seed(1)
-        z = torch.randn(heads, self.average.config.z_dim, generator=generator).to(self.device)
-        cameras = self.average.camera_at(torch.zeros(heads), torch.zeros(heads)).to(self.device)
+        z = torch.randn(self.HEADS, self.average.config.z_dim, generator=generator).to(self.device)
+        cameras = self.average.camera_at(torch.zeros(self.HEADS), torch.zeros(self.HEADS)).to(self.device)
         # Other shapes than the steps' are not worth a compilation.
         with torch.compiler.set_stance("force_eager"):
             return head_sheet(self.average, self.average.mapping(z, cameras, truncation_psi))
