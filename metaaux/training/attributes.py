@@ -51,8 +51,8 @@ _COUNTS = (len(MEASURES), 3 * len(REGIONS), 2)
 
 
 def _measure_picture(pixels: np.ndarray) -> list[float]:
-    """Measures, colours, yaw and pitch of the largest face of an RGB picture [S, S, 3], not-a-numbers where there is
-    none."""
+    """Measures, colours, yaw and pitch of the largest face of an RGB picture [S, S, 3]; without one not-a-numbers, but
+    for the background."""
     from ..faces.alignment import head_pose
 
     faces = _detector().detect(Image.fromarray(pixels))
