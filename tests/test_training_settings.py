@@ -34,6 +34,7 @@ CLASSES = {
     "mini/meta-paper": AuxiliaryConfig,
     "mini/meta-paper-256": AuxiliaryConfig,
     "mini/directions": DirectionsConfig,
+    "mini/directions-256": DirectionsConfig,
     "baselines/psp": EncoderConfig,
     "baselines/styletransformer": EncoderConfig,
     "baselines/plain-without-2d": AuxiliaryConfig,
