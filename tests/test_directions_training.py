@@ -16,17 +16,15 @@ from metaaux.faces.measures import MEASURES, REGIONS, background_mask, face_meas
 from metaaux.models.age_gender import AgeGenderNetwork
 from metaaux.models.directions import LatentDirections
 from metaaux.training.attributes import Attributes
+from metaaux.training.conditions import colour_sensitivity, held_direction, project_out, unexplained
 from metaaux.training.directions import (
     DirectionsConfig,
     principal_components,
-    project_out,
     regression_normals,
     separate,
     train,
-    unexplained,
 )
 from metaaux.training.head_samples import frontal_views
-from metaaux.training.held_colours import colour_sensitivity, held_direction
 from metaaux.training.loading import load_generator
 
 

@@ -3,7 +3,7 @@
 Random heads are rendered from the front and measured: age and gender by a network, expressions and shape from
 landmarks. For each attribute a linear support vector machine separates the heads that have most of it from those that
 have least; the normal of its boundary, freed of the attributes named as its conditions, of the pose and of what moves
-the mean colours of skin and background (`held_colours`), is the direction. With conditions, it is what they do not
+the mean colours of skin and background (`conditions`), is the direction. With conditions, it is what they do not
 explain of the attribute that the boundary separates: most open mouths smile, and the heads with the most open mouths
 of all would only tell what a smile is. What each direction really does is then measured by moving heads along it,
 which sets its scale and range.
@@ -15,7 +15,6 @@ import functools
 import json
 import os
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -36,9 +35,9 @@ from ..models.identity import IdentityNetwork
 from ..models.recogniser import FaceRecogniser
 from ..tasks import Generator
 from .attributes import NETWORK_ATTRIBUTES, Attributes, Measured
+from .conditions import colour_sensitivity, held_direction, project_out, unexplained
 from .distributed import check_shared_folder, on_main_process, start_processes
 from .head_samples import Samples, SamplingSettings, frontal_cameras, frontal_views
-from .held_colours import colour_sensitivity, held_direction
 from .loading import check_packages, load_generator, load_identity
 from .settings import Settings, Share
 
@@ -73,7 +72,7 @@ class BoundarySettings(Settings):
     out of its own; the pose always is."""
     max_colour_change: PositiveFloat | None = 0.01
     """Root mean square by which the mean colours of skin and background may move, of [0, 1], in a step of one
-    deviation of the samples along a direction (`held_colours.held_direction`); they are conditions of every
+    deviation of the samples along a direction (`conditions.held_direction`); they are conditions of every
     attribute's values then, too. Null: whatever comes."""
     min_accuracy: Share = 0.7
     """Directions that separate worse are left out, and the report says so."""
@@ -208,35 +207,6 @@ def separate(w: np.ndarray, values: np.ndarray, extremes: float, held_out: float
     search.fit((w[fit] - w[fit].mean(0)) / unit, most[fit])
     normal = search.best_estimator_.coef_[0]
     return Boundary(normal / np.linalg.norm(normal), w[fit], most[fit], w[test], most[test])
-
-
-def unexplained(values: np.ndarray, conditions: np.ndarray) -> np.ndarray:
-    """What is left of an attribute [N] after its linear regression on the conditions' values [N, C]; not a number
-    where any of these values is none."""
-    rest = np.full(len(values), np.nan)
-    known = np.isfinite(values) & np.isfinite(conditions).all(1)
-    if known.any():
-        inputs = np.column_stack([conditions[known], np.ones(known.sum())])
-        solution = np.linalg.lstsq(inputs, values[known], rcond=None)[0]
-        rest[known] = values[known] - inputs @ solution
-    return rest
-
-
-def project_out(normal: np.ndarray, conditions: Sequence[np.ndarray]) -> np.ndarray:
-    """InterFaceGAN's conditional manipulation: the unit vector nearest to `normal` [w_dim] along which no boundary of
-    `conditions` is approached.
-
-    Raises:
-        ValueError: nothing of the normal is left.
-    """
-    if len(conditions) == 0:
-        return normal
-    basis, _ = np.linalg.qr(np.stack(conditions, axis=1))
-    rest = normal - basis @ (basis.T @ normal)
-    length = np.linalg.norm(rest)
-    if length < 1e-3 * np.linalg.norm(normal):
-        raise ValueError("the direction lies within the span of its conditions")
-    return rest / length
 
 
 def principal_components(w: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -386,10 +356,6 @@ class _Search:
         complete = np.flatnonzero(np.isfinite(self.values[:, columns]).all(1))[-config.calibration.heads :]
         self.heads = torch.from_numpy(self.w[complete]).float().to(samples.generator.device)
         self.sensitivity = None
-        if config.boundaries.max_colour_change is not None:
-            self.sensitivity = colour_sensitivity(
-                samples.generator, samples.attributes, self.heads, config.sampling.resolution
-            )
 
     def _separate(self, values: np.ndarray) -> Boundary:
         settings = self.config.boundaries
@@ -404,7 +370,9 @@ class _Search:
             identity = load_identity(self.config.identity).to(self.heads.device)
         # Of independent samples, the mean squared distance is twice the sum of the variances.
         distance = float(np.sqrt(2 * self.w.var(0).sum()))
-        samples = self.samples
+        samples, resolution = self.samples, self.config.sampling.resolution
+        if self.config.boundaries.max_colour_change is not None:
+            self.sensitivity = colour_sensitivity(samples.generator, samples.attributes, self.heads, resolution)
         movable = _Movable(samples.generator, samples.attributes, identity, self.config, self.heads, distance)
         directions = []
         for name in tqdm(self.found, unit="direction"):

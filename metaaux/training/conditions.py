@@ -1,4 +1,4 @@
-"""Directions that leave the light as it is: how colours of skin and background answer to w, and what to do about it.
+"""What directions leave alone: other attributes, and the colours of skin and background.
 
 Along a boundary's normal old people are not only older but before another background, since among photos they are. A
 regression of these colours on w finds no cure: which change of w makes a background darker differs from head to head.
@@ -53,6 +53,40 @@ def colour_sensitivity(
     return (total / max(count, 1)).numpy()
 
 
+def unexplained(values: np.ndarray, conditions: np.ndarray) -> np.ndarray:
+    """What is left of an attribute [N] after its linear regression on the conditions' values [N, C]; not a number
+    where any of these values is none."""
+    rest = np.full(len(values), np.nan)
+    known = np.isfinite(values) & np.isfinite(conditions).all(1)
+    if known.any():
+        inputs = np.column_stack([conditions[known], np.ones(known.sum())])
+        solution = np.linalg.lstsq(inputs, values[known], rcond=None)[0]
+        rest[known] = values[known] - inputs @ solution
+    return rest
+
+
+def project_out(normal: np.ndarray, conditions: Sequence[np.ndarray]) -> np.ndarray:
+    """InterFaceGAN's conditional manipulation: the unit vector nearest to `normal` [w_dim] along which no boundary of
+    `conditions` is approached.
+
+    Raises:
+        ValueError: nothing of the normal is left.
+    """
+    if len(conditions) == 0:
+        return normal
+    rest = _projection(conditions) @ normal
+    length = np.linalg.norm(rest)
+    if length < 1e-3 * np.linalg.norm(normal):
+        raise ValueError("the direction lies within the span of its conditions")
+    return rest / length
+
+
+def _projection(conditions: Sequence[np.ndarray]) -> np.ndarray:
+    """The matrix [w_dim, w_dim] that takes the span of at least one vector [w_dim] out of another."""
+    basis, _ = np.linalg.qr(np.stack(conditions, axis=1))
+    return np.eye(len(basis)) - basis @ basis.T
+
+
 def held_direction(
     normal: np.ndarray,
     conditions: Sequence[np.ndarray],
@@ -74,25 +108,24 @@ def held_direction(
     Raises:
         ValueError: the normal lies within the span of its conditions, or colours cannot be held.
     """
-    rest = np.eye(len(normal))
+    free = project_out(normal, conditions)
+    matrix = sensitivity
     if len(conditions):
-        _, lengths, axes = np.linalg.svd(np.stack(conditions))
-        rest = axes[int((lengths > 1e-9 * lengths[0]).sum()) :].T
-    start, matrix = rest.T @ normal, rest.T @ sensitivity @ rest
-    if np.linalg.norm(start) < 1e-3:
-        raise ValueError("the direction lies within the span of its conditions")
+        # Nothing of `free` lies in the span of the conditions, and this matrix leads nothing into it.
+        projection = _projection(conditions)
+        matrix = projection @ sensitivity @ projection
     values, vectors = np.linalg.eigh(matrix)
-    coordinates = vectors.T @ start
+    coordinates = vectors.T @ free
 
     def unit(weight: float) -> np.ndarray:
-        v = rest @ (vectors @ (coordinates / (1 + weight * values.clip(0))))
+        v = vectors @ (coordinates / (1 + weight * values.clip(0)))
         return v / np.linalg.norm(v)
 
     def change(v: np.ndarray) -> float:
         return float(np.sqrt(max(v @ sensitivity @ v, 0)) * (w @ v).std())
 
-    if change(unit(0)) <= largest_change:
-        return unit(0)
+    if change(free) <= largest_change:
+        return free
     low, high = -4.0, 10.0
     if change(unit(10**high)) > largest_change:
         raise ValueError("colours of skin and background move with it, whatever is done")
