@@ -25,6 +25,20 @@ TINY_AUXILIARY = {
     "hyper_convs": 1,
     "inner_learning_rate": 1e-3,
 }
+#: A 3D generator whose gradients can be compared with finite differences.
+SMALLEST_GENERATOR = {
+    "z_dim": 4,
+    "w_dim": 4,
+    "image_size": 32,
+    "plane_resolution": 8,
+    "plane_features": 4,
+    "channel_base": 64,
+    "channel_max": 8,
+    "decoder_hidden": 4,
+    "neural_resolution": 4,
+    "depth_samples": 4,
+    "super_resolution_kind": "2X",
+}
 TINY_ENCODER = {
     "num_queries": 2,
     "widths": (16, 16, 16, 16),

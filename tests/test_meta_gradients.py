@@ -20,6 +20,7 @@ from metaaux.training.loading import FrozenNetworks
 from metaaux.training.memory import MemoryCount
 from metaaux.training.meta import meta_objective
 from metaaux.training.plain import plain_objective
+from tests.conftest import SMALLEST_GENERATOR
 from tests.test_train_auxiliary import folders, tiny_config  # noqa: F401, one is a fixture
 
 
@@ -34,20 +35,7 @@ def smooth_problem(tiny_components, monkeypatch):
     torch.set_default_dtype(torch.float64)
     with torch.random.fork_rng():
         torch.manual_seed(11)
-        generator = EG3DGenerator(
-            z_dim=4,
-            w_dim=4,
-            image_size=32,
-            plane_resolution=8,
-            plane_features=4,
-            channel_base=64,
-            channel_max=8,
-            decoder_hidden=4,
-            neural_resolution=4,
-            depth_samples=4,
-            importance_samples=0,
-            super_resolution_kind="2X",
-        )
+        generator = EG3DGenerator(**SMALLEST_GENERATOR, importance_samples=0)
         auxiliary = AuxiliaryNetwork(
             **AuxiliaryNetwork.config_for(
                 generator,

@@ -9,6 +9,7 @@ from metaaux.cameras import camera_from_pose
 from metaaux.models.eg3d import EG3DGenerator
 from metaaux.models.recomputation import recomputed
 from metaaux.training.memory import MemoryCount
+from tests.conftest import SMALLEST_GENERATOR
 
 
 def mixture(x: torch.Tensor, y: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,20 +93,7 @@ def test_rays_in_groups_have_the_derivatives_of_all_at_once(monkeypatch, order):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        generator = EG3DGenerator(
-            z_dim=4,
-            w_dim=4,
-            image_size=32,
-            plane_resolution=8,
-            plane_features=4,
-            channel_base=64,
-            channel_max=8,
-            decoder_hidden=4,
-            neural_resolution=4,
-            depth_samples=4,
-            importance_samples=3,
-            super_resolution_kind="2X",
-        )
+        generator = EG3DGenerator(**SMALLEST_GENERATOR, importance_samples=3)
         generator.double().eval().requires_grad_(False)
         inputs = [torch.randn(2, 3, 4, 8, 8).double(), 0.1 * torch.randn(2, 3, 3, 4, 4).double()]
     camera = torch.stack([camera_from_pose(5, 0), camera_from_pose(-12, 3)]).double()
