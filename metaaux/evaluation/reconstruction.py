@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 #: Degrees by which heads are turned to either side, to see whether they are still the person, and what their figures'
 #: names end in.
 TURNS = {20.0: "", 40.0: "_40"}
+_TURNED = tuple(f"{name}_turned{suffix}" for suffix in TURNS.values() for name in ("identity", "distance"))
 PICTURE_ROWS = 6
 
 
@@ -179,22 +180,22 @@ class ReconstructionEvaluation:
 
     def _turned(self, reconstruction: Reconstruction, target: torch.Tensor) -> dict[str, Any]:
         """Likeness of the turned head with the photo, and how far the detected yaws are from those asked."""
+        if not self.inverter.has_viewpoints:
+            return dict.fromkeys(_TURNED)
         figures: dict[str, Any] = {}
+        _, pitch = pose_of_camera(reconstruction.camera[0].cpu())
         for turn, suffix in TURNS.items():
-            likeness: dict[str, float | None] = {"identity": None, "distance": None}
-            if self.inverter.has_viewpoints:
-                _, pitch = pose_of_camera(reconstruction.camera[0].cpu())
-                yaws = (-turn, turn)
-                cameras = torch.stack([self.inverter.generator.camera_at(yaw, float(pitch)) for yaw in yaws])
-                cameras = cameras.to(self.device)
-                views = reconstruction.views(cameras)
-                likeness = self.metrics.likeness(views, target, cameras, reconstruction.camera[0])
-                if self.pose:
-                    poses = [self.inverter.aligner.estimate_pose(tensor_to_image(view)) for view in views]
-                    figures["yaw_errors" + suffix] = [
-                        None if pose is None else abs(pose[0] - yaw) for yaw, pose in zip(yaws, poses, strict=True)
-                    ]
+            yaws = (-turn, turn)
+            cameras = torch.stack([self.inverter.generator.camera_at(yaw, float(pitch)) for yaw in yaws])
+            cameras = cameras.to(self.device)
+            views = reconstruction.views(cameras)
+            likeness = self.metrics.likeness(views, target, cameras, reconstruction.camera[0])
             figures |= {f"{name}_turned{suffix}": value for name, value in likeness.items()}
+            if self.pose:
+                poses = [self.inverter.aligner.estimate_pose(tensor_to_image(view)) for view in views]
+                figures["yaw_errors" + suffix] = [
+                    None if pose is None else abs(pose[0] - yaw) for yaw, pose in zip(yaws, poses, strict=True)
+                ]
         return figures
 
     def _picture(self, method: str, index: int) -> Path:
@@ -297,8 +298,7 @@ def _likeness_figures(records: Sequence[dict[str, Any]]) -> dict[str, float | No
         "distance": statistics.fmean(distances) if distances else None,
         "same_person": statistics.fmean(d < SAME_PERSON for d in distances) if distances else None,
     }
-    turned = [f"{name}_turned{suffix}" for suffix in TURNS.values() for name in ("identity", "distance")]
-    return figures | {name: mean_of(records, name) for name in turned}
+    return figures | {name: mean_of(records, name) for name in _TURNED}
 
 
 def mean_of(records: Sequence[dict[str, Any]], key: str) -> float | None:
