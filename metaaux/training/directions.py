@@ -326,7 +326,8 @@ class _Search:
     Attributes:
         w, values: of the samples, [N, w_dim] and [N, attributes].
         poses: unit normals of the pose.
-        colours: mean colours of skin and background, [N, 6]; sensitivity: how they answer to w, `None` where they may.
+        colours: mean colours of skin and background, [N, 6], or of the background alone, [N, 3], or [N, 0].
+        sensitivity: how they answer to w, `None` where they may.
         found: the boundary of each attribute that has one.
         report: figures of each direction, and why others are left out.
     """
@@ -334,7 +335,9 @@ class _Search:
     def __init__(self, samples: Samples, config: DirectionsConfig):
         self.samples, self.config = samples, config
         self.names = samples.attributes.names
-        self.w, pose, self.values, self.colours = samples.load()
+        self.w, pose, self.values, colours = samples.load()
+        # Of heads without a face nobody knows the skin.
+        self.colours = colours[:, np.isfinite(colours).any(0)]
         # The code of a 3D generator knows the pose that it was conditioned on, that of a 2D one the picture's.
         knows_pose = not samples.generator.has_viewpoints or samples.generator.config.pose_conditioning
         self.poses = regression_normals(self.w, pose) if knows_pose else []
@@ -389,7 +392,7 @@ class _Search:
         values = self.values[:, self.names.index(name)]
         figures = {"accuracy_unconditioned": boundary.accuracy(boundary.normal)}
         conditions = self.values[:, [self.names.index(other) for other in others]]
-        if self.sensitivity is not None and np.isfinite(self.colours).any():
+        if self.sensitivity is not None:
             conditions = np.column_stack([conditions, self.colours])
         if conditions.shape[1]:
             boundary = self._separate(unexplained(values, conditions))
