@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm.auto import tqdm
 
 from .. import __version__
@@ -26,6 +28,7 @@ from .photos import PhotoSet
 from .reconstruction import mean_of, noted_precision, weights_digest
 from .records import Records
 from .report import markdown_table
+from .threads import face_threads
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter
@@ -104,13 +107,19 @@ class EditingEvaluation:
         own = range(self.shard[0] - 1, len(self.photos), self.shard[1])
         total = len(own) * len(self.methods)
         finished = sum(index in done[method.name] for method in self.methods for index in own)
-        with tqdm(total=total, initial=finished, unit="photo", disable=not self.progress) as bar:
-            for index in own:
-                for method in self.methods:
-                    if index not in done[method.name]:
-                        bar.set_postfix_str(method.name)
-                        self._record(method, index)
-                        bar.update()
+        with (
+            face_threads(self.inverter.device) as self._threads,
+            tqdm(total=total, initial=finished, unit="photo", disable=not self.progress) as bar,
+        ):
+            try:
+                for index in own:
+                    for method in self.methods:
+                        if index not in done[method.name]:
+                            bar.set_postfix_str(method.name)
+                            self._record(method, index)
+                            bar.update()
+            finally:
+                self.records.settle()
 
     def _record(self, method: InversionMethod, index: int) -> None:
         record: dict[str, Any] = {"index": index, "photo": self.photos.names[index], "failed": None}
@@ -124,7 +133,7 @@ class EditingEvaluation:
             # A photo that cannot be used, or an inversion that diverged.
             print(f"{method.name} failed on {record['photo']}: {error}", file=sys.stderr)
             record["failed"] = str(error) or "failed"
-        self.records.append(method.name, record)
+        self.records.append_later(method.name, record)
 
     @torch.no_grad()
     def _edit(self, reconstruction: Reconstruction) -> dict[str, Any]:
@@ -134,7 +143,7 @@ class EditingEvaluation:
         camera, identify = reconstruction.camera, self.inverter.identity
         embedding = identify(base, camera)
         adapted = bool(reconstruction.weight_offsets)
-        values: dict[str, dict[str, float | None]] = {}
+        values: dict[str, dict[str, float | Future[float | None]]] = {}
         identity: dict[str, dict[str, float]] = {}
         background: dict[str, dict[str, float]] = {}
         colour = _background(base)
@@ -148,11 +157,15 @@ class EditingEvaluation:
                 background[name][str(alpha)] = float(np.abs(_background(image) - colour).max())
         return {"values": values, "identity": identity, "background": background}
 
-    def _value(self, name: str, image: torch.Tensor) -> float | None:
-        """Of an attribute in an image [1, 3, S, S]; `None` where landmarks are needed and no face is found."""
+    def _value(self, name: str, image: torch.Tensor) -> float | Future[float | None]:
+        """Of an attribute in an image [1, 3, S, S]; where landmarks are needed that of a thread, `None` if it finds no
+        face."""
         if name in ATTRIBUTES:
             return self.attributes(image)[ATTRIBUTES.index(name)].item()
-        faces = self.detector.detect(tensor_to_image(image[0]))
+        return self._threads.submit(self._measure, name, tensor_to_image(image[0]))
+
+    def _measure(self, name: str, picture: Image.Image) -> float | None:
+        faces = self.detector.detect(picture)
         return float(face_measures(faces[0].landmarks)[name]) if faces else None
 
     def summarize(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ from ..faces.canonical import canonical_face
 from ..files import source_name, write_json
 from ..models.eg3d import EG3DGenerator, GeneratorOutput
 from .frechet import FeatureExtractor, FeatureStatistics, frechet_between
+from .reconstruction import yaw_error
+from .threads import face_threads
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter
@@ -157,12 +160,15 @@ def _measure_heads(
     if not detect:
         print("MediaPipe is not installed: poses are not detected", file=sys.stderr)
     figures, first = _Figures(), []
-    with tqdm(total=settings.samples, unit="head", disable=not progress) as bar:
+    with (
+        face_threads(inverter.device) as threads,
+        tqdm(total=settings.samples, unit="head", disable=not progress) as bar,
+    ):
         for start, ws in _random_heads(inverter.generator, settings):
-            figures.add_views(inverter, ws, max(settings.pose_samples - start, 0) if detect else 0)
+            figures.add_views(inverter, ws, max(settings.pose_samples - start, 0) if detect else 0, threads)
             first.append(ws[: max(_SHEET_HEADS - start, 0)])
             bar.update(len(ws))
-    return figures.means(), torch.cat(first)
+        return figures.means(), torch.cat(first)
 
 
 def _random_heads(generator: EG3DGenerator, settings: GeneratorSettings) -> Iterator[tuple[int, torch.Tensor]]:
@@ -188,10 +194,12 @@ class _Figures:
             "identity_across_views": [],
             "jitter_difference": [],
         }
-        self.pose_errors: dict[float, list[float | None]] = {yaw: [] for yaw in (*POSE_YAWS, *WIDE_YAWS)}
+        self.pose_errors: dict[float, list[Future[float | None]]] = {yaw: [] for yaw in (*POSE_YAWS, *WIDE_YAWS)}
 
-    def add_views(self, inverter: MetaAuxInverter, ws: torch.Tensor, most_poses: int) -> None:
-        """Takes in heads of codes [B, num_ws, w_dim]; the first `most_poses` are looked at for their pose."""
+    def add_views(
+        self, inverter: MetaAuxInverter, ws: torch.Tensor, most_poses: int, threads: ThreadPoolExecutor
+    ) -> None:
+        """Takes in heads of codes [B, num_ws, w_dim]; threads detect the poses of the first `most_poses`."""
         generator = inverter.generator
         planes = generator.planes(ws)
         cameras = {yaw: generator.camera_at(yaw, 0.0).to(ws.device).expand(len(ws), -1) for yaw in self.pose_errors}
@@ -210,8 +218,7 @@ class _Figures:
         for yaw, errors in self.pose_errors.items():
             output = outputs[yaw] if yaw in outputs else view(yaw)
             for image in output.image[:most_poses]:
-                pose = inverter.aligner.estimate_pose(tensor_to_image(image))
-                errors.append(None if pose is None else abs(pose[0] - yaw))
+                errors.append(threads.submit(yaw_error, inverter, tensor_to_image(image), yaw))
 
     def _add_geometry(self, depth: torch.Tensor) -> None:
         points = torch.from_numpy(canonical_face())
@@ -230,7 +237,7 @@ class _Figures:
         return means | self._poses(POSE_YAWS) | {f"{name}_wide": x for name, x in self._poses(WIDE_YAWS).items()}
 
     def _poses(self, yaws: Sequence[float]) -> dict[str, float | None]:
-        views = [error for yaw in yaws for error in self.pose_errors[yaw]]
+        views = [error.result() for yaw in yaws for error in self.pose_errors[yaw]]
         found = [error for error in views if error is not None]
         return {
             "pose_error": statistics.fmean(found) if found else None,

@@ -26,6 +26,7 @@ from .metrics import ReconstructionMetrics, timed
 from .photos import Photo, PhotoSet
 from .records import Records
 from .report import comparison_picture, table
+from .threads import face_threads
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter
@@ -106,16 +107,22 @@ class ReconstructionEvaluation:
         own = range(self.shard[0] - 1, len(self.photos), self.shard[1])
         total = len(own) * len(self.methods)
         finished = sum(index in done[method.name] for method in self.methods for index in own)
-        with tqdm(total=total, initial=finished, unit="inversion", disable=not self.progress) as bar:
-            for indices in self._chunks(list(own)):
-                missing = [index for index in indices if any(index not in done[m.name] for m in self.methods)]
-                photos = self._read(missing, done, bar)
-                for method in self.methods:
-                    todo = [photo for photo in photos if photo.index not in done[method.name]]
-                    bar.set_postfix_str(method.name)
-                    for part in self._parts(method, todo):
-                        self._invert(method, part)
-                        bar.update(len(part))
+        with (
+            face_threads(self.device) as self._threads,
+            tqdm(total=total, initial=finished, unit="inversion", disable=not self.progress) as bar,
+        ):
+            try:
+                for indices in self._chunks(list(own)):
+                    missing = [index for index in indices if any(index not in done[m.name] for m in self.methods)]
+                    photos = self._read(missing, done, bar)
+                    for method in self.methods:
+                        todo = [photo for photo in photos if photo.index not in done[method.name]]
+                        bar.set_postfix_str(method.name)
+                        for part in self._parts(method, todo):
+                            self._invert(method, part)
+                            bar.update(len(part))
+            finally:
+                self.records.settle()
 
     def _chunks(self, indices: list[int]) -> list[list[int]]:
         """Photos one by one while they are timed, then as many as a batch."""
@@ -170,11 +177,11 @@ class ReconstructionEvaluation:
             is_timed = photo.index // self.shard[1] < self.timed_photos
             figures |= {"seconds": seconds if is_timed else None, "tuning_steps": reconstruction.tuning_steps}
             record = {"index": photo.index, "photo": photo.name, "failed": None, **figures}
-            self.records.append(method.name, record)
+            self.records.append_later(method.name, record)
 
     def _record_failure(self, method: InversionMethod, index: int, message: str) -> None:
         print(f"{method.name} failed on {self.photos.names[index]}: {message}", file=sys.stderr)
-        self.records.append(
+        self.records.append_later(
             method.name, {"index": index, "photo": self.photos.names[index], "failed": message or "failed"}
         )
 
@@ -192,9 +199,9 @@ class ReconstructionEvaluation:
             likeness = self.metrics.likeness(views, target, cameras, reconstruction.camera[0])
             figures |= {f"{name}_turned{suffix}": value for name, value in likeness.items()}
             if self.pose:
-                poses = [self.inverter.aligner.estimate_pose(tensor_to_image(view)) for view in views]
                 figures["yaw_errors" + suffix] = [
-                    None if pose is None else abs(pose[0] - yaw) for yaw, pose in zip(yaws, poses, strict=True)
+                    self._threads.submit(yaw_error, self.inverter, tensor_to_image(view), yaw)
+                    for view, yaw in zip(views, yaws, strict=True)
                 ]
         return figures
 
@@ -299,6 +306,12 @@ def _likeness_figures(records: Sequence[dict[str, Any]]) -> dict[str, float | No
         "same_person": statistics.fmean(d < SAME_PERSON for d in distances) if distances else None,
     }
     return figures | {name: mean_of(records, name) for name in _TURNED}
+
+
+def yaw_error(inverter: MetaAuxInverter, view: Image.Image, yaw: float) -> float | None:
+    """How many degrees a view's detected yaw is from the one asked; `None` where no face is found."""
+    pose = inverter.aligner.estimate_pose(view)
+    return None if pose is None else abs(pose[0] - yaw)
 
 
 def mean_of(records: Sequence[dict[str, Any]], key: str) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -9,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_text
+from .threads import settled
+
+# Records that may wait for what threads still measure: of a few photos, all that an interruption at once would lose.
+_MOST_WAITING = 16
 
 
 class Records:
@@ -29,6 +34,7 @@ class Records:
     def __init__(self, folder: str | os.PathLike, settings: dict[str, Any], shard: tuple[int, int] = (1, 1)):
         self.folder = Path(folder)
         self.shard = shard
+        self._waiting: collections.deque[tuple[str, dict[str, Any]]] = collections.deque()
         if not 1 <= shard[0] <= shard[1]:
             raise ValueError(f"a shard is a number from 1 to the count of shards, got {shard[0]}/{shard[1]}")
         (self.folder / "records").mkdir(parents=True, exist_ok=True)
@@ -80,6 +86,22 @@ class Records:
             # Another shard ended meanwhile, and its summary of all may have been overwritten.
             results = write()
         return results
+
+    def append_later(self, method: str, record: dict[str, Any]) -> None:
+        """`append` in its turn, with the results of the futures among the record's values (`threads.settled`). Waits
+        where many records do; `settle` after the last one."""
+        self._waiting.append((method, record))
+        self.settle(_MOST_WAITING)
+
+    def settle(self, most: int = 0) -> None:
+        """Writes the records that wait until no more than `most` do.
+
+        Raises:
+            Exception: what a future raised; its record is dropped, those behind it wait.
+        """
+        while len(self._waiting) > most:
+            method, record = self._waiting.popleft()
+            self.append(method, settled(record))
 
     def append(self, method: str, record: dict[str, Any]) -> None:
         """Adds a record, which must have the photo's `index`; on disk when this returns."""

@@ -8,9 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..hub.figures import COLUMNS
-
-_COLUMNS = (*COLUMNS, ("failed", "Failed", "{}"), ("n", "n", "{}"))
+from ..hub.figures import columns_of, figures_of, meanings_of
 
 
 # Not tabulate's: it pads every cell to the width of its column, so that one longer figure would change every line of a
@@ -27,21 +25,20 @@ def _cell(value: Any, form: str) -> str:
 
 def table(results: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     """The figures of `results` in Markdown, in the columns of the paper's Tables 1 and 3, and what they mean."""
+    columns = [*columns_of(results), ("failed", "Failed", "{}"), ("n", "n", "{}")]
     rows = [
-        [labels[name], *(_cell(figures[key], form) for key, _, form in _COLUMNS)]
-        for name, figures in results["methods"].items()
+        [labels[name], *(_cell(figures_of(results, name)[key], form) for key, _, form in columns)]
+        for name in results["methods"]
     ]
-    metrics = results["metrics"]
     notes = [
         f"Model {results['model']}, photos: {results['photos']}, {results['device']}. "
         "Means over the photos that a method did not fail on; n counts all of them. "
         "Seconds: median of one photo inverted alone, after a warm-up.",
-        f"MSE: {metrics['mse']}. Perceptual: {metrics['perceptual']}. Identity: {metrics['identity']}. "
-        f"Fréchet: {metrics['frechet'] or 'not measured'}.",
+        meanings_of(results),
     ]
     if not results["complete"]:
         notes.append("**Not all photos have been inverted yet.**")
-    return markdown_table(["Method", *(title for _, title, _ in _COLUMNS)], rows) + "\n" + "\n\n".join(notes) + "\n"
+    return markdown_table(["Method", *(title for _, title, _ in columns)], rows) + "\n" + "\n\n".join(notes) + "\n"
 
 
 def comparison_picture(rows: Sequence[Sequence[Path | Image.Image]], labels: Sequence[str]) -> Image.Image:

@@ -9,14 +9,17 @@ from huggingface_hub import EvalResult
 
 #: The pipeline's own method among those that `evaluate` compares.
 OWN_METHOD = "metaaux"
-#: Columns of a reconstruction's table: key, title, form.
-COLUMNS = (
+# Columns of a reconstruction's table: key, title, form.
+_COLUMNS = (
     ("mse", "MSE ↓", "{:.4f}"),
     ("perceptual", "Perceptual ↓", "{:.4f}"),
     ("frechet", "Fréchet ↓", "{:.2f}"),
     ("identity", "Identity ↑", "{:.3f}"),
+    ("distance", "Distance ↓", "{:.3f}"),
     ("seconds", "Seconds ↓", "{:.3f}"),
 )
+# Key of a metric that not every checkpoint has: it needs a `FaceRecogniser` as identity network.
+_DISTANCE = "distance"
 # Of a generator's results, what is measured and not set.
 _GENERATOR_MEASURES = (
     "frechet",
@@ -51,6 +54,23 @@ def kind_of(results: Mapping[str, Any]) -> str:
     )
 
 
+def columns_of(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Columns of a reconstruction's table as (key, title, form); the recogniser's distance where it was measured."""
+    return [column for column in _COLUMNS if column[0] != _DISTANCE or _DISTANCE in results["metrics"]]
+
+
+def figures_of(results: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """All figures of one method of a reconstruction's results, of its "methods" and its "details"."""
+    return {**results.get("details", {}).get(method, {}), **results["methods"].get(method, {})}
+
+
+def meanings_of(results: Mapping[str, Any]) -> str:
+    """What a reconstruction's figures were measured by, in words."""
+    titles = {key: title.rstrip(" ↓↑") for key, title, _ in columns_of(results)}
+    meanings = {key: meaning or "not measured" for key, meaning in results["metrics"].items()}
+    return " ".join(f"{titles[key]}: {meanings[key]}." for key in titles if key in meanings)
+
+
 def check_results(results: Mapping[str, Any], fingerprint: str) -> None:
     """Checks that results are of a generator, and all there.
 
@@ -79,8 +99,8 @@ def evaluation_results(results: Sequence[Mapping[str, Any]]) -> list[EvalResult]
     for part in results:
         kind = kind_of(part)
         if kind == "reconstruction":
-            figures = part["methods"].get(OWN_METHOD, {})
-            names = {key: title.rstrip(" ↓↑") for key, title, _ in COLUMNS}
+            figures = figures_of(part, OWN_METHOD)
+            names = {key: title.rstrip(" ↓↑") for key, title, _ in columns_of(part)}
             names |= {key: f"{names[key]}: {meaning}" for key, meaning in part["metrics"].items() if meaning}
             data = ("held-out-portraits", f"{part['photos']} portraits")
             measured = {key: figures[key] for key in names if figures.get(key) is not None}
@@ -116,16 +136,13 @@ def _cell(value: Any, form: str) -> str:
 
 
 def _reconstruction(results: Mapping[str, Any]) -> str:
+    columns = columns_of(results)
     rows = [
-        [name, *(_cell(figures.get(key), form) for key, _, form in COLUMNS)]
-        for name, figures in results["methods"].items()
+        [name, *(_cell(figures_of(results, name).get(key), form) for key, _, form in columns)]
+        for name in results["methods"]
     ]
-    metrics = results["metrics"]
-    note = (
-        f"Means over {results['photos']} photos, {results['device']}. MSE: {metrics['mse']}. Perceptual: "
-        f"{metrics['perceptual']}. Identity: {metrics['identity']}. Fréchet: {metrics['frechet'] or 'not measured'}."
-    )
-    return f"### Reconstruction\n\n{_table(['Method', *(title for _, title, _ in COLUMNS)], rows)}\n{note}\n"
+    note = f"Means over {results['photos']} photos, {results['device']}. {meanings_of(results)}"
+    return f"### Reconstruction\n\n{_table(['Method', *(title for _, title, _ in columns)], rows)}\n{note}\n"
 
 
 def _editing(results: Mapping[str, Any]) -> str:
