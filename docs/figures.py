@@ -1,8 +1,9 @@
 """Writes the measured figures into the pages: `python docs/figures.py`, after a file of docs/results has changed.
 
-What `evaluate` wrote lies in docs/results as it was written. Each table between `<!-- figures: NAME -->` and
-`<!-- end of figures -->` in README, docs and cards is made from these files, and so is the `model-index` in the front
-matter of metaaux-mini's card. A test holds that the pages are as this command leaves them.
+What `evaluate` wrote lies in docs/results as it was written, that of a former checkpoint in a folder there. Each table
+between `<!-- figures: NAME -->` (or FOLDER/NAME) and `<!-- end of figures -->` in README, docs and cards is made from
+these files, and so is the `model-index` in the front matter of metaaux-mini's card. A test holds that the pages are as
+this command leaves them.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from metaaux.hub.figures import evaluation_results  # noqa: E402
 RESULTS = ROOT / "docs" / "results"
 CARD = ROOT / "hub_configs" / "metaaux-mini" / "README.md"
 #: Pages with tables of figures.
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", CARD)
-_BLOCK = re.compile(r"(<!-- figures: ([a-z0-9_]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "results-128.md", CARD)
+_BLOCK = re.compile(r"(<!-- figures: ([a-z0-9]+/)?([a-z0-9_]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 #: Rows of Table 1: methods of `evaluate` and what the page calls them.
 _METHODS = {
@@ -84,13 +85,29 @@ class Column:
 
 
 def read(name: str) -> dict[str, Any]:
-    """The results in `docs/results/NAME.json`."""
+    """The results in `docs/results/NAME.json`; NAME may begin with a folder."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def times_of(folder: str) -> dict[str, Any]:
+    """The results that have Table 1's seconds: those measured apart, where its own were not of an idle machine."""
+    alone = RESULTS / folder / "table1_times.json"
+    return read(folder + ("table1_times" if alone.is_file() else "table1"))
 
 
 def figure(results: dict[str, Any], key: str) -> Callable[[str], float]:
     """Looks a method's figure up: one of `evaluate`'s "methods", or of its "details"."""
     return lambda method: {**results["details"][method], **results["methods"][method]}[key]
+
+
+def likeness(results: dict[str, Any], best: bool = False) -> list[Column]:
+    """The recogniser's distances, where the checkpoint has it; else the cosines by its own identity network."""
+    if "distance" in results["metrics"]:
+        keys = {"distance": "distance", "turned by 20°": "distance_turned", "by 40°": "distance_turned_40"}
+        better = min
+    else:
+        keys, better = {"identity": "identity", "identity, turned by 20°": "identity_turned"}, max
+    return [Column(title, figure(results, key), "{:.3f}", better if best else None) for title, key in keys.items()]
 
 
 def table(rows: dict[str, str], columns: Sequence[Column]) -> str:
@@ -115,29 +132,27 @@ def labelled(results: dict[str, Any], labels: dict[str, str]) -> dict[str, str]:
     }
 
 
-def summary() -> str:
+def summary(folder: str = "") -> str:
     """How far the encoder, the prediction and the steps come: of README and card."""
-    results = read("table1")
+    results = read(folder + "table1")
     columns = [
         Column("MSE", figure(results, "mse"), "{:.3f}"),
         Column("perceptual", figure(results, "perceptual"), "{:.2f}"),
         Column("Fréchet", figure(results, "frechet"), "{:.0f}"),
-        Column("identity", figure(results, "identity"), "{:.3f}"),
-        Column("identity, turned by 20°", figure(results, "identity_turned"), "{:.3f}"),
+        *likeness(results),
     ]
     return table(labelled(results, _SUMMARY), columns)
 
 
-def table1() -> str:
+def table1(folder: str = "") -> str:
     """Reconstruction by all methods."""
-    results, times = read("table1"), read("table1_times")
+    results, times = read(folder + "table1"), times_of(folder)
     columns = [
         Column("MSE", figure(results, "mse"), "{:.4f}", min),
         Column("perceptual", figure(results, "perceptual"), "{:.3f}", min),
         Column("Fréchet", figure(results, "frechet"), "{:.0f}", min),
-        Column("identity", figure(results, "identity"), "{:.3f}", max),
-        Column("identity, turned by 20°", figure(results, "identity_turned"), "{:.3f}", max),
-        Column("yaw error there", figure(results, "pose_error"), "{:.1f}°"),
+        *likeness(results, best=True),
+        Column("yaw error at 20°", figure(results, "pose_error"), "{:.1f}°"),
         Column("seconds", figure(times, "seconds"), "{:.3f}"),
     ]
     return table(labelled(results, _METHODS), columns)
@@ -156,27 +171,27 @@ def beside_pti(results: dict[str, Any], times: dict[str, Any]) -> str:
     columns = [
         Column("MSE", figure(results, "mse"), "{:.4f}", min),
         Column("perceptual", figure(results, "perceptual"), "{:.3f}", min),
-        Column("identity", figure(results, "identity"), "{:.3f}", max),
-        Column("identity, turned by 20°", figure(results, "identity_turned"), "{:.3f}", max),
+        *likeness(results, best=True),
         Column("seconds", figure(times, "seconds"), "{:.2f}", min),
     ]
     return table(rows, columns)
 
 
-def table1_pti_own_stop() -> str:
+def table1_pti_own_stop(folder: str = "") -> str:
     """PTI ended by its own rule."""
-    return beside_pti(read("table1_pti_own_stop"), read("table1_pti_own_stop_times"))
+    return beside_pti(read(folder + "table1_pti_own_stop"), read(folder + "table1_pti_own_stop_times"))
 
 
-def table1_pti() -> str:
+def table1_pti(folder: str = "") -> str:
     """PTI ended by a stricter rule."""
-    return beside_pti(read("table1_pti"), read("table1_times"))
+    return beside_pti(read(folder + "table1_pti"), times_of(folder))
 
 
-def table2() -> str:
+def table2(folder: str = "") -> str:
     """What edits change; of a direction with a gain, adapted heads are moved by that much more."""
-    results = read("table2")
+    results = read(folder + "table2")
     names = {"encoder": "encoder", "metaaux": "ours"}
+    moved = {method: results["details"][method].get("background") for method in names}
     body = []
     for attribute, form in (("age", "{:.1f}"), ("gender", "{:.3f}")):
         for method, name in names.items():
@@ -184,14 +199,17 @@ def table2() -> str:
             change, identity = results["methods"][method][attribute], results["details"][method]["identity"][attribute]
             label = f"{attribute}, {name}" + (f", α × {gain:g}" if gain != 1 else "")
             kept = [", ".join(f"{identity[alpha]:.2f}" for alpha in pair) for pair in (("-1", "1"), ("-3", "3"))]
+            if moved[method] is not None:
+                kept.append(", ".join(f"{moved[method][attribute][alpha]:.3f}" for alpha in ("-2", "2")))
             body.append([label, *(form.format(change[alpha]) for alpha in _ALPHAS), *kept])
-    return markdown(["", *_ALPHAS, "identity at ±1", "at ±3"], body)
+    header = ["", *_ALPHAS, "identity at ±1", "at ±3", "background at ±2"]
+    return markdown(header[: len(body[0])], body)
 
 
-def table3() -> str:
+def table3(folder: str = "") -> str:
     """The ablations, and what they start from: without the auxiliary network that is the encoder's guess."""
-    results = read("table3")
-    starts = read("table1")["methods"] | results["methods"]
+    results = read(folder + "table3")
+    starts = read(folder + "table1")["methods"] | results["methods"]
 
     def before(key: str) -> Callable[[str], float]:
         return lambda method: starts[_STARTS.get(method, f"{method}-0")][key]
@@ -200,7 +218,7 @@ def table3() -> str:
         Column("MSE", figure(results, "mse"), "{:.4f}", min),
         Column("perceptual", figure(results, "perceptual"), "{:.3f}", min),
         Column("Fréchet", figure(results, "frechet"), "{:.0f}", min),
-        Column("identity", figure(results, "identity"), "{:.3f}", max),
+        *likeness(results, best=True)[:1],
         Column("seconds", figure(results, "seconds"), "{:.3f}"),
         Column("MSE before a step", before("mse"), "{:.4f}"),
         Column("perceptual before a step", before("perceptual"), "{:.3f}"),
@@ -217,7 +235,7 @@ def with_tables(text: str) -> str:
     Raises:
         KeyError: it asks for a table that there is not.
     """
-    return _BLOCK.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+    return _BLOCK.sub(lambda found: found[1] + TABLES[found[3]](found[2] or "") + found[4], text)
 
 
 def with_model_index(text: str) -> str:

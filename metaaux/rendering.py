@@ -157,7 +157,7 @@ class RenderingMixin:
 
         Args:
             inversion: made with this pipeline's generator.
-            edits: amounts by name of a direction of `directions`, several at once; 1 is a clearly visible change.
+            edits: amounts by name of a direction of `directions`, several at once; 1 is visible, 3 is strong.
 
         Raises:
             ValueError: the inversion belongs to another generator, or an edit that this checkpoint lacks or that is no

@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from metaaux.hub.card import updated_card
+from metaaux.hub.figures import figures_of
 from metaaux.hub.publishing import files_to_push
 from metaaux.models.auxiliary import AuxiliaryNetwork
 from metaaux.models.presets import preset_of
@@ -50,7 +51,7 @@ class TestMetadata:
         assert (mini.license, mini.license_name) == ("other", "research-and-demonstration")
         licence = (FOLDERS["metaaux-mini"] / mini.license_link).read_text(encoding="utf-8")
         sources = [line for line in licence.splitlines() if line.startswith("| ")]
-        assert len(sources) == 5 and all(line in MINI for line in sources)
+        assert len(sources) == 12 and all(line in MINI for line in sources)
         assert ffhq.license == "apache-2.0" and ffhq.eval_results is None
         assert "**This repository holds no weights.**" in FFHQ
 
@@ -79,10 +80,10 @@ class TestFigures:
             )
 
     def test_model_index(self):
-        results = json.loads((ROOT / "docs" / "results" / "table1.json").read_text())["methods"]["metaaux"]
+        results = json.loads((ROOT / "docs" / "results" / "table1.json").read_text())
         found = {result.metric_type: result.metric_value for result in ModelCard(MINI).data.eval_results}
-        assert {"mse", "perceptual", "frechet", "identity"} <= found.keys()
-        assert found == {name: pytest.approx(results[name], rel=1e-3) for name in found}
+        assert {"mse", "perceptual", "frechet", "identity", "distance"} <= found.keys()
+        assert found == {name: pytest.approx(figures_of(results, "metaaux")[name], rel=1e-3) for name in found}
 
     def test_results_are_of_the_embedded_checkpoint(self):
         fingerprint = config_of("metaaux-mini", "latent_directions")["generator"]
@@ -90,10 +91,10 @@ class TestFigures:
             assert json.loads(path.read_text())["fingerprint"] == fingerprint, f"{path.name} is of another checkpoint"
 
     def test_a_table_follows_its_results(self, figures, monkeypatch):
-        read = {name: figures.read(name) for name in ("table1", "table3")}
-        read["table3"]["methods"]["without_3d"]["mse"] = 0.0012
+        read = {name: figures.read(name) for name in ("128/table1", "128/table3")}
+        read["128/table3"]["methods"]["without_3d"]["mse"] = 0.0012
         monkeypatch.setattr(figures, "read", read.get)
-        text = "before\n<!-- figures: table3 -->\nold\n<!-- end of figures -->\nafter\n"
+        text = "before\n<!-- figures: 128/table3 -->\nold\n<!-- end of figures -->\nafter\n"
         lines = figures.with_tables(text).splitlines()
         assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
         (row,) = [line for line in lines if line.startswith("| without 3D module |")]

@@ -21,7 +21,7 @@ from metaaux.models.weights import ORIGIN, generator_fingerprint
 
 PRECISIONS = [torch.float16, torch.bfloat16]
 #: Of the embedded checkpoint: what published inversions carry.
-EMBEDDED = "a7b52ea7aa46c3b1f87c375fba0c5e142c8032088266ea6dc103287ed0b2a177"
+EMBEDDED = "0f5b43ca27f7b60586983dcf3c58c69d5c94d5fa3e6d8a2d4bb5b565c1a7df7c"
 
 
 def quiet(inverter):

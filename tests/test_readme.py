@@ -139,7 +139,7 @@ class TestCommands:
 
     def test_scripts_exist(self):
         scripts = {name for text in PAGES.values() for name in re.findall(r"python ([\w/]+\.py)", text)}
-        assert {"app.py", "docs/figures.py", "docs/screenshots/make.py"} <= scripts
+        assert {"app.py", "docs/figures.py", "docs/pictures.py", "docs/screenshots/make.py"} <= scripts
         assert all((ROOT / script).is_file() for script in scripts)
 
     def test_configurations_exist_and_load(self):

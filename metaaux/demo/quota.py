@@ -38,7 +38,7 @@ def on_gpu(function: Callable, duration: Callable[..., int]) -> Callable:
 
 
 #: Measured on one H100 at full size (512 x 512 pixels), seconds: an inversion of one photo in five steps, tri-planes
-#: with a view of them, a further view. The embedded model takes 0.67, 0.0117 and 0.0051.
+#: with a view of them, a further view. An embedded model of 128 x 128 pixels took 0.67, 0.0117 and 0.0051.
 INVERSION_SECONDS, SYNTHESIS_SECONDS, VIEW_SECONDS = 1.025, 0.021, 0.0074
 #: Measured on a CPU with the embedded model, seconds of processor time: a textured mesh of 192 cells a side
 #: (docs/results.md). A GPU takes over sampling and views, not unwrapping and baking; there it is not measured.

@@ -1,7 +1,7 @@
 """Latent directions as a component of a checkpoint: along each, one attribute of a face changes.
 
 A direction is a unit normal n in W with a scale, so that w + value·scale·n (InterFaceGAN's edit, Shen et al. 2020)
-is a clearly visible, natural change at a value of 1 for every direction.
+is a visible, natural change at a value of 1 for every direction.
 """
 
 from __future__ import annotations
