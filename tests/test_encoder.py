@@ -119,7 +119,8 @@ class TestModel:
         config = load_settings(EncoderConfig, CONFIGS / "baselines" / f"{name}.yaml")
         encoder = ARCHITECTURES[name](image_size=128, w_dim=256, num_ws=12, **config.encoder)
         assert config.architecture == name and encoder.latent_space == "w+"
-        assert encoder(images(1, 128)).shape == (1, 12, 256)
+        told = torch.randn(1, encoder.identity_size) if encoder.identity_size else None
+        assert encoder(images(1, 128), told).shape == (1, 12, 256)
 
     def test_save_and_load(self, tmp_path):
         encoder = tiny_encoder()

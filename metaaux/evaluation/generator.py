@@ -7,7 +7,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from ..files import source_name, write_json
 from ..models.eg3d import EG3DGenerator, GeneratorOutput
 from .frechet import FeatureExtractor, FeatureStatistics, frechet_between
 from .reconstruction import yaw_error
-from .threads import face_threads
+from .threads import face_threads, settled
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter
@@ -194,7 +194,8 @@ class _Figures:
             "identity_across_views": [],
             "jitter_difference": [],
         }
-        self.pose_errors: dict[float, list[Future[float | None]]] = {yaw: [] for yaw in (*POSE_YAWS, *WIDE_YAWS)}
+        # Numbers, or what a thread will find.
+        self.pose_errors: dict[float, list[Any]] = {yaw: [] for yaw in (*POSE_YAWS, *WIDE_YAWS)}
 
     def add_views(
         self, inverter: MetaAuxInverter, ws: torch.Tensor, most_poses: int, threads: ThreadPoolExecutor
@@ -237,7 +238,7 @@ class _Figures:
         return means | self._poses(POSE_YAWS) | {f"{name}_wide": x for name, x in self._poses(WIDE_YAWS).items()}
 
     def _poses(self, yaws: Sequence[float]) -> dict[str, float | None]:
-        views = [error.result() for yaw in yaws for error in self.pose_errors[yaw]]
+        views = settled([error for yaw in yaws for error in self.pose_errors[yaw]])
         found = [error for error in views if error is not None]
         return {
             "pose_error": statistics.fmean(found) if found else None,
