@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from metaaux.hub.figures import evaluation_results  # noqa: E402
+from metaaux.hub.figures import evaluation_results, figures_of  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 CARD = ROOT / "hub_configs" / "metaaux-mini" / "README.md"
@@ -97,7 +97,7 @@ def times_of(folder: str) -> dict[str, Any]:
 
 def figure(results: dict[str, Any], key: str) -> Callable[[str], float]:
     """Looks a method's figure up: one of `evaluate`'s "methods", or of its "details"."""
-    return lambda method: {**results["details"][method], **results["methods"][method]}[key]
+    return lambda method: figures_of(results, method)[key]
 
 
 def likeness(results: dict[str, Any], best: bool = False) -> list[Column]:

@@ -26,9 +26,7 @@ from metaaux.export.images import label_strip, tensor_to_image  # noqa: E402
 from metaaux.export.sheets import head_sheet  # noqa: E402
 
 PORTRAITS = ("eileen_collins", "grace_hopper")
-#: Seeds of faces that do not exist, as `examples/generated` has them.
-SEEDS = (16, 36, 48, 51)
-#: Seeds of the faces that are seen from the side.
+#: Seeds of faces that do not exist, which are seen from the side.
 TURNED_SEEDS = (12, 38, 59)
 #: Degrees by which those are turned, and by which heads are shown to turn.
 TURNED_YAW, YAWS = 27, (-40, -20, 0, 20, 40)
@@ -112,7 +110,7 @@ def main() -> None:
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1e3:.0f} kB")
 
     portraits = [inverted(inverter, ROOT / "examples" / f"{name}.jpg") for name in PORTRAITS]
-    generated = [inverted(inverter, ROOT / "examples" / "generated" / f"{seed}.png") for seed in SEEDS]
+    generated = [inverted(inverter, path) for path in sorted((ROOT / "examples" / "generated").glob("*.png"))]
     for name, (_, images) in zip(PORTRAITS, portraits, strict=True):
         save(steps(images), DOCS / f"steps_{name}.jpg", 1280)
     eileen = portraits[0][0]

@@ -1,6 +1,7 @@
 """Records of an evaluation that wait for what threads still measure."""
 
-from concurrent.futures import Future
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -25,11 +26,32 @@ class TestDeferredRecords:
 
     def test_no_more_than_a_few_wait(self, tmp_path):
         records = Records(tmp_path, {"methods": {"a": {}}})
-        for index in range(40):
-            done = Future()
-            done.set_result(index)
-            records.append_later("a", {"index": index, "value": done})
-        assert 20 <= len(records.read("a")) < 40
+        pending = [Future() for _ in range(40)]
+        with ThreadPoolExecutor(1) as threads:
+            # One after the other, from the second on only when the one before has been written.
+            def measure():
+                for index, future in enumerate(pending[:24]):
+                    while len(records.read("a")) < index:
+                        time.sleep(0.001)
+                    future.set_result(index)
+
+            threads.submit(measure)
+            for index, future in enumerate(pending):
+                records.append_later("a", {"index": index, "value": future})
+            assert 20 <= len(records.read("a")) < 40
+
+    def test_what_waits_for_nothing_is_written_at_once(self, tmp_path):
+        records = Records(tmp_path, {"methods": {"a": {}}})
+        for index in range(3):
+            records.append_later("a", {"index": index, "value": [1.0, {"b": None}]})
+            assert len(records.read("a")) == index + 1
+
+    def test_an_interruption_writes_what_was_measured(self, tmp_path):
+        records = Records(tmp_path, {"methods": {"a": {}}})
+        with pytest.raises(KeyboardInterrupt), records.measuring(torch.device("cpu")) as threads:
+            records.append_later("a", {"index": 0, "value": threads.submit(time.sleep, 0.05)})
+            raise KeyboardInterrupt
+        assert records.read("a") == {0: {"index": 0, "value": None}}
 
     def test_a_failure_is_told_and_keeps_the_others(self, tmp_path):
         records = Records(tmp_path, {"methods": {"a": {}}})

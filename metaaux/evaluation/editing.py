@@ -28,7 +28,6 @@ from .photos import PhotoSet
 from .reconstruction import mean_of, noted_precision, weights_digest
 from .records import Records
 from .report import markdown_table
-from .threads import face_threads
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter
@@ -108,18 +107,15 @@ class EditingEvaluation:
         total = len(own) * len(self.methods)
         finished = sum(index in done[method.name] for method in self.methods for index in own)
         with (
-            face_threads(self.inverter.device) as self._threads,
+            self.records.measuring(self.inverter.device) as self._threads,
             tqdm(total=total, initial=finished, unit="photo", disable=not self.progress) as bar,
         ):
-            try:
-                for index in own:
-                    for method in self.methods:
-                        if index not in done[method.name]:
-                            bar.set_postfix_str(method.name)
-                            self._record(method, index)
-                            bar.update()
-            finally:
-                self.records.settle()
+            for index in own:
+                for method in self.methods:
+                    if index not in done[method.name]:
+                        bar.set_postfix_str(method.name)
+                        self._record(method, index)
+                        bar.update()
 
     def _record(self, method: InversionMethod, index: int) -> None:
         record: dict[str, Any] = {"index": index, "photo": self.photos.names[index], "failed": None}

@@ -26,7 +26,6 @@ from .metrics import ReconstructionMetrics, timed
 from .photos import Photo, PhotoSet
 from .records import Records
 from .report import comparison_picture, table
-from .threads import face_threads
 
 if TYPE_CHECKING:
     from ..pipeline import MetaAuxInverter
@@ -108,21 +107,18 @@ class ReconstructionEvaluation:
         total = len(own) * len(self.methods)
         finished = sum(index in done[method.name] for method in self.methods for index in own)
         with (
-            face_threads(self.device) as self._threads,
+            self.records.measuring(self.device) as self._threads,
             tqdm(total=total, initial=finished, unit="inversion", disable=not self.progress) as bar,
         ):
-            try:
-                for indices in self._chunks(list(own)):
-                    missing = [index for index in indices if any(index not in done[m.name] for m in self.methods)]
-                    photos = self._read(missing, done, bar)
-                    for method in self.methods:
-                        todo = [photo for photo in photos if photo.index not in done[method.name]]
-                        bar.set_postfix_str(method.name)
-                        for part in self._parts(method, todo):
-                            self._invert(method, part)
-                            bar.update(len(part))
-            finally:
-                self.records.settle()
+            for indices in self._chunks(list(own)):
+                missing = [index for index in indices if any(index not in done[m.name] for m in self.methods)]
+                photos = self._read(missing, done, bar)
+                for method in self.methods:
+                    todo = [photo for photo in photos if photo.index not in done[method.name]]
+                    bar.set_postfix_str(method.name)
+                    for part in self._parts(method, todo):
+                        self._invert(method, part)
+                        bar.update(len(part))
 
     def _chunks(self, indices: list[int]) -> list[list[int]]:
         """Photos one by one while they are timed, then as many as a batch."""

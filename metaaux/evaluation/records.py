@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..files import write_text
-from .threads import settled
+from .threads import face_threads, futures_in, settled
 
 # Records that may wait for what threads still measure: of a few photos, all that an interruption at once would lose.
 _MOST_WAITING = 16
@@ -88,20 +92,32 @@ class Records:
         return results
 
     def append_later(self, method: str, record: dict[str, Any]) -> None:
-        """`append` in its turn, with the results of the futures among the record's values (`threads.settled`). Waits
-        where many records do; `settle` after the last one."""
+        """`append` in its turn, as soon as the futures among the record's values are done, with their results
+        (`threads.settled`). Waits where many records do; within `measuring`."""
         self._waiting.append((method, record))
         self.settle(_MOST_WAITING)
 
     def settle(self, most: int = 0) -> None:
-        """Writes the records that wait until no more than `most` do.
+        """Writes the records that wait, in their order: those that are done, and more until no more than `most` wait.
 
         Raises:
             Exception: what a future raised; its record is dropped, those behind it wait.
         """
-        while len(self._waiting) > most:
-            method, record = self._waiting.popleft()
+        while self._waiting:
+            method, record = self._waiting[0]
+            if len(self._waiting) <= most and not all(future.done() for future in futures_in(record)):
+                break
+            self._waiting.popleft()
             self.append(method, settled(record))
+
+    @contextlib.contextmanager
+    def measuring(self, device: torch.device) -> Iterator[ThreadPoolExecutor]:
+        """Threads whose futures records may hold (`threads.face_threads`); all have been written when it ends."""
+        with face_threads(device) as threads:
+            try:
+                yield threads
+            finally:
+                self.settle()
 
     def append(self, method: str, record: dict[str, Any]) -> None:
         """Adds a record, which must have the photo's `index`; on disk when this returns."""

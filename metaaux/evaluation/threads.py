@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +25,15 @@ def face_threads(device: torch.device) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1)
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return ThreadPoolExecutor(max(1, min(_MOST_THREADS, cores)))
+
+
+def futures_in(value: Any) -> Iterator[Future]:
+    """The futures in dictionaries and lists of any depth."""
+    if isinstance(value, Future):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from futures_in(item)
 
 
 def settled(value: Any) -> Any:
