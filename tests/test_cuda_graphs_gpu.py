@@ -15,6 +15,7 @@ from torch import nn
 from metaaux import MetaAuxInverter
 from metaaux.adaptation import InnerProblem
 from metaaux.models.auxiliary import AuxiliaryOutput
+from metaaux.precision import products
 from metaaux.replay import ReplayedProblem
 
 pytestmark = [
@@ -58,7 +59,7 @@ def eager(inverter, crops, cameras):
 def test_synthesis_and_views(inverter, eager, graphs):
     head = inverter.prepare(eager[0])
     given = (head.ws, head.camera[None].cuda(), head.weight_offsets, head.offset_planes)
-    with torch.no_grad():
+    with torch.no_grad(), products(inverter.precision, inverter.device):
         for planes in (None, head.planes):
             expected = inverter.generator.synthesize(*given, planes).image
             for _ in range(3):

@@ -80,7 +80,7 @@ def test_every_phase_is_measured(measured):
     assert results["phases"]["meta-paper"]["config"]["inner"]["order"] == "second"
     assert results["phases"]["meta-paper"]["total"] == 80_000
     # Random networks bear no steps of trained networks' size.
-    assert results["phases"]["meta-paper"]["config"]["inner"]["calibrate_rates"] == 1e-5
+    assert results["phases"]["meta-paper"]["config"]["inner"]["calibrate_rates"] == 1e-7
 
 
 def test_features_of_a_deep_random_network_keep_their_size():
@@ -132,7 +132,7 @@ def test_a_phase_that_fails_is_told_and_the_others_go_on(tiny_folder, configs, t
     assert result.exit_code == 0 and "tasks/s" in result.output
     again = json.loads(out.read_text())["phases"]
     assert again["plain"] == phases["plain"] and again["meta-extended"]["finite"]
-    assert again["meta-extended"]["config"]["inner"]["calibrate_rates"] > 1e-5  # this model has weights
+    assert again["meta-extended"]["config"]["inner"]["calibrate_rates"] > 1e-7  # this model has weights
 
 
 def test_weights_that_are_lost_are_told(tiny_folder, configs, tmp_path, monkeypatch):

@@ -360,9 +360,10 @@ def _configuration(name: str, settings: TrainingBenchmark, networks: Path, data:
 
 def _shorten_inner_steps(config: Settings) -> None:
     """Steps that trained networks take well lead five times farther from random ones than a float can hold the second
-    derivative of: on an H100 the meta-gradient was 4e6 long with them, and then no number."""
+    derivative of: on an H100 the meta-gradient was 4e6 long with them, and then no number. With steps of 1e-5 it was
+    150 long at first, and no number after a dozen updates, which had made the inner gradients longer."""
     if isinstance(config, AuxiliaryConfig) and config.inner.calibrate_rates > 0:
-        config.inner.calibrate_rates = min(config.inner.calibrate_rates, 1e-5)
+        config.inner.calibrate_rates = min(config.inner.calibrate_rates, 1e-7)
 
 
 def without_paths(config: Settings) -> dict[str, Any]:
@@ -380,7 +381,7 @@ def _start_of(config: Settings) -> int:
         return max(config.optimiser.warmup_images, config.rays[-1][0])
     if isinstance(config, EncoderConfig):
         return max(config.curriculum.coarse_images, config.curriculum.latent_only_images)
-    return config.optimiser.warmup_images
+    return 0  # a first step takes what all take, and at its full rate it would lead far from random weights
 
 
 def _least_warmup(config: Settings, device: torch.device) -> int:
