@@ -199,8 +199,11 @@ def test_official_code(tiny_inverter, tmp_path, monkeypatch):
         run_official(tmp_path, generator, torch.device("cpu"))
     with pytest.raises(ValueError, match="holds no checkout of NVlabs/eg3d"):
         run_official(tmp_path / "eg3d", generator, torch.device("cpu"))
-    with pytest.raises(ValueError, match="no generator of this model's shape"):
-        official_arguments(tiny_inverter.generator)
+    with torch.device("meta"):
+        narrow = EG3DGenerator(**shape, channel_max=16, super_resolution_channels=(16, 8))
+    for other in (tiny_inverter.generator, narrow):
+        with pytest.raises(ValueError, match="no generator of this model's shape"):
+            official_arguments(other)
 
 
 @pytest.fixture

@@ -189,10 +189,24 @@ def test_super_resolution_takes_any_size(kind, side):
     assert network(torch.randn(1, 4, side, side), torch.randn(1, 8)).shape == (1, 3, 32, 32)
 
 
+def test_super_resolution_of_other_channels(generator, tmp_path):
+    def shapes(model):
+        return [model.modulated_layers[f"super_resolution.{layer}"] for layer in ("block0.conv1", "block1.conv1")]
+
+    assert generator.config.super_resolution_channels is None and shapes(generator) == [(128, 128), (64, 64)]
+    narrow = EG3DGenerator(**TINY, super_resolution_channels=(16, 8))
+    narrow.save_pretrained(tmp_path)
+    assert shapes(EG3DGenerator.from_pretrained(tmp_path)) == shapes(narrow) == [(16, 16), (8, 8)]
+    # A configuration from before there was this setting.
+    del (config := dict(generator.config))["super_resolution_channels"]
+    assert shapes(EG3DGenerator.from_config(config)) == shapes(generator)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"super_resolution_kind": "16X"}, "super_resolution_kind must be one of"),
+        ({"super_resolution_channels": (8, 8, 8)}, "super_resolution_channels must be two numbers"),
         ({"plane_axes": ("xy", "xx", "zx")}, "plane_axes holds pairs"),
         ({"plane_resolution": 20}, "resolution must be a power of two"),
     ],

@@ -393,10 +393,10 @@ pipeline.push_to_hub({REPO!r}, revision="next", subfolder="small", variants=[Non
 
 class TestFolders:
     def test_shards(self, tiny_inverter, tiny_inversion, tmp_path):
-        tiny_inverter.save_pretrained(tmp_path, max_shard_size="700KB")
+        tiny_inverter.save_pretrained(tmp_path, max_shard_size="60KB")
         shards = sorted((tmp_path / "generator").glob("*-of-*.safetensors"))
         assert len(shards) > 1
-        assert all(path.stat().st_size <= 720_000 for path in shards)
+        assert all(path.stat().st_size <= 80_000 for path in shards)
         loaded = MetaAuxInverter.from_pretrained(tmp_path)
         assert loaded.render(tiny_inversion).tobytes() == tiny_inverter.render(tiny_inversion).tobytes()
         shards[0].unlink()
@@ -433,7 +433,7 @@ class TestFolders:
         assert "docs/head.png" in files_to_push(tmp_path / "copy")
 
     def test_damaged_index_of_shards(self, tiny_inverter, tmp_path):
-        tiny_inverter.save_pretrained(tmp_path, max_shard_size="700KB")
+        tiny_inverter.save_pretrained(tmp_path, max_shard_size="60KB")
         (tmp_path / "generator" / "diffusion_pytorch_model.safetensors.index.json").write_text("[]")
         with pytest.raises(ValueError, match="generator/.*index.json is damaged"):
             check_components(tmp_path, ["generator"])

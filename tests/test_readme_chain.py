@@ -35,6 +35,7 @@ TINY = {
             "depth_samples": 4,
             "importance_samples": 4,
             "super_resolution_kind": "2X",
+            "super_resolution_channels": [16, 8],
         },
         "discriminator": {"image_size": 32, "channel_base": 256, "channel_max": 8, "raw_size": 16},
         "rays": [[0, 8]],

@@ -30,6 +30,7 @@ GENERATOR = dict(
     depth_samples=4,
     importance_samples=4,
     super_resolution_kind="2X",
+    super_resolution_channels=(16, 8),
     super_resolution_conv_clamp=None,
 )
 DISCRIMINATOR = dict(image_size=32, channel_base=128, channel_max=16, conv_clamp=None, mapping_layers=2, raw_size=16)

@@ -16,6 +16,7 @@ import torch
 
 from ..cameras import camera_from_pose
 from ..models.eg3d import EG3DGenerator
+from ..models.super_resolution import block_channels
 
 #: Image sizes that the official super-resolution modules have.
 _IMAGE_SIZES = {"2X": 128, "4X": 256, "8X": 512, "8XDC": 512}
@@ -33,10 +34,13 @@ def official_arguments(generator: torch.nn.Module) -> dict[str, Any]:
         not isinstance(generator, EG3DGenerator)
         or (config.plane_resolution, config.plane_features, config.decoder_hidden) != (256, 32, 64)
         or config.image_size != _IMAGE_SIZES[config.super_resolution_kind]
+        or block_channels(config.super_resolution_kind, config.super_resolution_channels)
+        != block_channels(config.super_resolution_kind)
     ):
         raise ValueError(
             "the official code has no generator of this model's shape: its planes have 256² pixels of 32 features, "
-            f"its images {', '.join(f'{size} pixels ({kind})' for kind, size in _IMAGE_SIZES.items())}"
+            f"its images {', '.join(f'{size} pixels ({kind})' for kind, size in _IMAGE_SIZES.items())}, "
+            "its super-resolution the channels of its kind"
         )
     widths = {"channel_base": config.channel_base, "channel_max": config.channel_max}
     rendering = {

@@ -126,6 +126,8 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
             renderings with few samples flicker half as much; EG3D's are not.
         ray_start, ray_end: distances between which rays are sampled, world units.
         super_resolution_kind: "2X", "4X", "8X" or "8XDC"; super_resolution_antialias as EG3D's `sr_antialias`.
+        super_resolution_channels: of the super-resolution's two blocks; the kind's unless given, as all released
+            checkpoints have them.
         camera_radius, camera_pivot: distance of its training's cameras from the origin, and the point [3] that they
             looked at, world units (EG3D's `avg_camera_radius` and `avg_camera_pivot`); see `camera_at`.
     """
@@ -171,6 +173,7 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
         super_resolution_antialias: bool = True,
         camera_radius: float = CAMERA_RADIUS,
         camera_pivot: Sequence[float] = (0.0, 0.0, 0.0),
+        super_resolution_channels: tuple[int, int] | None = None,
     ):
         super().__init__()
         for axes in plane_axes:
@@ -195,6 +198,7 @@ class EG3DGenerator(LatentCodes, ModelMixin, ConfigMixin):
             super_resolution_noise,
             super_resolution_conv_clamp,
             super_resolution_antialias,
+            super_resolution_channels,
         )
         self.num_ws = self.backbone.num_ws
 

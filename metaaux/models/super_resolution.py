@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,28 @@ KINDS = {
 }
 
 
+def block_channels(kind: str, channels: Sequence[int] | None = None) -> tuple[int, int]:
+    """Channels of the two blocks: `channels`, or the kind's.
+
+    Raises:
+        ValueError: there is no such kind, or `channels` are not two.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"super_resolution_kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if channels is None:
+        return KINDS[kind][2]
+    if len(channels) != 2:
+        raise ValueError(f"super_resolution_channels must be two numbers, got {channels!r}")
+    return tuple(channels)
+
+
 class SuperResolution(nn.Module):
     """Features and raw image of any size → image of `image_size`.
 
     `kind` names the released variants: "2X" (64 → 128 pixels), "4X" (128 → 256), "8X" and "8XDC" (128 → 512, the
     latter with twice the channels). Inputs of another size are resampled to the input side first. `antialias` is
-    EG3D's `sr_antialias`. Every layer is styled by the last w.
+    EG3D's `sr_antialias`. `channels` of the two blocks are the kind's unless given; no released variant has others.
+    Every layer is styled by the last w.
     """
 
     def __init__(
@@ -37,11 +53,11 @@ class SuperResolution(nn.Module):
         use_noise: bool = True,
         conv_clamp: float | None = 256.0,
         antialias: bool = True,
+        channels: Sequence[int] | None = None,
     ):
         super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"super_resolution_kind must be one of {', '.join(KINDS)}, got {kind!r}")
-        factor, first_up, (wide, narrow) = KINDS[kind]
+        wide, narrow = block_channels(kind, channels)
+        factor, first_up, _ = KINDS[kind]
         self.input_size = image_size // factor
         self.antialias = antialias
         first = self.input_size * 2 if first_up else self.input_size
