@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,10 +46,15 @@ def new_client(app: RunningApp, folder: Path) -> Client:
     return Client(app.url, download_files=folder, **options)
 
 
+def new_interpreter(arguments: list[str], **options) -> subprocess.Popen:
+    """Runs Python with `arguments`; `options` are `subprocess.Popen`'s."""
+    return subprocess.Popen([sys.executable, *arguments], **options)
+
+
 @contextmanager
-def running_app(folder: Path, script: str = "app.py", **environment: str):
+def running_app(folder: Path, script: str = "app.py", start: Callable = new_interpreter, **environment: str):
     """Starts the app, or a script that starts it, with a cache in `folder`, yields a `RunningApp` once it answers, and
-    ends it."""
+    ends it. `start` may be `warm.Popen`, where importing PyTorch is not what is tested."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -65,9 +71,7 @@ def running_app(folder: Path, script: str = "app.py", **environment: str):
     }
     started = time.monotonic()
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, script], cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT
-        )
+        process = start([script], cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT)
     try:
         url = f"http://127.0.0.1:{port}/"
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -73,7 +74,9 @@ def pytest_collection_finish(session):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Tiny networks are slower on several threads, much so where other programs compute too."""
+    """Tiny networks are slower on several threads, much so where other programs compute too; in processes that tests
+    start as well."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
 
@@ -175,8 +178,10 @@ def smiling_app(smiling_folder, tmp_path_factory):
     """The demo in a process of its own, with the tiny pipeline that has an editing direction."""
     from app_server import running_app
 
+    from tests import warm
+
     variables = {"METAAUX_MODELS": str(smiling_folder), "METAAUX_DEVICE": "cpu"}
-    with running_app(tmp_path_factory.mktemp("app"), **variables) as app:
+    with running_app(tmp_path_factory.mktemp("app"), start=warm.Popen, **variables) as app:
         yield app
 
 
