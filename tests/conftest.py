@@ -8,6 +8,9 @@ import os
 import zipfile
 from pathlib import Path
 
+# Libraries read it when they are imported, here and in processes that tests start; see `one_thread`.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 import torch
@@ -74,9 +77,7 @@ def pytest_collection_finish(session):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Tiny networks are slower on several threads, much so where other programs compute too; in processes that tests
-    start as well."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    """Tiny networks are slower on several threads, much so where other programs compute too."""
     torch.set_num_threads(1)
 
 
