@@ -273,6 +273,15 @@ def test_the_next_head_replaces_all_views(at_rest):
     assert again != turned and np.array_equal(np.asarray(Image.open(io.BytesIO(again))), first)
 
 
+def test_a_video_plays(desktop):
+    page = desktop
+    page.click("#make-video")
+    page.wait_for_selector("#video video")
+    page.wait_for_function("document.querySelector('#video video').currentTime > 0.2")
+    assert page.evaluate("document.querySelector('#video video').error") is None
+    assert page.evaluate("document.querySelector('#video video').duration") == pytest.approx(2, abs=0.1)
+
+
 def test_a_second_visitor_finds_an_examples_head_at_once(open_page, desktop):
     """Within three seconds, from what was kept of the first visitor's click, of which test_app_visitors.py shows that
     nothing is computed; longer only where other programs take the machine's time."""

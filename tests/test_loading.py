@@ -329,7 +329,7 @@ from metaaux import MetaAuxInverter
 inverter = MetaAuxInverter.from_pretrained()
 assert not {"mediapipe", "gradio", "trimesh"} & set(sys.modules), "what was not used yet was loaded"
 inverter.set_progress_bar_config(disable=True)
-inversion = inverter.invert(skimage.data.astronaut(), steps=2)
+inversion = inverter.invert(skimage.data.astronaut(), steps=1)
 assert inverter.render(inversion, yaw=15).size == (inverter.generator.config.image_size,) * 2
 print(inversion.model, inversion.steps[-1]["mse"] < inversion.steps[0]["mse"])
 """)
