@@ -147,8 +147,8 @@ class TestOnCuda:
     def test_bfloat16(self):
         check("cuda", 32, 64, (64, 64), (16, 16), 5000, dtype=torch.bfloat16, tolerance=3e-2)
 
-    # The last bit of a displaced coordinate is some 1e-5 of a pixel here, which two neighbours' difference makes as much
-    # of a density: the PyTorch form itself is 0.9e-5 off on a GPU and 4.1e-5 on a CPU, the kernel 3.3e-5 and 1.1e-5.
+    # The last bit of a displaced coordinate is some 1e-5 of a pixel here, and neighbours' difference makes as much of
+    # a density: the PyTorch form itself is 0.9e-5 off on a GPU and 4.1e-5 on a CPU, the kernel 3.3e-5 and 1.1e-5.
     @pytest.mark.parametrize(("offset_sides", "tolerance"), [(None, 1e-5), ((64, 64), 5e-5)])
     def test_full_size(self, offset_sides, tolerance):
         check("cuda", 32, 64, (256, 256), offset_sides, 64 * 64 * 96, tolerance=tolerance)
