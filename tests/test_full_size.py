@@ -62,7 +62,7 @@ def settings(model, configs, **changes) -> TrainingBenchmark:
 def measured(shape, configs, tmp_path_factory):
     """File and result of all phases."""
     out = tmp_path_factory.mktemp("benchmark") / "full-size.json"
-    return out, run_training_benchmark(settings(shape, configs), out)
+    return out, run_training_benchmark(settings(shape, configs), out, allocations=True)
 
 
 def test_every_phase_is_measured(measured):
@@ -76,6 +76,7 @@ def test_every_phase_is_measured(measured):
         assert figures["gpu_hours"] == pytest.approx(figures["total"] / figures["per_second"] / 3600)
         assert figures["unit"] == ("tasks" if name.startswith("meta") else "images")
         assert len(figures["loss"]) == 2 and figures["loss"][0] != figures["loss"][1]
+        assert figures["allocations"] is None  # without a GPU
         assert figures["config"]["data"]["in_memory"] is False and "metaaux-" not in json.dumps(figures)
     assert results["phases"]["meta-paper"]["config"]["inner"]["order"] == "second"
     assert results["phases"]["meta-paper"]["total"] == 80_000

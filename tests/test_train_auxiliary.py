@@ -20,7 +20,7 @@ from metaaux.tasks import predict_tasks
 from metaaux.training.auxiliary import AuxiliaryConfig, train
 from metaaux.training.calibration import calibrate_rates
 from metaaux.training.loading import FrozenNetworks
-from metaaux.training.meta import meta_objective
+from metaaux.training.meta import mean_of_passes, meta_objective
 from metaaux.training.phases import InnerSettings, OuterSettings
 from metaaux.training.plain import plain_objective
 from tests.nested import nested
@@ -219,6 +219,7 @@ def test_meta_phase_starts_from_a_network_and_learns_rates(folders, tiny_compone
         inner__max_gradient_norm=2.0,
         inner__resolution=4,
         inner__tasks_per_pass=1,
+        outer__max_gradient_norm=1e-6,
         optimiser__learning_rate=1e-3,
         auxiliary={
             "initial": str(tmp_path / "initial"),
@@ -243,6 +244,21 @@ def test_meta_phase_starts_from_a_network_and_learns_rates(folders, tiny_compone
     figures = lines_of(tmp_path / "run")
     assert any("validation_mse_step_1" in line for line in figures)
     assert any("mse_before" in line and line["images"] == 4 for line in figures)
+    assert all(line["passes_shortened"] == 1 and line["gradient_norm"] < 1.1e-6 for line in figures if "mse" in line)
+
+
+def test_a_pass_that_ran_apart_counts_no_more_than_the_others():
+    usual, long = torch.tensor([0.3, 0.4]), torch.tensor([0.0, -1e6])
+    mean, share = mean_of_passes([usual, long], None)
+    assert torch.equal(mean, torch.tensor([0.15, -499_999.8])) and share == 0
+    mean, share = mean_of_passes([usual, long], 1.0)
+    torch.testing.assert_close(mean, torch.tensor([0.15, -0.3]))
+    assert share == 0.5
+    for broken in (torch.tensor([math.nan, 1.0]), torch.tensor([math.inf, 1.0])):
+        mean, share = mean_of_passes([usual, broken, 2 * usual], 1.0)
+        torch.testing.assert_close(mean, 1.5 * usual)
+        assert share == pytest.approx(1 / 3)
+        assert not mean_of_passes([broken, broken], 1.0)[0].isfinite().any()
 
 
 def test_rates_can_stay_fixed(networks, tasks, tiny_components):

@@ -71,6 +71,10 @@ def benchmark_training(
         Path,
         typer.Option("--out", metavar="JSON", help="File for the figures; phases that it has are kept or replaced."),
     ],
+    allocations: Annotated[
+        bool,
+        typer.Option("--allocations", help="Tell what held a GPU's memory when it was fullest; makes steps slower."),
+    ] = False,
 ) -> None:
     """Measure training: speed, memory, GPU hours of each phase, on random weights and synthetic photos.
 
@@ -80,7 +84,7 @@ def benchmark_training(
     from ..evaluation.full_size import TrainingBenchmark, run_training_benchmark
 
     settings = TrainingBenchmark(**options.arguments())
-    results = run_training_benchmark(settings, out, _echo_phase)
+    results = run_training_benchmark(settings, out, _echo_phase, allocations)
     for preset, hours in results["gpu_hours"].items():
         if hours is not None:
             echo(f"all phases, {preset:<12} {hours:10.1f} GPU hours")

@@ -7,6 +7,7 @@ decode as they are asked for. What is left out is what comes between steps: chec
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import json
@@ -45,6 +46,7 @@ from ..training.meta import MetaTrainer
 from ..training.phases import AuxiliaryConfig
 from ..training.plain import PlainTrainer
 from ..training.settings import Settings, load_settings
+from .allocations import recorded
 from .benchmark import load_for_benchmark
 
 
@@ -118,7 +120,10 @@ class TrainingBenchmark:
 
 
 def run_training_benchmark(
-    settings: TrainingBenchmark, out: str | os.PathLike, on_phase: Callable[[str, dict[str, Any]], None] | None = None
+    settings: TrainingBenchmark,
+    out: str | os.PathLike,
+    on_phase: Callable[[str, dict[str, Any]], None] | None = None,
+    allocations: bool = False,
 ) -> dict[str, Any]:
     """Measures phase after phase; what fails is told in its place, and the others go on.
 
@@ -129,6 +134,7 @@ def run_training_benchmark(
         settings: what is measured.
         out: JSON file.
         on_phase: called with the name and the figures of each phase once it is written.
+        allocations: see `measure_phase`.
 
     Returns:
         What `out` holds: "phases" by name (see `measure_phase`, or {"error"}), and by preset under "gpu_hours" what
@@ -145,7 +151,7 @@ def run_training_benchmark(
         results["gpu_hours"] = gpu_hours(results["phases"])
         for name, config in configs.items():
             try:
-                figures = measure_phase(name, config, settings.steps, settings.warmup, temporary)
+                figures = measure_phase(name, config, settings.steps, settings.warmup, temporary, allocations)
             # Whatever it is: the others may take hours of a GPU that is there now.
             except Exception as error:
                 traceback.print_exc()
@@ -173,9 +179,14 @@ def prepare(
     return configs, _description(settings.model, size, random_weights)
 
 
-def measure_phase(name: str, config: Settings, steps: int, warmup: int, folder: str | os.PathLike) -> dict[str, Any]:
+def measure_phase(
+    name: str, config: Settings, steps: int, warmup: int, folder: str | os.PathLike, allocations: bool = False
+) -> dict[str, Any]:
     """Trains one phase for `warmup` and then `steps` steps; nothing is saved. Where several processes were launched
     together, all of them call this, and get the same figures.
+
+    With `allocations`, "allocations" says what the GPU's memory held when it was fullest (`allocations.at_peak`, of
+    the main process; `None` without a GPU); steps take longer then.
 
     Returns:
         {"unit", "batch" (images or tasks a step, of all processes), "steps", "warmup", "seconds" (of the timed steps),
@@ -194,20 +205,21 @@ def measure_phase(name: str, config: Settings, steps: int, warmup: int, folder: 
     warmup = max(warmup, _least_warmup(config, device))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    trainer = phase.trainer(config, accelerator)
-    trainer.load_data(0)
-    images, losses = _start_of(config), []
-    hidden = None if accelerator.is_main_process else True
-    for step in tqdm(range(warmup + steps), desc=name, unit="step", disable=hidden):
-        if step == warmup:
-            _wait_for_all(accelerator)
-            started = time.perf_counter()
-        figures = trainer.step(images)
-        # Captured steps return the same tensors each time.
-        losses.append(figures[phase.loss].detach().float().mean().clone())
-        images += trainer.images_per_step
-    _wait_for_all(accelerator)
-    seconds = time.perf_counter() - started
+    with recorded(device) if allocations and device.type == "cuda" else contextlib.nullcontext() as held:
+        trainer = phase.trainer(config, accelerator)
+        trainer.load_data(0)
+        images, losses = _start_of(config), []
+        hidden = None if accelerator.is_main_process else True
+        for step in tqdm(range(warmup + steps), desc=name, unit="step", disable=hidden):
+            if step == warmup:
+                _wait_for_all(accelerator)
+                started = time.perf_counter()
+            figures = trainer.step(images)
+            # Captured steps return the same tensors each time.
+            losses.append(figures[phase.loss].detach().float().mean().clone())
+            images += trainer.images_per_step
+        _wait_for_all(accelerator)
+        seconds = time.perf_counter() - started
     per_process = gather_object([_figures_of_process(trainer, losses)])
     finite = all(own["finite"] for own in per_process)
     if finite:
@@ -228,7 +240,7 @@ def measure_phase(name: str, config: Settings, steps: int, warmup: int, folder: 
         "total": config.run.total_images,
         "gpu_hours": accelerator.num_processes * config.run.total_images / per_second / 3600,
         "config": without_paths(config),
-    }
+    } | ({"allocations": held} if allocations else {})
 
 
 def _figures_of_process(trainer: Trainer, losses: list[torch.Tensor]) -> dict[str, Any]:

@@ -64,6 +64,21 @@ def meta_objective(
     return objective, figures | {name: value.mean() for name, value in losses.items()}
 
 
+def mean_of_passes(flats: list[torch.Tensor], limit: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of several passes' gradients [N], each no longer than `limit`, and which share of them was longer.
+
+    With a limit, passes whose gradient is not finite count as longer and are left out of the mean, which is not finite
+    if they all are.
+    """
+    stacked = torch.stack(flats)
+    if limit is None:
+        return stacked.mean(0), stacked.new_zeros(())
+    norms = stacked.norm(dim=1)
+    finite = norms.isfinite()
+    stacked.mul_((limit / norms).clamp(max=1)[:, None])
+    return stacked[finite].sum(0) / finite.sum(), (~(norms <= limit)).float().mean()
+
+
 class MetaTrainer(AuxiliaryTrainer):
     """Photos as tasks, whose inner loops run side by side."""
 
@@ -113,4 +128,5 @@ class MetaTrainer(AuxiliaryTrainer):
             flats.append(flat.clone())
             collected.append({name: value.clone() for name, value in figures.items()})
         figures = {name: torch.stack([part[name] for part in collected]).mean() for name in collected[0]}
-        return figures | self.update(torch.stack(flats).mean(0), images)
+        flat, shortened = mean_of_passes(flats, self.config.outer.max_gradient_norm)
+        return figures | {"passes_shortened": shortened} | self.update(flat, images)

@@ -119,6 +119,10 @@ class OuterSettings(Settings):
     """Rays a side; null: the generator's."""
     multi_step_weight: Share = 0.2
     """Share of the meta phase's objective that is put on the inner loss of the states before the last (MAML++)."""
+    max_gradient_norm: PositiveFloat | None = None
+    """Of each pass of the meta phase, before the mean over them; null: none. Where a task's inner steps run apart, its
+    meta-gradient of second order is a thousand times as long as the others', and all that is left of the mean once it
+    is clipped (`optimiser.max_gradient_norm`). Best with `inner.tasks_per_pass: 1`."""
     sample_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Part of the plain phase's batch that is generated instead of photographed."""
 
