@@ -25,7 +25,7 @@ from metaaux.hub.figures import evaluation_results, figures_of  # noqa: E402
 RESULTS = ROOT / "docs" / "results"
 CARD = ROOT / "hub_configs" / "metaaux-mini" / "README.md"
 #: Pages with tables of figures.
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "results-128.md", CARD)
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("results", "results-128", "speed")), CARD)
 _BLOCK = re.compile(r"(<!-- figures: ([a-z0-9]+/)?([a-z0-9_]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 #: Rows of Table 1: methods of `evaluate` and what the page calls them.
@@ -53,6 +53,7 @@ _ABLATIONS = {
 }
 #: Which prediction they start from, where it is not their own ("NAME-0").
 _STARTS = {"without_auxiliary": "encoder", "predicted_only": "full-0", "free_only": "full-0"}
+_PRECISIONS = {"float32": "float32", "tf32": "TF32", "bfloat16": "bfloat16"}
 _ALPHAS = ("-3", "-2", "-1", "1", "2", "3")
 
 
@@ -226,7 +227,47 @@ def table3(folder: str = "") -> str:
     return table(labelled(results, _ABLATIONS), columns)
 
 
-TABLES = {make.__name__: make for make in (summary, table1, table1_pti_own_stop, table1_pti, table2, table3)}
+def speed(name: str = "speed") -> str:
+    """What `benchmark` timed in several precisions, milliseconds, and NVIDIA's code in the same run."""
+    results = read(name)
+    body = []
+    for entry in results["configurations"]:
+        measures = entry["measures"]
+        profile, threads = measures["adaptation"]["profile"], entry.get("threads_at_once")
+        launches = "graphs" if entry["cuda_graphs"] else "plain launches"
+        body.append(
+            [
+                f"{_PRECISIONS[entry['precision']]}, {launches}",
+                *(f"{_digits(m['median_ms'])} ({_digits(m['profile']['busy_ms'])})" for m in _timed(measures)),
+                f"{profile['kernels']:,} in {profile['launches']:,}",
+                "" if threads is None else f"×{threads['ratio']:.2f}",
+            ]
+        )
+    for configuration, measures in results.get("official", {"measures": {}})["measures"].items():
+        times = (_digits(measures[key]["median_ms"]) for key in ("synthesis", "cached_view"))
+        body.append([f"official code, {configuration}", *times, "", "", ""])
+    header = ["synthesis", "cached view", "inversion of 5 steps", "its kernels, launches", "eight threads at once"]
+    return markdown(["", *header], body)
+
+
+def speed_mini() -> str:
+    """Likewise, of the embedded checkpoint."""
+    return speed("speed_mini")
+
+
+def _timed(measures: dict[str, Any]) -> list[dict[str, Any]]:
+    return [measures[key] for key in ("synthesis", "cached_view", "adaptation")]
+
+
+def _digits(value: float) -> str:
+    """Three digits that count."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+TABLES = {
+    make.__name__: make
+    for make in (summary, table1, table1_pti_own_stop, table1_pti, table2, table3, speed, speed_mini)
+}
 
 
 def with_tables(text: str) -> str:
@@ -235,7 +276,7 @@ def with_tables(text: str) -> str:
     Raises:
         KeyError: it asks for a table that there is not.
     """
-    return _BLOCK.sub(lambda found: found[1] + TABLES[found[3]](found[2] or "") + found[4], text)
+    return _BLOCK.sub(lambda found: found[1] + TABLES[found[3]](*filter(None, [found[2]])) + found[4], text)
 
 
 def with_model_index(text: str) -> str:

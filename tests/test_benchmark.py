@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import shutil
 import sys
 import threading
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from metaaux.cli import main
 from metaaux.evaluation.benchmark import Work, load_for_benchmark, run_benchmark, seconds_of
 from metaaux.evaluation.counting import count, covered
 from metaaux.evaluation.official import official_arguments, run_official
+from metaaux.evaluation.official_worker import built_modules_by_name
 from metaaux.evaluation.paired import PairedSettings, run_paired
 from metaaux.evaluation.sweep import run_sweep, run_threads
 from metaaux.models.eg3d import EG3DGenerator
@@ -204,6 +208,18 @@ def test_official_code(tiny_inverter, tmp_path, monkeypatch):
     for other in (tiny_inverter.generator, narrow):
         with pytest.raises(ValueError, match="no generator of this model's shape"):
             official_arguments(other)
+
+
+def test_official_plugins_are_found_by_name(monkeypatch):
+    name = "metaaux_test_plugin"
+    plugin = ModuleType(name)
+    monkeypatch.setattr(cpp_extension, "load", load := lambda name, sources: plugin)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with built_modules_by_name():
+        assert cpp_extension.load(name=name, sources=[]) is plugin
+        assert importlib.import_module(name) is plugin
+    assert cpp_extension.load is load
+    del sys.modules[name]
 
 
 @pytest.fixture

@@ -6,15 +6,36 @@ It imports nothing of this package, whose modules and settings would mix with th
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils import cpp_extension
+
+
+@contextlib.contextmanager
+def built_modules_by_name() -> Iterator[None]:
+    """The official code imports what `torch.utils.cpp_extension.load` has built by its name, by which PyTorch does not
+    register it any more."""
+    load = cpp_extension.load
+
+    @functools.wraps(load)
+    def registering(name: str, *arguments, **options) -> ModuleType:
+        sys.modules[name] = load(name, *arguments, **options)
+        return sys.modules[name]
+
+    cpp_extension.load = registering
+    try:
+        yield
+    finally:
+        cpp_extension.load = load
 
 
 def build_plugins(device: torch.device) -> dict[str, Any]:
@@ -24,8 +45,9 @@ def build_plugins(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"operations": "reference", "reason": f"plugins need CUDA, the device is {device.type}"}
     try:
-        for operation in operations:
-            operation._init()
+        with built_modules_by_name():
+            for operation in operations:
+                operation._init()
     except Exception as error:  # whatever a compiler may fail with
         for operation in operations:
             operation._init = lambda: False
