@@ -160,6 +160,11 @@ def test_calibrated_rates_move_each_tensor_by_the_same_fraction(networks, tasks,
             moved += 1
             torch.testing.assert_close(change / size, torch.tensor(1e-3), rtol=0.05, atol=0)
     assert moved > 0.9 * len(auxiliary.adaptable_parameters())
+    rates = []
+    for at_once in (None, 1):
+        calibrate_rates(networks, auxiliary, tasks, 1e-3, Accelerator(), at_once)
+        rates.append(auxiliary.log_inner_rates.clone())
+    torch.testing.assert_close(*rates, rtol=0, atol=1e-3)
 
 
 def test_tensors_without_a_gradient_get_the_least_calibrated_rate(networks, tasks, tiny_components):

@@ -18,8 +18,10 @@ def calibrate_rates(
     tasks: Tasks,
     relative_step: float,
     accelerator: Accelerator,
+    tasks_at_once: int | None = None,
 ) -> None:
-    """Set the inner rates such that a step changes each tensor by `relative_step` of its root mean square.
+    """Set the inner rates such that a step changes each tensor by `relative_step` of its root mean square: in the root
+    mean square over all tasks and processes, of which `tasks_at_once` are computed side by side (default: all).
 
     The scales of gradients differ by orders of magnitude between tensors (a tensor at zero counts as 0.01), which
     one rate for all cannot suit and learning them from there would take long. Tensors without gradient, such as those
@@ -32,17 +34,21 @@ def calibrate_rates(
     parameters = auxiliary.adaptable_parameters()
     was_training = auxiliary.training
     auxiliary.eval()
-    with torch.enable_grad():
-        stacked = {n: p.detach().expand(len(tasks), *p.shape).requires_grad_() for n, p in parameters.items()}
-        problem = InnerProblem(networks.generator, auxiliary, networks.inner_loss, tasks, InnerLoop.of(auxiliary, 0))
-        _, losses = problem.evaluate(0, predict_tasks(auxiliary, stacked, tasks))
-        gradients = torch.autograd.grad(losses["total"].sum(), list(stacked.values()))
+    squares = torch.zeros_like(auxiliary.log_inner_rates)
+    for part in tasks.split(tasks_at_once or len(tasks)):
+        with torch.enable_grad():
+            stacked = {n: p.detach().expand(len(part), *p.shape).requires_grad_() for n, p in parameters.items()}
+            loop = InnerLoop.of(auxiliary, 0)
+            problem = InnerProblem(networks.generator, auxiliary, networks.inner_loss, part, loop)
+            _, losses = problem.evaluate(0, predict_tasks(auxiliary, stacked, part))
+            gradients = torch.autograd.grad(losses["total"].sum(), list(stacked.values()))
+        squares += torch.stack([gradient.square().mean() for gradient in gradients]) * len(part) / len(tasks)
     auxiliary.train(was_training)
     sizes = torch.stack([parameter.square().mean().sqrt() for parameter in parameters.values()]).clamp(min=0.01)
-    slopes = torch.stack([gradient.square().mean().sqrt() for gradient in gradients])
+    slopes = accelerator.reduce(squares, reduction="mean").sqrt()
     known = slopes > 1e-9
     if not known.any():
         raise ValueError("no tensor of the auxiliary network has a gradient by the inner loss: nothing to calibrate")
     logs = (relative_step * sizes / slopes.clamp(min=1e-9)).log()
     logs = logs.where(known, logs[known].min())
-    auxiliary.log_inner_rates.copy_(accelerator.reduce(logs, reduction="mean"))
+    auxiliary.log_inner_rates.copy_(logs)

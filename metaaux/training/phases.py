@@ -43,6 +43,8 @@ from .trainer import TrainingRun
 from .validation import Validation
 
 LossSetting = Annotated[dict[str, float], AfterValidator(arguments_of(LossWeights))]
+#: Photos of each process by whose gradients inner rates are calibrated, where its batch has so many.
+_CALIBRATION_TASKS = 16
 #: Arguments of `AuxiliaryNetwork` that the generator decides.
 GIVEN_ARGUMENTS = ("layer_shapes", "image_size", "plane_features", "plane_resolution", "box_size")
 
@@ -302,12 +304,13 @@ class AuxiliaryTrainer(Trainer):
 
     def calibrate(self) -> None:
         """Inner rates from the averaged network's gradients, for both."""
-        image, camera = (tensor[: self.config.inner.tasks_per_pass] for tensor in self.sampler.next())
-        relative_step = self.config.inner.calibrate_rates
+        at_once, relative_step = self.config.inner.tasks_per_pass, self.config.inner.calibrate_rates
+        # Of one photo alone, a tensor's rate may be ten times another photo's.
+        image, camera = (tensor[: max(at_once, _CALIBRATION_TASKS)] for tensor in self.sampler.next())
         # Other sizes than the steps' are not worth a compilation, here and in held-out figures.
         with torch.compiler.set_stance("force_eager"):
             tasks = self.networks.tasks(image, camera)
-            calibrate_rates(self.networks, self.average, tasks, relative_step, self.accelerator)
+            calibrate_rates(self.networks, self.average, tasks, relative_step, self.accelerator, at_once)
         self.auxiliary.log_inner_rates.data.copy_(self.average.log_inner_rates)
 
     def update(self, flat: torch.Tensor, images: int) -> dict[str, torch.Tensor | float]:
