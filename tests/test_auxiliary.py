@@ -223,6 +223,27 @@ def test_default_backbone_is_resnet_101():
     assert sum(p.numel() for p in network.backbone.parameters()) == 42_500_160
 
 
+def test_without_a_module_the_other_predicts_the_same(tiny_components, inputs):
+    batch, _ = inputs
+    whole = fresh(tiny_components).with_full_kernels(["backbone.b8"])
+    with torch.no_grad():
+        whole.log_inner_rates.copy_(torch.arange(len(whole.log_inner_rates)) * 0.01)
+    expected, rates = whole(**batch), whole.inner_rates()
+    flat = whole.without_module("3d")
+    assert flat.offset_network is None and flat.config.offset_bias_resolution == 0
+    assert flat.config.full_kernel_layers == ["backbone.b8"]
+    torch.testing.assert_close(flat(batch["image"]).weight_offsets, expected.weight_offsets)
+    deep = whole.without_module("2d")
+    assert not deep.layer_names and not deep(**batch).weight_offsets and not deep.config.full_kernel_layers
+    torch.testing.assert_close(deep(**batch).offset_planes, expected.offset_planes)
+    for network in (flat, deep):
+        assert 0 < len(network.inner_rates()) < len(rates)
+        assert all(torch.equal(rate, rates[name]) for name, rate in network.inner_rates().items())
+    for network, module in ((flat, "2d"), (flat, "3d"), (whole, "4d")):
+        with pytest.raises(ValueError, match="can lose '2d' or '3d'"):
+            network.without_module(module)
+
+
 def test_full_kernels_predict_the_same_and_let_steps_move_each_tap(tiny_components, inputs, generator, tmp_path):
     batch, w = inputs
     layer, name = "super_resolution.block1.conv1", "hypernetworks.super_resolution-block1-conv1.bias"

@@ -21,7 +21,7 @@ from metaaux.training.auxiliary import AuxiliaryConfig, train
 from metaaux.training.calibration import calibrate_rates
 from metaaux.training.loading import FrozenNetworks
 from metaaux.training.meta import mean_of_passes, meta_objective
-from metaaux.training.phases import InnerSettings, OuterSettings
+from metaaux.training.phases import InnerSettings, OuterSettings, make_auxiliary
 from metaaux.training.plain import plain_objective
 from tests.nested import nested
 
@@ -236,6 +236,9 @@ def test_meta_phase_starts_from_a_network_and_learns_rates(folders, tiny_compone
     saved = AuxiliaryNetwork.from_pretrained(tmp_path / "run" / "checkpoint-4" / "auxiliary")
     averaged = AuxiliaryNetwork.from_pretrained(tmp_path / "run" / "checkpoint-4" / "auxiliary_average")
     initial = tiny_components["auxiliary"]
+    ablation = config.model_copy(update={"auxiliary": config.auxiliary.model_copy(update={"without": "2d"})})
+    ablation.auxiliary.full_kernel_layers = ()
+    assert not make_auxiliary(ablation, tiny_components["generator"]).layer_names
     assert saved.config.inner_max_gradient_norm == averaged.config.inner_max_gradient_norm == 2.0
     assert saved.config.offset_bias_resolution == averaged.config.offset_bias_resolution == 16
     assert saved.get_parameter("hypernetworks.backbone-b8-conv0.bias").shape[2:] == (3, 3)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -436,6 +436,27 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
                 kernels = old[..., None, None].repeat(1, 1, KERNEL_SIZE, KERNEL_SIZE)
                 changed[name] = kernels, log_rates[name] + math.log(KERNEL_SIZE)
         return self._with({"full_kernel_layers": sorted({*self.config.full_kernel_layers, *prefixes})}, changed)
+
+    @torch.no_grad()
+    def without_module(self, module: Literal["2d", "3d"]) -> AuxiliaryNetwork:
+        """A copy without weight offsets ("2d") or offset planes ("3d"), as in the paper's ablations (Table 3), which
+        predicts the others as this one does.
+
+        Raises:
+            ValueError: there is no such module, or no other.
+        """
+        has = {"2d": self.config.use_weight_offsets, "3d": self.config.use_offset_planes}
+        if module not in has or not all(has.values()):
+            raise ValueError(
+                f"only a network with both modules can lose '2d' or '3d'; got {module!r} for one that has "
+                f"{', '.join(name for name, there in has.items() if there)}"
+            )
+        config = {"use_weight_offsets": False, "full_kernel_layers": []}
+        if module == "3d":
+            config = {"use_offset_planes": False, "offset_bias_resolution": 0}
+        with torch.device("meta"):
+            kept = AuxiliaryNetwork(**constructor_arguments(self, **config)).state_dict()
+        return self._with(config, {name: None for name in self.state_dict() if name not in kept})
 
     def _with(
         self, config: dict[str, Any], parameters: dict[str, tuple[torch.Tensor, torch.Tensor] | None]

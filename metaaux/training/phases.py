@@ -77,6 +77,8 @@ class AuxiliarySettings(Settings):
     offset_bias_resolution: NonNegativeInt | None = None
     """Where given, the network started from gets offset planes of this side, or with 0 loses its bias a position
     (`AuxiliaryNetwork.with_offset_bias_resolution`)."""
+    without: Literal["2d", "3d"] | None = None
+    """An ablation of Table 3: it loses this module (`AuxiliaryNetwork.without_module`)."""
     full_kernel_layers: tuple[str, ...] = ()
     """Its layers whose name starts with one of these get full kernels (`AuxiliaryNetwork.with_full_kernels`)."""
 
@@ -219,6 +221,8 @@ def make_auxiliary(config: AuxiliaryConfig, generator: Generator) -> AuxiliaryNe
         auxiliary = AuxiliaryNetwork(**AuxiliaryNetwork.config_for(generator, start.layer_prefixes, **start.arguments))
     else:
         auxiliary = load_network(AuxiliaryNetwork, start.initial)
+    if start.without is not None:
+        auxiliary = auxiliary.without_module(start.without)
     if start.offset_bias_resolution or (start.offset_bias_resolution == 0 and auxiliary.offset_network is not None):
         auxiliary = auxiliary.with_offset_bias_resolution(start.offset_bias_resolution)
     if start.full_kernel_layers:
