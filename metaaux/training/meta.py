@@ -76,7 +76,8 @@ def mean_of_passes(flats: list[torch.Tensor], limit: float | None) -> tuple[torc
     norms = stacked.norm(dim=1)
     finite = norms.isfinite()
     stacked.mul_((limit / norms).clamp(max=1)[:, None])
-    return stacked[finite].sum(0) / finite.sum(), (~(norms <= limit)).float().mean()
+    stacked[~finite] = 0
+    return stacked.sum(0) / finite.sum(), (~(norms <= limit)).float().mean()
 
 
 class MetaTrainer(AuxiliaryTrainer):
