@@ -147,14 +147,14 @@ class TestAgeGenderNetwork:
 class TestReconstructionMetrics:
     def test_known_answers(self, tiny_inverter):
         metrics = ReconstructionMetrics(tiny_inverter)
-        target = torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
-        figures = metrics.measure(target + 0.5, target)
+        target = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+        (figures,) = metrics.measure(target + 0.5, target)
         assert figures["mse"] == pytest.approx(0.25)
-        image = torch.rand(3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        same = metrics.measure(image, image)
+        image = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        same, other = metrics.measure(image.repeat(2, 1, 1, 1), torch.cat((image, -image)))
         assert same["mse"] == 0 and same["perceptual"] == pytest.approx(0, abs=1e-6)
         assert same["identity"] == pytest.approx(1)
-        assert metrics.measure(-image, image)["perceptual"] > 0.01
+        assert other["perceptual"] > 0.01 and other["distance"] is None
 
     def test_says_which_networks_it_uses(self, tiny_inverter, squeezenet_file, tmp_path):
         assert "discriminator" in ReconstructionMetrics(tiny_inverter).names["perceptual"]

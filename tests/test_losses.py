@@ -73,8 +73,7 @@ def test_pipeline_meta_phase_and_evaluation_compute_the_same_loss(tiny_component
         for name, value in loss(image, image_raw, photo, camera).items():
             torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
     metrics = ReconstructionMetrics(inverter)
-    for index in range(len(photo)):
-        figures = metrics.measure(image[index], photo[index])
+    for index, figures in enumerate(metrics.measure(image, photo)):
         assert figures["mse"] == pytest.approx(expected["mse"][index].item(), rel=1e-6)
         assert figures["perceptual"] == pytest.approx(expected["perceptual"][index].item(), rel=1e-5)
         assert figures["identity"] == pytest.approx(1 - expected["identity"][index].item(), abs=1e-6)

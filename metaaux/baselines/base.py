@@ -18,6 +18,8 @@ from ..models.eg3d import EG3DGenerator
 from ..models.stylegan2 import StyleGAN2Generator
 
 Generator = EG3DGenerator | StyleGAN2Generator
+#: More, of 512² pixels, would take memory that an inversion beside them needs.
+_VIEWS_AT_ONCE = 4
 
 
 @dataclass(eq=False)
@@ -47,12 +49,15 @@ class Reconstruction:
         """The head seen by cameras [V, 25], of its own or of an edited code: [V, 3, S, S] in [-1, 1]."""
         w = self.w if w is None else w
         planes = self.generator.planes(w, weight_offsets=self.weight_offsets)
-        images = [
-            self.generator.synthesize(
-                w, camera[None], weight_offsets=self.weight_offsets, offset_planes=self.offset_planes, planes=planes
-            ).image
-            for camera in cameras.to(w.device)
-        ]
+        images = []
+        for part in cameras.to(w.device).split(_VIEWS_AT_ONCE):
+            shared = (
+                None if tensor is None else tensor.expand(len(part), *tensor.shape[1:])
+                for tensor in (w, self.offset_planes, planes)
+            )
+            codes, offset_planes, own_planes = shared
+            output = self.generator.synthesize(codes, part, self.weight_offsets, offset_planes, own_planes)
+            images.append(output.image)
         return torch.cat(images).clamp(-1, 1)
 
 

@@ -63,36 +63,40 @@ class ReconstructionMetrics:
             self.names["distance"] = "of embeddings by dlib's face recognition network"
 
     @torch.no_grad()
-    def measure(
-        self, image: torch.Tensor, target: torch.Tensor, camera: torch.Tensor | None = None
-    ) -> dict[str, float | None]:
-        """Figures of a reconstruction [3, S, S] and its photo [3, S, S], both in [-1, 1] and seen by `camera` [25]."""
-        cameras = None if camera is None else camera[None]
-        return {
-            "mse": (image - target).square().mean().item(),
-            "perceptual": self.perceptual(image[None], target[None]).item(),
-        } | self.likeness(image[None], target, cameras, camera)
+    def embed(self, images: torch.Tensor, cameras: torch.Tensor | None = None) -> torch.Tensor:
+        """The identity network's embeddings [B, D] of images [B, 3, S, S] in [-1, 1]. A network that cuts the face out
+        by its camera needs `cameras` [B, 25]."""
+        return self.identity(images, cameras)
 
     @torch.no_grad()
-    def likeness(
+    def measure(
         self,
         images: torch.Tensor,
-        target: torch.Tensor,
+        photos: torch.Tensor,
         cameras: torch.Tensor | None = None,
-        camera: torch.Tensor | None = None,
-    ) -> dict[str, float | None]:
-        """Of images [V, 3, S, S] with one photo [3, S, S]: "identity", the mean cosine of their embeddings with the
-        photo's, and "distance", the mean distance, by which only a `FaceRecogniser` tells persons apart.
+        of_photos: torch.Tensor | None = None,
+    ) -> list[dict[str, float | None]]:
+        """Figures of each reconstruction.
 
-        Identity networks that cut the face out by its camera need `cameras` [V, 25] of the images and the photo's
-        `camera` [25].
+        Args:
+            images, photos: reconstructions and their photos [B, 3, S, S] in [-1, 1].
+            cameras: [B, 25], of both.
+            of_photos: the photos' embeddings, where they are known.
         """
-        of_photo = self.identity(target[None], None if camera is None else camera[None])
-        of_images = self.identity(images, cameras)
-        distance = None
+        of_photos = self.embed(photos, cameras) if of_photos is None else of_photos
+        figures = {
+            "mse": (images - photos).square().mean(dim=(1, 2, 3)).tolist(),
+            "perceptual": self.perceptual(images, photos).tolist(),
+        } | self.likeness(self.embed(images, cameras), of_photos)
+        return [{name: values and values[i] for name, values in figures.items()} for i in range(len(images))]
+
+    def likeness(self, embeddings: torch.Tensor, of_photos: torch.Tensor) -> dict[str, list[float] | None]:
+        """Of embeddings [B, D] with those of photos [B or 1, D]: "identity", their cosines, and "distance", their
+        distances, by which only a `FaceRecogniser` tells persons apart; `None` of another network."""
+        distances = None
         if isinstance(self.identity, FaceRecogniser):
-            distance = self.identity.distance(of_images, of_photo).mean().item()
-        return {"identity": F.cosine_similarity(of_images, of_photo, dim=1).mean().item(), "distance": distance}
+            distances = self.identity.distance(embeddings, of_photos).tolist()
+        return {"identity": F.cosine_similarity(embeddings, of_photos, dim=1).tolist(), "distance": distances}
 
 
 def _describe(network: LPIPS) -> str:

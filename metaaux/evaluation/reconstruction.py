@@ -166,9 +166,11 @@ class ReconstructionEvaluation:
                 return
             self._record_failure(method, photos[0].index, str(error))
             return
-        for photo, target, reconstruction in zip(photos, image, reconstructions):
-            figures = self.metrics.measure(reconstruction.image, target, reconstruction.camera[0])
-            figures |= self._turned(reconstruction, target)
+        of_photos = self.metrics.embed(image, camera)
+        images = torch.stack([reconstruction.image for reconstruction in reconstructions])
+        measured = self.metrics.measure(images, image, camera, of_photos)
+        for photo, of_photo, reconstruction, figures in zip(photos, of_photos, reconstructions, measured, strict=True):
+            figures |= self._turned(reconstruction, of_photo)
             save_image(tensor_to_image(reconstruction.image), self._picture(method.name, photo.index))
             is_timed = photo.index // self.shard[1] < self.timed_photos
             figures |= {"seconds": seconds if is_timed else None, "tuning_steps": reconstruction.tuning_steps}
@@ -181,23 +183,25 @@ class ReconstructionEvaluation:
             method.name, {"index": index, "photo": self.photos.names[index], "failed": message or "failed"}
         )
 
-    def _turned(self, reconstruction: Reconstruction, target: torch.Tensor) -> dict[str, Any]:
-        """Likeness of the turned head with the photo, and how far the detected yaws are from those asked."""
+    def _turned(self, reconstruction: Reconstruction, of_photo: torch.Tensor) -> dict[str, Any]:
+        """Likeness of the turned head with the photo, whose embedding [D] is given, and how far the detected yaws are
+        from those asked: the means of both sides."""
         if not self.inverter.has_viewpoints:
             return dict.fromkeys(_TURNED)
         figures: dict[str, Any] = {}
         _, pitch = pose_of_camera(reconstruction.camera[0].cpu())
-        for turn, suffix in TURNS.items():
-            yaws = (-turn, turn)
-            cameras = torch.stack([self.inverter.generator.camera_at(yaw, float(pitch)) for yaw in yaws])
-            cameras = cameras.to(self.device)
-            views = reconstruction.views(cameras)
-            likeness = self.metrics.likeness(views, target, cameras, reconstruction.camera[0])
-            figures |= {f"{name}_turned{suffix}": value for name, value in likeness.items()}
+        yaws = [side * turn for turn in TURNS for side in (-1, 1)]
+        cameras = torch.stack([self.inverter.generator.camera_at(yaw, float(pitch)) for yaw in yaws]).to(self.device)
+        views = reconstruction.views(cameras)
+        likeness = self.metrics.likeness(self.metrics.embed(views, cameras), of_photo[None])
+        for index, suffix in enumerate(TURNS.values()):
+            sides = slice(2 * index, 2 * index + 2)
+            for name, values in likeness.items():
+                figures[f"{name}_turned{suffix}"] = values and statistics.fmean(values[sides])
             if self.pose:
                 figures["yaw_errors" + suffix] = [
                     self._threads.submit(yaw_error, self.inverter, tensor_to_image(view), yaw)
-                    for view, yaw in zip(views, yaws, strict=True)
+                    for view, yaw in zip(views[sides], yaws[sides], strict=True)
                 ]
         return figures
 
