@@ -146,6 +146,14 @@ class TestMethods:
             alone = method.invert(batch[0][index : index + 1], batch[1][index : index + 1])[0]
             torch.testing.assert_close(found.image, alone.image, atol=2e-4, rtol=1e-3)
             torch.testing.assert_close(found.views(batch[1][index : index + 1])[0], found.image, atol=1e-5, rtol=0)
+            # Several views at once, and several codes.
+            cameras, codes = (
+                batch[1][[0, 1, 0, 1, 0]],
+                found.w * torch.linspace(0.5, 1.5, 5).view(-1, *[1] * (found.w.ndim - 1)),
+            )
+            for own in (None, codes):
+                each = [found.views(cameras[i : i + 1], None if own is None else own[i : i + 1]) for i in range(5)]
+                torch.testing.assert_close(found.views(cameras, own), torch.cat(each), atol=1e-5, rtol=1e-5)
 
     def test_pti_keeps_its_pivot(self, tiny_inverter, batch):
         pti, w = make_methods(["pti", "w"], tiny_inverter, FAST)

@@ -46,16 +46,17 @@ class Reconstruction:
 
     @torch.no_grad()
     def views(self, cameras: torch.Tensor, w: torch.Tensor | None = None) -> torch.Tensor:
-        """The head seen by cameras [V, 25], of its own or of an edited code: [V, 3, S, S] in [-1, 1]."""
+        """The head seen by cameras [V, 25], of its own code or of edited ones [1 or V, …]: [V, 3, S, S] in [-1, 1]."""
         w = self.w if w is None else w
-        planes = self.generator.planes(w, weight_offsets=self.weight_offsets)
+        planes = self.generator.planes(w, weight_offsets=self.weight_offsets) if len(w) == 1 else None
         images = []
-        for part in cameras.to(w.device).split(_VIEWS_AT_ONCE):
-            shared = (
+        for start in range(0, len(cameras), _VIEWS_AT_ONCE):
+            part = cameras[start : start + _VIEWS_AT_ONCE].to(w.device)
+            codes = w if len(w) == 1 else w[start : start + _VIEWS_AT_ONCE]
+            codes, offset_planes, own_planes = (
                 None if tensor is None else tensor.expand(len(part), *tensor.shape[1:])
-                for tensor in (w, self.offset_planes, planes)
+                for tensor in (codes, self.offset_planes, planes)
             )
-            codes, offset_planes, own_planes = shared
             output = self.generator.synthesize(codes, part, self.weight_offsets, offset_planes, own_planes)
             images.append(output.image)
         return torch.cat(images).clamp(-1, 1)

@@ -136,29 +136,29 @@ class EditingEvaluation:
         """For each attribute its value at each α, 0 included, the identity that is left, and how far the channel of
         the background's mean colour that moves most has moved, in [0, 1]."""
         base = reconstruction.image[None]
-        camera, identify = reconstruction.camera, self.inverter.identity
-        embedding = identify(base, camera)
+        cameras, identify = reconstruction.camera.expand(len(ALPHAS), -1), self.inverter.identity
+        embedding = identify(base, reconstruction.camera)
         adapted = bool(reconstruction.weight_offsets)
         values: dict[str, dict[str, float | Future[float | None]]] = {}
         identity: dict[str, dict[str, float]] = {}
         background: dict[str, dict[str, float]] = {}
         colour = _background(base)
         for name in self.names:
-            values[name], identity[name], background[name] = {"0": self._value(name, base)}, {}, {}
-            for alpha in ALPHAS:
-                w = apply_edits(reconstruction.w, self.directions, {name: alpha}, adapted)
-                image = reconstruction.views(camera, w=w)
-                values[name][str(alpha)] = self._value(name, image)
-                identity[name][str(alpha)] = F.cosine_similarity(embedding, identify(image, camera)).item()
-                background[name][str(alpha)] = float(np.abs(_background(image) - colour).max())
+            codes = [apply_edits(reconstruction.w, self.directions, {name: alpha}, adapted) for alpha in ALPHAS]
+            images = reconstruction.views(cameras, torch.cat(codes))
+            alike = F.cosine_similarity(embedding, identify(images, cameras), dim=1).tolist()
+            moved = [float(np.abs(_background(image[None]) - colour).max()) for image in images]
+            amounts = [str(alpha) for alpha in ALPHAS]
+            values[name] = dict(zip(["0", *amounts], self._values(name, base) + self._values(name, images)))
+            identity[name], background[name] = dict(zip(amounts, alike)), dict(zip(amounts, moved))
         return {"values": values, "identity": identity, "background": background}
 
-    def _value(self, name: str, image: torch.Tensor) -> float | Future[float | None]:
-        """Of an attribute in an image [1, 3, S, S]; where landmarks are needed that of a thread, `None` if it finds no
-        face."""
+    def _values(self, name: str, images: torch.Tensor) -> list[float | Future[float | None]]:
+        """Of an attribute in images [B, 3, S, S]; where landmarks are needed those of threads, `None` where they find
+        no face."""
         if name in ATTRIBUTES:
-            return self.attributes(image)[ATTRIBUTES.index(name)].item()
-        return self._threads.submit(self._measure, name, tensor_to_image(image[0]))
+            return self.attributes(images)[ATTRIBUTES.index(name)].tolist()
+        return [self._threads.submit(self._measure, name, tensor_to_image(image)) for image in images]
 
     def _measure(self, name: str, picture: Image.Image) -> float | None:
         faces = self.detector.detect(picture)
