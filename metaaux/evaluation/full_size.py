@@ -208,18 +208,11 @@ def measure_phase(
     with recorded(device) if allocations and device.type == "cuda" else contextlib.nullcontext() as held:
         trainer = phase.trainer(config, accelerator)
         trainer.load_data(0)
-        images, losses = _start_of(config), []
         hidden = None if accelerator.is_main_process else True
-        for step in tqdm(range(warmup + steps), desc=name, unit="step", disable=hidden):
-            if step == warmup:
-                _wait_for_all(accelerator)
-                started = time.perf_counter()
-            figures = trainer.step(images)
-            # Captured steps return the same tensors each time.
-            losses.append(figures[phase.loss].detach().float().mean().clone())
-            images += trainer.images_per_step
-        _wait_for_all(accelerator)
-        seconds = time.perf_counter() - started
+        losses, seconds = [], 0.0
+        with tqdm(total=warmup + steps, desc=name, unit="step", disable=hidden) as bar:
+            for number in (warmup, steps):  # the last one's seconds count
+                seconds = _timed_steps(trainer, phase, number, _start_of(config), losses, bar)
     per_process = gather_object([_figures_of_process(trainer, losses)])
     finite = all(own["finite"] for own in per_process)
     if finite:
@@ -241,6 +234,22 @@ def measure_phase(
         "gpu_hours": accelerator.num_processes * config.run.total_images / per_second / 3600,
         "config": without_paths(config),
     } | ({"allocations": held} if allocations else {})
+
+
+def _timed_steps(
+    trainer: Trainer, phase: Phase, steps: int, start: int, losses: list[torch.Tensor], bar: tqdm
+) -> float:
+    """Takes so many steps more, of a run whose first one began at `start` images, and adds their losses; returns the
+    seconds until all processes had taken them."""
+    _wait_for_all(trainer.accelerator)
+    started = time.perf_counter()
+    for _ in range(steps):
+        figures = trainer.step(start + len(losses) * trainer.images_per_step)
+        # Captured steps return the same tensors each time.
+        losses.append(figures[phase.loss].detach().float().mean().clone())
+        bar.update()
+    _wait_for_all(trainer.accelerator)
+    return time.perf_counter() - started
 
 
 def _figures_of_process(trainer: Trainer, losses: list[torch.Tensor]) -> dict[str, Any]:

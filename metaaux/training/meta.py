@@ -129,5 +129,8 @@ class MetaTrainer(AuxiliaryTrainer):
             flats.append(flat.clone())
             collected.append({name: value.clone() for name, value in figures.items()})
         figures = {name: torch.stack([part[name] for part in collected]).mean() for name in collected[0]}
-        flat, shortened = mean_of_passes(flats, self.config.outer.max_gradient_norm)
-        return figures | {"passes_shortened": shortened} | self.update(flat, images)
+        limit = self.config.outer.max_gradient_norm
+        flat, shortened = mean_of_passes(flats, limit)
+        if limit is not None:
+            figures["passes_shortened"] = shortened
+        return figures | self.update(flat, images)
