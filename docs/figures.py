@@ -227,18 +227,18 @@ def table3(folder: str = "") -> str:
     return table(labelled(results, _ABLATIONS), columns)
 
 
-def speed(name: str = "speed") -> str:
+def speed(folder: str = "", name: str = "speed") -> str:
     """What `benchmark` timed in several precisions, milliseconds, and NVIDIA's code in the same run."""
-    results = read(name)
+    results = read(folder + name)
     body = []
     for entry in results["configurations"]:
-        measures = entry["measures"]
-        profile, threads = measures["adaptation"]["profile"], entry.get("threads_at_once")
+        timed = [entry["measures"][key] for key in ("synthesis", "cached_view", "adaptation")]
+        profile, threads = timed[-1]["profile"], entry.get("threads_at_once")
         launches = "graphs" if entry["cuda_graphs"] else "plain launches"
         body.append(
             [
                 f"{_PRECISIONS[entry['precision']]}, {launches}",
-                *(f"{_digits(m['median_ms'])} ({_digits(m['profile']['busy_ms'])})" for m in _timed(measures)),
+                *(f"{_digits(m['median_ms'])} ({_digits(m['profile']['busy_ms'])})" for m in timed),
                 f"{profile['kernels']:,} in {profile['launches']:,}",
                 "" if threads is None else f"×{threads['ratio']:.2f}",
             ]
@@ -250,13 +250,9 @@ def speed(name: str = "speed") -> str:
     return markdown(["", *header], body)
 
 
-def speed_mini() -> str:
+def speed_mini(folder: str = "") -> str:
     """Likewise, of the embedded checkpoint."""
-    return speed("speed_mini")
-
-
-def _timed(measures: dict[str, Any]) -> list[dict[str, Any]]:
-    return [measures[key] for key in ("synthesis", "cached_view", "adaptation")]
+    return speed(folder, "speed_mini")
 
 
 def _digits(value: float) -> str:
@@ -276,7 +272,7 @@ def with_tables(text: str) -> str:
     Raises:
         KeyError: it asks for a table that there is not.
     """
-    return _BLOCK.sub(lambda found: found[1] + TABLES[found[3]](*filter(None, [found[2]])) + found[4], text)
+    return _BLOCK.sub(lambda found: found[1] + TABLES[found[3]](found[2] or "") + found[4], text)
 
 
 def with_model_index(text: str) -> str:

@@ -49,16 +49,14 @@ class Reconstruction:
         """The head seen by cameras [V, 25], of its own code or of edited ones [1 or V, …]: [V, 3, S, S] in [-1, 1]."""
         w = self.w if w is None else w
         planes = self.generator.planes(w, weight_offsets=self.weight_offsets) if len(w) == 1 else None
+        codes = w.expand(len(cameras), *w.shape[1:])
         images = []
-        for start in range(0, len(cameras), _VIEWS_AT_ONCE):
-            part = cameras[start : start + _VIEWS_AT_ONCE].to(w.device)
-            codes = w if len(w) == 1 else w[start : start + _VIEWS_AT_ONCE]
-            codes, offset_planes, own_planes = (
+        for part, own in zip(cameras.to(w.device).split(_VIEWS_AT_ONCE), codes.split(_VIEWS_AT_ONCE), strict=True):
+            offset_planes, shared = (
                 None if tensor is None else tensor.expand(len(part), *tensor.shape[1:])
-                for tensor in (codes, self.offset_planes, planes)
+                for tensor in (self.offset_planes, planes)
             )
-            output = self.generator.synthesize(codes, part, self.weight_offsets, offset_planes, own_planes)
-            images.append(output.image)
+            images.append(self.generator.synthesize(own, part, self.weight_offsets, offset_planes, shared).image)
         return torch.cat(images).clamp(-1, 1)
 
 
