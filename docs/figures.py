@@ -53,6 +53,16 @@ _ABLATIONS = {
 }
 #: Which prediction they start from, where it is not their own ("NAME-0").
 _STARTS = {"without_auxiliary": "encoder", "predicted_only": "full-0", "free_only": "full-0"}
+#: Rows of Table 2, and those with weight offsets, to which a direction's gain applies.
+_EDITED = {
+    "encoder": "encoder",
+    "psp": "pSp-style",
+    "styletransformer": "StyleTransformer-style",
+    "hyperinverter": "HyperInverter-style",
+    "pti": "PTI",
+    "metaaux": "ours",
+}
+_WITH_GAIN = ("hyperinverter", "metaaux")
 _PRECISIONS = {"float32": "float32", "tf32": "TF32", "bfloat16": "bfloat16"}
 _ALPHAS = ("-3", "-2", "-1", "1", "2", "3")
 
@@ -62,7 +72,7 @@ class Column:
 
     Args:
         title: what stands above it.
-        value: of a method.
+        value: of a method; `None` where there is none.
         form: as `str.format` takes it.
         best: `min` or `max`, by which the best value is set in bold; `None` for none.
     """
@@ -70,7 +80,7 @@ class Column:
     def __init__(
         self,
         title: str,
-        value: Callable[[str], float],
+        value: Callable[[str], float | None],
         form: str,
         best: Callable[[Iterable[float]], float] | None = None,
     ):
@@ -79,9 +89,10 @@ class Column:
     def cells(self, methods: Sequence[str]) -> list[str]:
         """The column's cells, top to bottom."""
         values = [self.value(method) for method in methods]
+        known = [value for value in values if value is not None]
         # Equal to the digits shown is equally good.
-        texts = [self.form.format(value) for value in values]
-        best = None if self.best is None else self.form.format(self.best(values))
+        texts = ["–" if value is None else self.form.format(value) for value in values]
+        best = self.form.format(self.best(known)) if self.best is not None and known else None
         return [f"**{text}**" if text == best else text for text in texts]
 
 
@@ -90,15 +101,20 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def times_of(folder: str) -> dict[str, Any]:
-    """The results that have Table 1's seconds: those measured apart, where its own were not of an idle machine."""
-    alone = RESULTS / folder / "table1_times.json"
-    return read(folder + ("table1_times" if alone.is_file() else "table1"))
+def times_of(name: str) -> dict[str, Any]:
+    """The results that have the seconds of `docs/results/NAME.json`: those measured apart (NAME_times.json), where its
+    own were not of an idle machine."""
+    return read(f"{name}_times" if (RESULTS / f"{name}_times.json").is_file() else name)
 
 
 def figure(results: dict[str, Any], key: str) -> Callable[[str], float]:
     """Looks a method's figure up: one of `evaluate`'s "methods", or of its "details"."""
     return lambda method: figures_of(results, method)[key]
+
+
+def seconds(times: dict[str, Any]) -> Callable[[str], float | None]:
+    """Looks up how long an inversion takes; `None` of a method that was not timed."""
+    return lambda method: figures_of(times, method).get("seconds")
 
 
 def likeness(results: dict[str, Any], best: bool = False) -> list[Column]:
@@ -112,9 +128,11 @@ def likeness(results: dict[str, Any], best: bool = False) -> list[Column]:
 
 
 def table(rows: dict[str, str], columns: Sequence[Column]) -> str:
-    """A Markdown table with one row for each of `rows`, which holds labels by method."""
-    body = zip(rows.values(), *(column.cells(list(rows)) for column in columns))
-    return markdown(["", *(column.title for column in columns)], body)
+    """A Markdown table with one row for each of `rows`, which holds labels by method, and the columns that hold
+    anything."""
+    cells = {column.title: column.cells(list(rows)) for column in columns}
+    cells = {title: column for title, column in cells.items() if set(column) != {"–"}}
+    return markdown(["", *cells], zip(rows.values(), *cells.values()))
 
 
 def markdown(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -147,14 +165,14 @@ def summary(folder: str = "") -> str:
 
 def table1(folder: str = "") -> str:
     """Reconstruction by all methods."""
-    results, times = read(folder + "table1"), times_of(folder)
+    results = read(folder + "table1")
     columns = [
         Column("MSE", figure(results, "mse"), "{:.4f}", min),
         Column("perceptual", figure(results, "perceptual"), "{:.3f}", min),
         Column("Fréchet", figure(results, "frechet"), "{:.0f}", min),
         *likeness(results, best=True),
         Column("yaw error at 20°", figure(results, "pose_error"), "{:.1f}°"),
-        Column("seconds", figure(times, "seconds"), "{:.3f}"),
+        Column("seconds", seconds(times_of(folder + "table1")), "{:.3f}"),
     ]
     return table(labelled(results, _METHODS), columns)
 
@@ -173,30 +191,30 @@ def beside_pti(results: dict[str, Any], times: dict[str, Any]) -> str:
         Column("MSE", figure(results, "mse"), "{:.4f}", min),
         Column("perceptual", figure(results, "perceptual"), "{:.3f}", min),
         *likeness(results, best=True),
-        Column("seconds", figure(times, "seconds"), "{:.2f}", min),
+        Column("seconds", seconds(times), "{:.2f}", min),
     ]
     return table(rows, columns)
 
 
 def table1_pti_own_stop(folder: str = "") -> str:
     """PTI ended by its own rule."""
-    return beside_pti(read(folder + "table1_pti_own_stop"), read(folder + "table1_pti_own_stop_times"))
+    return beside_pti(read(folder + "table1_pti_own_stop"), times_of(folder + "table1_pti_own_stop"))
 
 
 def table1_pti(folder: str = "") -> str:
     """PTI ended by a stricter rule."""
-    return beside_pti(read(folder + "table1_pti"), times_of(folder))
+    return beside_pti(read(folder + "table1_pti"), times_of(folder + "table1"))
 
 
-def table2(folder: str = "") -> str:
+def table2(folder: str = "", name: str = "table2") -> str:
     """What edits change; of a direction with a gain, adapted heads are moved by that much more."""
-    results = read(folder + "table2")
-    names = {"encoder": "encoder", "metaaux": "ours"}
+    results = read(folder + name)
+    names = {method: label for method, label in _EDITED.items() if method in results["methods"]}
     moved = {method: results["details"][method].get("background") for method in names}
     body = []
     for attribute, form in (("age", "{:.1f}"), ("gender", "{:.3f}")):
         for method, name in names.items():
-            gain = results["directions"][attribute]["gain"] if method == "metaaux" else 1
+            gain = results["directions"][attribute]["gain"] if method in _WITH_GAIN else 1
             change, identity = results["methods"][method][attribute], results["details"][method]["identity"][attribute]
             label = f"{attribute}, {name}" + (f", α × {gain:g}" if gain != 1 else "")
             kept = [", ".join(f"{identity[alpha]:.2f}" for alpha in pair) for pair in (("-1", "1"), ("-3", "3"))]
@@ -207,20 +225,30 @@ def table2(folder: str = "") -> str:
     return markdown(header[: len(body[0])], body)
 
 
+def table2_plain(folder: str = "") -> str:
+    """The same with gains of 1."""
+    return table2(folder, "table2_plain")
+
+
+def table2_pti(folder: str = "") -> str:
+    """PTI beside ours, on fewer photos."""
+    return table2(folder, "table2_pti")
+
+
 def table3(folder: str = "") -> str:
     """The ablations, and what they start from: without the auxiliary network that is the encoder's guess."""
-    results = read(folder + "table3")
-    starts = read(folder + "table1")["methods"] | results["methods"]
+    results, whole = read(folder + "table3"), read(folder + "table1")
+    starts = (whole["methods"] if whole["photos"] == results["photos"] else {}) | results["methods"]
 
-    def before(key: str) -> Callable[[str], float]:
-        return lambda method: starts[_STARTS.get(method, f"{method}-0")][key]
+    def before(key: str) -> Callable[[str], float | None]:
+        return lambda method: starts.get(_STARTS.get(method, f"{method}-0"), {}).get(key)
 
     columns = [
         Column("MSE", figure(results, "mse"), "{:.4f}", min),
         Column("perceptual", figure(results, "perceptual"), "{:.3f}", min),
         Column("Fréchet", figure(results, "frechet"), "{:.0f}", min),
         *likeness(results, best=True)[:1],
-        Column("seconds", figure(results, "seconds"), "{:.3f}"),
+        Column("seconds", seconds(results), "{:.3f}"),
         Column("MSE before a step", before("mse"), "{:.4f}"),
         Column("perceptual before a step", before("perceptual"), "{:.3f}"),
     ]
@@ -262,7 +290,10 @@ def _digits(value: float) -> str:
 
 TABLES = {
     make.__name__: make
-    for make in (summary, table1, table1_pti_own_stop, table1_pti, table2, table3, speed, speed_mini)
+    for make in (
+        *(summary, table1, table1_pti_own_stop, table1_pti, table2, table2_plain, table2_pti, table3),
+        *(speed, speed_mini),
+    )
 }
 
 

@@ -371,6 +371,11 @@ class TestReport:
         with pytest.raises(ValueError, match="rows of 1 pictures"):
             comparison_picture(rows, ["a"])
 
+    def test_a_long_label_takes_lines_instead_of_room(self):
+        rows = [[Image.new("RGB", (128, 128))] * 2]
+        short, long = (comparison_picture(rows, ["a", label]) for label in ("b", "a label of quite a few words"))
+        assert long.width == short.width and long.height > short.height
+
 
 class TestCommand:
     def test_photos_of_a_folder(self, tiny_folder, tmp_path, monkeypatch, capsys):

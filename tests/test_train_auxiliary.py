@@ -165,6 +165,11 @@ def test_calibrated_rates_move_each_tensor_by_the_same_fraction(networks, tasks,
         calibrate_rates(networks, auxiliary, tasks, 1e-3, Accelerator(), at_once)
         rates.append(auxiliary.log_inner_rates.clone())
     torch.testing.assert_close(*rates, rtol=0, atol=1e-3)
+    calibrate_rates(networks, auxiliary, tasks, 1e-3, Accelerator(), 1, backbone=0.1)
+    less = (auxiliary.log_inner_rates - rates[1]).exp()
+    of_backbone = torch.tensor([name.startswith("backbone.") for name in auxiliary.adaptable_parameters()])
+    assert of_backbone.any() and not of_backbone.all()
+    torch.testing.assert_close(less, torch.where(of_backbone, 0.1, 1.0))
 
 
 def test_tensors_without_a_gradient_get_the_least_calibrated_rate(networks, tasks, tiny_components):

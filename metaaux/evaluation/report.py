@@ -42,7 +42,7 @@ def table(results: Mapping[str, Any], labels: Mapping[str, str]) -> str:
 
 
 def comparison_picture(rows: Sequence[Sequence[Path | Image.Image]], labels: Sequence[str]) -> Image.Image:
-    """Pictures in rows under the labels of their columns, as the paper's Fig. 4.
+    """Pictures in rows under the labels of their columns, as the paper's Fig. 4; long labels take several lines.
 
     Args:
         rows: pictures or their files; each row as long as `labels`. All are shown in the size of the first, or
@@ -58,15 +58,31 @@ def comparison_picture(rows: Sequence[Sequence[Path | Image.Image]], labels: Seq
     side = max(cells[0][0].width, 128)
     gap = max(2, side // 64)
     font = ImageFont.load_default(size=side // 10)
-    height = sum(font.getmetrics()) + 2 * gap
-    columns = [max(side, round(font.getlength(label)) + 2 * gap) for label in labels]
+    titles = [_wrapped(label, font, side) for label in labels]
+    lines = max(title.count("\n") + 1 for title in titles)
+    height = lines * (sum(font.getmetrics()) + gap) + gap
+    widths = [max(font.getlength(line) for line in title.split("\n")) for title in titles]
+    columns = [max(side, round(width) + 2 * gap) for width in widths]
     picture = Image.new("RGB", (sum(columns) + gap * (len(columns) - 1), height + len(rows) * (side + gap)), "white")
     draw = ImageDraw.Draw(picture)
     left = 0
-    for column, (label, width) in enumerate(zip(labels, columns)):
-        draw.text((left + width / 2, gap), label, fill="black", font=font, anchor="ma")
+    for column, (title, width) in enumerate(zip(titles, columns)):
+        place = {"anchor": "md", "align": "center", "spacing": gap}
+        draw.multiline_text((left + width / 2, height - gap), title, fill="black", font=font, **place)
         for number, row in enumerate(cells):
             cell = row[column].convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
             picture.paste(cell, (left + (width - side) // 2, height + number * (side + gap)))
         left += width + gap
     return picture
+
+
+def _wrapped(label: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """A label in lines no wider than `width`, but for words that are."""
+    lines = [""]
+    for word in label.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)

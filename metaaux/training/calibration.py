@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from accelerate import Accelerator
 
@@ -19,9 +21,11 @@ def calibrate_rates(
     relative_step: float,
     accelerator: Accelerator,
     tasks_at_once: int | None = None,
+    backbone: float = 1.0,
 ) -> None:
     """Set the inner rates such that a step changes each tensor by `relative_step` of its root mean square: in the root
-    mean square over all tasks and processes, of which `tasks_at_once` are computed side by side (default: all).
+    mean square over all tasks and processes, of which `tasks_at_once` are computed side by side (default: all). Those
+    of the ResNet change by `backbone` times as much.
 
     The scales of gradients differ by orders of magnitude between tensors (a tensor at zero counts as 0.01), which
     one rate for all cannot suit and learning them from there would take long. Tensors without gradient, such as those
@@ -51,4 +55,6 @@ def calibrate_rates(
         raise ValueError("no tensor of the auxiliary network has a gradient by the inner loss: nothing to calibrate")
     logs = (relative_step * sizes / slopes.clamp(min=1e-9)).log()
     logs = logs.where(known, logs[known].min())
+    of_backbone = torch.tensor([name.startswith("backbone.") for name in parameters], device=logs.device)
+    logs += math.log(backbone) * of_backbone
     auxiliary.log_inner_rates.copy_(logs)

@@ -110,6 +110,9 @@ class InnerSettings(Settings):
     calibrate_rates: NonNegativeFloat = 0.002
     """Where positive, the inner rates are set such that a step changes each tensor by this fraction of its root mean
     square: at the start of the meta phase, and at each checkpoint of the plain phase."""
+    calibrate_backbone: PositiveFloat = 1.0
+    """The ResNet's tensors then change by so many times what the others do. All that is predicted comes from its
+    features, so that a step of its first layers is one of everything: plain gradient steps run apart there first."""
 
 
 class OuterSettings(Settings):
@@ -314,7 +317,8 @@ class AuxiliaryTrainer(Trainer):
         # Other sizes than the steps' are not worth a compilation, here and in held-out figures.
         with torch.compiler.set_stance("force_eager"):
             tasks = self.networks.tasks(image, camera)
-            calibrate_rates(self.networks, self.average, tasks, relative_step, self.accelerator, at_once)
+            backbone = self.config.inner.calibrate_backbone
+            calibrate_rates(self.networks, self.average, tasks, relative_step, self.accelerator, at_once, backbone)
         self.auxiliary.log_inner_rates.data.copy_(self.average.log_inner_rates)
 
     def update(self, flat: torch.Tensor, images: int) -> dict[str, torch.Tensor | float]:
