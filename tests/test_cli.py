@@ -16,6 +16,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import skimage.data
+import torch
 from conftest import IMAGE_SIZE
 from PIL import Image
 from typer.main import get_command
@@ -250,6 +251,23 @@ class TestTrain:
         config.write_text("a: [")
         assert_fails_in_one_line(run("train", part, "--config", config), "not valid YAML")
         assert os.listdir(tmp_path) == ["config.yaml"]
+
+    def test_a_full_gpu_is_told(self, run, monkeypatch, tmp_path):
+        def out_of_memory(*arguments):
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 64.00 MiB. If reserved but unallocated memory is large try …"
+            )
+
+        def broken(*arguments):
+            raise RuntimeError("another")
+
+        config = Path(metaaux.__file__).parent / "configs/mini/encoder.yaml"
+        monkeypatch.setattr("metaaux.training.encoder.train", out_of_memory)
+        result = run("train", "encoder", "--config", config, "--run", tmp_path / "run")
+        assert_fails_in_one_line(result, "Tried to allocate 64.00 MiB. Do less at once")
+        monkeypatch.setattr("metaaux.training.encoder.train", broken)
+        with pytest.raises(RuntimeError, match="another"):
+            run("train", "encoder", "--config", config, "--run", tmp_path / "run")
 
     def test_values_and_folder(self, run, tmp_path, monkeypatch):
         """What the trainer is given: the file's values with those of --set in place, and the run's folder."""

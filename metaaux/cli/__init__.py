@@ -68,3 +68,13 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         echo(f"Error: {one_line(error)}", error=True)
         sys.exit(1)
+    except RuntimeError as error:
+        # Told by its name, since PyTorch is not imported for what needs none of it.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        reason = one_line(error).partition("If reserved but unallocated")[0].strip()
+        advice = (
+            "Do less at once (--batch, or batch and tasks_per_pass in a configuration), or end what else uses the GPU"
+        )
+        echo(f"Error: {reason} {advice}.", error=True)
+        sys.exit(1)
