@@ -24,10 +24,11 @@ from torch import nn
 from transformers import ResNetBackbone, ResNetConfig
 
 from .activation import LRELU_SLOPE
-from .stylegan2 import KERNEL_SIZE, MappingNetwork, StyleGAN2Generator, SynthesisBlock
+from .hypernetwork import HyperNetwork, reduce_features
+from .offset_planes import BACKBONE_STRIDE, OffsetPlaneNetwork
+from .stylegan2 import KERNEL_SIZE, StyleGAN2Generator
 from .weights import constructor_arguments, unwrapped
 
-BACKBONE_STRIDE = 32
 #: Names of the 3D module's last biases: one a position, and the last convolution's.
 _POSITION_BIAS, _OFFSET_BIAS = "offset_network.bias", "offset_network.to_offsets.bias"
 
@@ -47,73 +48,6 @@ class AuxiliaryOutput:
     offset_planes: torch.Tensor | None
 
 
-class HyperNetwork(nn.Module):
-    """H_j: the residual weights of one convolution, δ = A(z)·B(z)ᵀ/√rank + D.
-
-    As in HyperStyle, strided convolutions reduce the image features to a vector z (`reduce_features`). A [C_out, rank]
-    and B [C_in, rank] are linear in z; D [C_out, C_in] is the bias of the last layer: what suits all photos, and the
-    full-rank part that gradient steps on one photo can move freely. A and D start at zero and B does not, so δ is zero
-    and yet A and D have gradients. With `kernel_size` 3 D is [C_out, C_in, 3, 3]: steps move each tap of a kernel by
-    itself, while the prediction still scales the kernel as a whole.
-
-    Args:
-        in_channels: channels of the image features.
-        out_features: C_out of the generator's layer.
-        in_features: its C_in.
-        channels: length of z and width of the convolutions.
-        rank: of the predicted part.
-        num_convs: number of strided 3×3 convolutions.
-        kernel_size: side of D's kernels, 1 or `KERNEL_SIZE`.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_features: int,
-        in_features: int,
-        channels: int,
-        rank: int,
-        num_convs: int,
-        kernel_size: int = 1,
-    ):
-        super().__init__()
-        self.out_features, self.in_features, self.rank = out_features, in_features, rank
-        self.convs = nn.ModuleList(
-            nn.Conv2d(channels if i else in_channels, channels, 3, stride=2, padding=1) for i in range(num_convs)
-        )
-        self.to_a = nn.Linear(channels, out_features * rank)
-        self.to_b = nn.Linear(channels, in_features * rank)
-        taps = (kernel_size, kernel_size) if kernel_size > 1 else ()
-        self.bias = nn.Parameter(torch.zeros(out_features, in_features, *taps))
-        nn.init.zeros_(self.to_a.weight)
-        nn.init.zeros_(self.to_a.bias)
-
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        """z [B, channels] → δ [B, C_out, C_in, k, k], where k is `kernel_size`."""
-        a = self.to_a(z).unflatten(1, (self.out_features, self.rank))
-        b = self.to_b(z).unflatten(1, (self.in_features, self.rank))
-        delta = (a @ b.transpose(1, 2) / math.sqrt(self.rank))[..., None, None]
-        return delta + (self.bias if self.bias.ndim == 4 else self.bias[..., None, None])
-
-
-def reduce_features(features: torch.Tensor, hypernetworks: Sequence[HyperNetwork]) -> torch.Tensor:
-    """Image features [B, C, h, w] → z of each of J hypernetworks [J, B, channels], through their convolutions.
-
-    Written as matrix products of patches for all hypernetworks at once: where each task has weights of its own, cuDNN
-    works through dozens of tiny convolutions group by group.
-    """
-    count = len(hypernetworks)
-    x = features[:, None]  # the first convolutions share their input
-    for convs in zip(*(hypernetwork.convs for hypernetwork in hypernetworks), strict=True):
-        batch, inputs, _, height, width = x.shape
-        patches = F.unfold(x.flatten(0, 1), 3, padding=1, stride=2).unflatten(0, (batch, inputs))
-        weight = torch.stack([conv.weight.flatten(1) for conv in convs])
-        bias = torch.stack([conv.bias for conv in convs])
-        x = F.leaky_relu(weight @ patches + bias[..., None], LRELU_SLOPE)
-        x = x.unflatten(-1, ((height + 1) // 2, (width + 1) // 2))
-    return x.mean(dim=(3, 4)).expand(-1, count, -1).transpose(0, 1)
-
-
 def _module_name(layer: str) -> str:
     """Of a layer's hypernetwork: layer names contain dots, which module names may not."""
     return layer.replace(".", "-")
@@ -123,89 +57,6 @@ def _check_prefixes(prefixes: Sequence[str], layers: Collection[str]) -> None:
     idle = [prefix for prefix in prefixes if not any(name.startswith(prefix) for name in layers)]
     if idle:
         raise ValueError(f"no modulated layer of the generator starts with {idle}; it has {sorted(layers)}")
-
-
-class OffsetPlaneNetwork(nn.Module):
-    """The 3D module: image features and camera → an offset tri-plane.
-
-    StyleGAN blocks modulated by the camera of the photo raise the image features to tri-plane features; convolutions
-    compare them with the generator's own planes and give three displacement vectors, one a plane, at each position.
-
-    Args:
-        in_channels: channels of the image features.
-        in_resolution: their side.
-        channels: width of blocks and convolutions.
-        camera_channels: length of the camera's style vector.
-        plane_features: channels C of each of the generator's planes.
-        image_plane_features: channels of each plane of image features.
-        resolution: side of the prediction, a power of two times `in_resolution`.
-        bias_resolution: side r of the offset planes and of the bias that each position has; the prediction is
-            interpolated to it. 0: there is no such bias, and the planes are as large as the prediction.
-        bound: |Δp| never exceeds it; world units.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        in_resolution: int,
-        channels: int,
-        camera_channels: int,
-        plane_features: int,
-        image_plane_features: int,
-        resolution: int,
-        bias_resolution: int,
-        bound: float,
-    ):
-        super().__init__()
-        num_blocks = (resolution // in_resolution).bit_length() - 1
-        if num_blocks < 1 or in_resolution << num_blocks != resolution:
-            raise ValueError(
-                f"the offset planes' resolution {resolution} must be 2, 4, 8, … times the side {in_resolution} of the "
-                f"image features (the image's side / {BACKBONE_STRIDE})"
-            )
-        self.resolution, self.bound = resolution, bound
-        self.mapping = MappingNetwork(0, 25, camera_channels, track_average=False)
-        self.blocks = nn.ModuleList(
-            SynthesisBlock(
-                channels if i else in_channels,
-                channels,
-                camera_channels,
-                in_resolution << (i + 1),
-                image_channels=3 * image_plane_features,
-                use_noise=False,
-            )
-            for i in range(num_blocks)
-        )
-        self.compare = nn.Conv2d(3 * (image_plane_features + plane_features), channels, 3, padding=1)
-        self.refine = nn.Conv2d(channels, channels, 3, padding=1)
-        self.to_offsets = nn.Conv2d(channels, 9, 3, padding=1)
-        # A bias a position, for the reason given for D in `HyperNetwork`. Of all that gradient steps move it counts
-        # most, so it may be finer than the prediction.
-        self.bias = nn.Parameter(torch.zeros(9, bias_resolution, bias_resolution)) if bias_resolution else None
-        nn.init.zeros_(self.to_offsets.weight)
-        nn.init.zeros_(self.to_offsets.bias)
-
-    def forward(self, features: torch.Tensor, cameras: torch.Tensor, planes: torch.Tensor) -> torch.Tensor:
-        """Features [B, in_channels, h, h], cameras [B, 25], planes [B, 3, C, R, R] → [B, 3, 3, r, r]."""
-        style = self.mapping(None, cameras)
-        x, image_planes = features, None
-        for block in self.blocks:
-            ws = style[:, None].expand(-1, block.num_convs + 1, -1)
-            x, image_planes = block(x, image_planes, ws, dtype=features.dtype)
-        factor = planes.shape[-1] // self.resolution
-        own_planes = F.avg_pool2d(planes.flatten(1, 2), factor)
-        x = torch.cat([image_planes, own_planes.to(image_planes.dtype)], dim=1)
-        x = F.leaky_relu(self.compare(x), LRELU_SLOPE)
-        x = F.leaky_relu(self.refine(x), LRELU_SLOPE)
-        predicted = self.to_offsets(x).float()
-        if self.bias is not None:
-            if predicted.shape[-2:] != self.bias.shape[-2:]:
-                predicted = F.interpolate(predicted, self.bias.shape[-2:], mode="bilinear", align_corners=False)
-            predicted = predicted + self.bias
-        vectors = predicted.unflatten(1, (3, 3))
-        # Each plane's vector is kept shorter than a third of the bound. Bilinear weights sum to at most one, so
-        # the sum of the three look-ups (Eq. 4) stays within the bound. Unlike a norm this has all derivatives at 0.
-        return vectors * torch.rsqrt(1 + vectors.square().sum(dim=2, keepdim=True)) * (self.bound / 3)
 
 
 class Backbone(ResNetBackbone):
