@@ -206,9 +206,9 @@ def table1_pti(folder: str = "") -> str:
     return beside_pti(read(folder + "table1_pti"), times_of(folder + "table1"))
 
 
-def table2(folder: str = "", name: str = "table2") -> str:
+def table2(folder: str = "", stem: str = "table2") -> str:
     """What edits change; of a direction with a gain, adapted heads are moved by that much more."""
-    results = read(folder + name)
+    results = read(folder + stem)
     names = {method: label for method, label in _EDITED.items() if method in results["methods"]}
     moved = {method: results["details"][method].get("background") for method in names}
     body = []
