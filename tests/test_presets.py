@@ -113,16 +113,20 @@ def test_a_network_of_the_plain_phase_is_no_preset_yet(tiny_components):
     assert preset_of(network) == "custom"
 
 
-def test_shipped_configurations_are_of_the_presets_that_they_name():
+@pytest.mark.parametrize(("size", "alike"), [("", ("run",)), ("-256", ())])
+def test_shipped_configurations_are_of_the_presets_that_they_name(size, alike):
     plain, extended, paper = (
-        load_settings(AuxiliaryConfig, CONFIGS / f"{name}.yaml") for name in ("plain", "meta", "meta-paper")
+        load_settings(AuxiliaryConfig, CONFIGS / f"{name}{size}.yaml") for name in ("plain", "meta", "meta-paper")
     )
     assert plain.auxiliary.offset_bias_resolution == paper.auxiliary.offset_bias_resolution == 0
     assert (paper.inner.order, paper.inner.momentum, paper.outer.multi_step_weight) == ("second", 0.0, 0.0)
     assert (extended.inner.order, extended.inner.momentum, extended.outer.multi_step_weight) == ("first", 0.4, 0.2)
     assert extended.auxiliary.full_kernel_layers and extended.auxiliary.offset_bias_resolution == 64
-    for name in ("networks", "data", "batch", "optimiser", "average", "run"):
+    for name in ("networks", "data", "batch", "average", *alike):
         assert getattr(extended, name) == getattr(paper, name), name
+    # Plain steps of second order need shorter ones of the optimiser too.
+    assert paper.optimiser.learning_rate <= extended.optimiser.learning_rate
+    assert paper.optimiser.model_copy(update={"learning_rate": extended.optimiser.learning_rate}) == extended.optimiser
 
 
 def test_wrong_names_and_sections(tmp_path):
