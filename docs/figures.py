@@ -53,7 +53,7 @@ _ABLATIONS = {
 }
 #: Which prediction they start from, where it is not their own ("NAME-0").
 _STARTS = {"without_auxiliary": "encoder", "predicted_only": "full-0", "free_only": "full-0"}
-#: Rows of Table 2, and those with weight offsets, to which a direction's gain applies.
+#: Rows of Table 2.
 _EDITED = {
     "encoder": "encoder",
     "psp": "pSp-style",
@@ -62,7 +62,6 @@ _EDITED = {
     "pti": "PTI",
     "metaaux": "ours",
 }
-_WITH_GAIN = ("hyperinverter", "metaaux")
 _PRECISIONS = {"float32": "float32", "tf32": "TF32", "bfloat16": "bfloat16"}
 _ALPHAS = ("-3", "-2", "-1", "1", "2", "3")
 
@@ -206,33 +205,56 @@ def table1_pti(folder: str = "") -> str:
     return beside_pti(read(folder + "table1_pti"), times_of(folder + "table1"))
 
 
-def table2(folder: str = "", stem: str = "table2") -> str:
-    """What edits change; of a direction with a gain, adapted heads are moved by that much more."""
-    results = read(folder + stem)
-    names = {method: label for method, label in _EDITED.items() if method in results["methods"]}
-    moved = {method: results["details"][method].get("background") for method in names}
-    body = []
+def edits(rows: Sequence[tuple[dict[str, Any], str]]) -> str:
+    """What edits change, of pairs of results and method; a gain counts for heads of weight offsets alone."""
+    body: dict[str, list[str]] = {}
     for attribute, form in (("age", "{:.1f}"), ("gender", "{:.3f}")):
-        for method, name in names.items():
-            gain = results["directions"][attribute]["gain"] if method in _WITH_GAIN else 1
-            change, identity = results["methods"][method][attribute], results["details"][method]["identity"][attribute]
-            label = f"{attribute}, {name}" + (f", α × {gain:g}" if gain != 1 else "")
+        for results, method in rows:
+            details = results["details"][method]
+            gain = 1 if _is_plain(results, method) else results["directions"][attribute]["gain"]
+            label = f"{attribute}, {_EDITED[method]}" + (f", α × {gain:g}" if gain != 1 else "")
+            change, identity = results["methods"][method][attribute], details["identity"][attribute]
             kept = [", ".join(f"{identity[alpha]:.2f}" for alpha in pair) for pair in (("-1", "1"), ("-3", "3"))]
-            if moved[method] is not None:
-                kept.append(", ".join(f"{moved[method][attribute][alpha]:.3f}" for alpha in ("-2", "2")))
-            body.append([label, *(form.format(change[alpha]) for alpha in _ALPHAS), *kept])
+            if "background" in details:
+                kept.append(", ".join(f"{details['background'][attribute][alpha]:.3f}" for alpha in ("-2", "2")))
+            # The first one stays where two have measured the same.
+            body.setdefault(label, [label, *(form.format(change[alpha]) for alpha in _ALPHAS), *kept])
     header = ["", *_ALPHAS, "identity at ±1", "at ±3", "background at ±2"]
-    return markdown(header[: len(body[0])], body)
+    lines = list(body.values())
+    return markdown(header[: len(lines[0])], lines)
+
+
+def edited(results: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """All rows of one file."""
+    return [(results, method) for method in _EDITED if method in results["methods"]]
+
+
+def table2(folder: str = "") -> str:
+    """What edits change."""
+    return edits(edited(read(folder + "table2")))
 
 
 def table2_plain(folder: str = "") -> str:
-    """The same with gains of 1."""
-    return table2(folder, "table2_plain")
+    """The same step of w for all: without gains, which the first file's methods of no weight offsets never have."""
+    others = [(results, method) for results, method in edited(read(folder + "table2")) if _is_plain(results, method)]
+    return edits([*others, (read(folder + "table2_plain"), "metaaux")])
+
+
+def table2_gains(folder: str = "") -> str:
+    """Heads of weight offsets with the checkpoint's gains, and with the first file's where those are others."""
+    first = read(folder + "table2")
+    adapted = [(results, method) for results, method in edited(first) if not _is_plain(results, method)]
+    return edits([(read(folder + "table2_gains"), "metaaux"), *adapted])
+
+
+def _is_plain(results: dict[str, Any], method: str) -> bool:
+    """Whether a method's heads have no weight offsets, and so no gain."""
+    return "auxiliary" not in results["details"][method]["settings"]
 
 
 def table2_pti(folder: str = "") -> str:
     """PTI beside ours, on fewer photos."""
-    return table2(folder, "table2_pti")
+    return edits(edited(read(folder + "table2_pti")))
 
 
 def table3(folder: str = "") -> str:
@@ -291,7 +313,7 @@ def _digits(value: float) -> str:
 TABLES = {
     make.__name__: make
     for make in (
-        *(summary, table1, table1_pti_own_stop, table1_pti, table2, table2_plain, table2_pti, table3),
+        *(summary, table1, table1_pti_own_stop, table1_pti, table2, table2_plain, table2_gains, table2_pti, table3),
         *(speed, speed_mini),
     )
 }
