@@ -97,7 +97,7 @@ def benchmark(
     from ..evaluation.official import official_arguments, official_code, run_official
     from ..evaluation.paired import PairedSettings, revision_folder, run_paired
     from ..evaluation.sweep import run_sweep, run_threads
-    from ..files import write_json
+    from ..files import source_name, write_json
     from ..precision import check_precision
 
     check_file(out)
@@ -140,7 +140,7 @@ def benchmark(
         )
         del inverter  # the processes need its memory
         figures["against"] = {
-            "folder": str(options.against),
+            "folder": source_name(options.against),
             "measures": run_paired(options.against, paired, repeats, warmup),
         }
     write_json(figures, out)
