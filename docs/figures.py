@@ -48,11 +48,21 @@ _ABLATIONS = {
     "without_meta": "without meta-learning",
     "without_2d": "without 2D module",
     "without_3d": "without 3D module",
-    "predicted_only": "steps on the predicted part alone",
-    "free_only": "steps on image-independent tensors alone",
 }
 #: Which prediction they start from, where it is not their own ("NAME-0").
-_STARTS = {"without_auxiliary": "encoder", "predicted_only": "full-0", "free_only": "full-0"}
+_STARTS = {"without_auxiliary": "encoder"}
+#: Networks of the table of presets, by their file, and what is taken of each; "full" is another name of "metaaux".
+_NETWORKS = {
+    "table3": "`extended`, 1,600 tasks",
+    "table3_paper": "`paper`, 1,600 tasks",
+    "table3_published": "metaaux-mini (`extended`), 89,280 tasks",
+}
+_PARTS = {
+    "{}-0": "before a step",
+    "{}": "five steps",
+    "predicted_only": "on the predicted part alone",
+    "free_only": "on image-independent tensors alone",
+}
 #: Rows of Table 2.
 _EDITED = {
     "encoder": "encoder",
@@ -277,6 +287,23 @@ def table3(folder: str = "") -> str:
     return table(labelled(results, _ABLATIONS), columns)
 
 
+def presets(folder: str = "") -> str:
+    """What five steps bring with each network, and what of it the predicted part and the other tensors do alone."""
+    body = []
+    for name, label in _NETWORKS.items():
+        results = read(folder + name)
+        whole = "full" if "full" in results["methods"] else "metaaux"
+        columns = [
+            Column("MSE", figure(results, "mse"), "{:.4f}"),
+            Column("perceptual", figure(results, "perceptual"), "{:.3f}"),
+            *likeness(results)[:2],
+        ]
+        methods = {part.format(whole): text for part, text in _PARTS.items()}
+        cells = zip(*(column.cells(list(methods)) for column in columns))
+        body += [[f"{label}: {text}", *row] for text, row in zip(methods.values(), cells)]
+    return markdown(["", *(column.title for column in columns)], body)
+
+
 def speed(folder: str = "", name: str = "speed") -> str:
     """What `benchmark` timed in several precisions, milliseconds, and NVIDIA's code in the same run."""
     results = read(folder + name)
@@ -313,8 +340,8 @@ def _digits(value: float) -> str:
 TABLES = {
     make.__name__: make
     for make in (
-        *(summary, table1, table1_pti_own_stop, table1_pti, table2, table2_plain, table2_gains, table2_pti, table3),
-        *(speed, speed_mini),
+        *(summary, table1, table1_pti_own_stop, table1_pti, table2, table2_plain, table2_gains, table2_pti),
+        *(table3, presets, speed, speed_mini),
     )
 }
 
