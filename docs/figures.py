@@ -215,6 +215,11 @@ def table1_pti(folder: str = "") -> str:
     return beside_pti(read(folder + "table1_pti"), times_of(folder + "table1"))
 
 
+def _is_plain(results: dict[str, Any], method: str) -> bool:
+    """Whether a method's heads have no weight offsets, and so no gain."""
+    return "auxiliary" not in results["details"][method]["settings"]
+
+
 def edits(rows: Sequence[tuple[dict[str, Any], str]]) -> str:
     """What edits change, of pairs of results and method; a gain counts for heads of weight offsets alone."""
     body: dict[str, list[str]] = {}
@@ -255,11 +260,6 @@ def table2_gains(folder: str = "") -> str:
     first = read(folder + "table2")
     adapted = [(results, method) for results, method in edited(first) if not _is_plain(results, method)]
     return edits([(read(folder + "table2_gains"), "metaaux"), *adapted])
-
-
-def _is_plain(results: dict[str, Any], method: str) -> bool:
-    """Whether a method's heads have no weight offsets, and so no gain."""
-    return "auxiliary" not in results["details"][method]["settings"]
 
 
 def table2_pti(folder: str = "") -> str:
