@@ -20,12 +20,14 @@ from huggingface_hub import ModelCard
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from metaaux.evaluation.scaling import scaling_table  # noqa: E402
 from metaaux.hub.figures import evaluation_results, figures_of  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 CARD = ROOT / "hub_configs" / "metaaux-mini" / "README.md"
 #: Pages with tables of figures.
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("results", "results-128", "speed")), CARD)
+_DOCS = ("results", "results-128", "scaling", "speed")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in _DOCS), CARD)
 _BLOCK = re.compile(r"(<!-- figures: ([a-z0-9]+/)?([a-z0-9_]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 #: Rows of Table 1: methods of `evaluate` and what the page calls them.
@@ -332,6 +334,11 @@ def speed_mini(folder: str = "") -> str:
     return speed(folder, "speed_mini")
 
 
+def scaling(folder: str = "") -> str:
+    """What `benchmark-scaling` measured, as it prints it."""
+    return scaling_table(read(folder + "scaling")) + "\n"
+
+
 def _digits(value: float) -> str:
     """Three digits that count."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
@@ -341,7 +348,7 @@ TABLES = {
     make.__name__: make
     for make in (
         *(summary, table1, table1_pti_own_stop, table1_pti, table2, table2_plain, table2_gains, table2_pti),
-        *(table3, presets, speed, speed_mini),
+        *(table3, presets, scaling, speed, speed_mini),
     )
 }
 
