@@ -75,6 +75,8 @@ _EDITED = {
     "metaaux": "ours",
 }
 _PRECISIONS = {"float32": "float32", "tf32": "TF32", "bfloat16": "bfloat16"}
+#: What the pages call measures of `benchmark` that have another name there.
+_MEASURES = {"adaptation": "inversion of 5 steps", "adaptation_step": "gradient step"}
 _ALPHAS = ("-3", "-2", "-1", "1", "2", "3")
 
 
@@ -311,7 +313,7 @@ def speed(folder: str = "", name: str = "speed") -> str:
     results = read(folder + name)
     body = []
     for entry in results["configurations"]:
-        timed = [entry["measures"][key] for key in ("synthesis", "cached_view", "adaptation")]
+        timed = [entry["measures"][key] for key in ("synthesis", "cached_view", "tuning_step", "adaptation")]
         profile, threads = timed[-1]["profile"], entry.get("threads_at_once")
         launches = "graphs" if entry["cuda_graphs"] else "plain launches"
         body.append(
@@ -322,16 +324,46 @@ def speed(folder: str = "", name: str = "speed") -> str:
                 "" if threads is None else f"×{threads['ratio']:.2f}",
             ]
         )
-    for configuration, measures in results.get("official", {"measures": {}})["measures"].items():
-        times = (_digits(measures[key]["median_ms"]) for key in ("synthesis", "cached_view"))
-        body.append([f"official code, {configuration}", *times, "", "", ""])
-    header = ["synthesis", "cached view", "inversion of 5 steps", "its kernels, launches", "eight threads at once"]
-    return markdown(["", *header], body)
+    official = results.get("official", {"measures": {}})
+    for configuration, measures in official["measures"].items():
+        times = (_digits(measures[key]["median_ms"]) for key in ("synthesis", "cached_view", "tuning_step"))
+        body.append([f"official code, {official['operations']}, {configuration}", *times, "", "", ""])
+    header = ["synthesis", "cached view", "tuning step", "inversion of 5 steps", "its kernels, launches"]
+    return markdown(["", *header, "eight threads at once"], body)
 
 
 def speed_mini(folder: str = "") -> str:
     """Likewise, of the embedded checkpoint."""
     return speed(folder, "speed_mini")
+
+
+def speed_against(folder: str = "") -> str:
+    """What `benchmark --against` timed in turn with a former revision, milliseconds."""
+    compared = read(folder + "speed_against")["against"]
+    body = [
+        [
+            _MEASURES.get(key, key.replace("_", " ")),
+            *(_digits(figures[which]) for which in ("other_median_ms", "median_ms")),
+            f"×{figures['speedup']:.2f} ({figures['speedup_min']:.2f} to {figures['speedup_max']:.2f})",
+        ]
+        for key, figures in compared["measures"].items()
+    ]
+    return markdown(["", compared["folder"], "now", "times as fast"], body)
+
+
+def precisions(folder: str = "") -> str:
+    """What the named precisions change of a reconstruction's figures."""
+    body = []
+    for name, label in _PRECISIONS.items():
+        results = read(f"{folder}precision_{name}")
+        columns = [
+            Column("MSE", figure(results, "mse"), "{:.5f}"),
+            Column("perceptual", figure(results, "perceptual"), "{:.3f}"),
+            Column("Fréchet", figure(results, "frechet"), "{:.0f}"),
+            *likeness(results),
+        ]
+        body.append([label, *(column.cells(["metaaux"])[0] for column in columns)])
+    return markdown(["", *(column.title for column in columns)], body)
 
 
 def scaling(folder: str = "") -> str:
@@ -348,7 +380,7 @@ TABLES = {
     make.__name__: make
     for make in (
         *(summary, table1, table1_pti_own_stop, table1_pti, table2, table2_plain, table2_gains, table2_pti),
-        *(table3, presets, scaling, speed, speed_mini),
+        *(table3, presets, scaling, speed, speed_mini, speed_against, precisions),
     )
 }
 
