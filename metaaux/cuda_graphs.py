@@ -15,12 +15,15 @@ import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+from .dynamic_batching import DynamicBatching
+from .structures import flatten, with_tensors
 
 aten = torch.ops.aten
 Result = TypeVar("Result")
@@ -100,30 +103,6 @@ class HostWaits(TorchDispatchMode):
         ):
             self.found.append(str(packet))
         return result
-
-
-def _flatten(value: Any, tensors: list[torch.Tensor]) -> Hashable:
-    """Appends the tensors of nested mappings and sequences; what else it holds, and the tensors' layouts."""
-    # torch.utils._pytree knows which tensors there are, but its description of dictionaries cannot be hashed.
-    if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        return value.dtype, value.shape, value.stride(), value.device
-    if isinstance(value, Mapping):
-        return dict, tuple((name, _flatten(entry, tensors)) for name, entry in value.items())
-    if isinstance(value, (list, tuple)):
-        return type(value), tuple(_flatten(entry, tensors) for entry in value)
-    return value
-
-
-def _with_tensors(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
-    """The same nested value with other tensors, in the order of `_flatten`."""
-    if isinstance(value, torch.Tensor):
-        return next(tensors)
-    if isinstance(value, Mapping):
-        return {name: _with_tensors(entry, tensors) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_with_tensors(entry, tensors) for entry in value)
-    return value
 
 
 #: What is compared of a module beside its tensors.
@@ -243,7 +222,7 @@ class Lane(ABC):
             if (buffer := self._buffers.get(key)) is None:
                 self._buffers[key] = buffer = torch.empty_like(tensor, requires_grad=False)
             buffers.append(buffer)
-        replay, outputs = self.capture(lambda: function(_with_tensors(inputs, iter(buffers))))
+        replay, outputs = self.capture(lambda: function(with_tensors(inputs, iter(buffers))))
         return Recording(replay, buffers, outputs)
 
     @abstractmethod
@@ -315,9 +294,11 @@ class CudaGraphs:
     Args:
         concurrency: passes that a GPU may run at once: batches of one leave much of it idle. Memory grows with it.
         capacity: recordings that a lane keeps; the longest unused goes first.
+        batch: passes of different threads that are run as one at most, where `bind` is told that they may be.
 
     Attributes:
         captures: recordings made so far.
+        batching: what runs several passes as one.
 
     Raises:
         ValueError: a number below 1.
@@ -325,10 +306,13 @@ class CudaGraphs:
 
     lane_type: type[Lane] = CudaLane
 
-    def __init__(self, concurrency: int = 2, capacity: int = 16):
-        if concurrency < 1 or capacity < 1:
-            raise ValueError(f"concurrency and capacity must be 1 or more, got {concurrency} and {capacity}")
+    def __init__(self, concurrency: int = 2, capacity: int = 32, batch: int = 1):
+        if min(concurrency, capacity, batch) < 1:
+            raise ValueError(
+                f"concurrency, capacity and batch must be 1 or more, got {concurrency}, {capacity} and {batch}"
+            )
         self.concurrency, self.capacity, self.captures = concurrency, capacity, 0
+        self.batching = DynamicBatching(batch)
         self._lock = threading.Lock()
         self._lanes: dict[torch.device, list[Lane]] = {}
         self._states: dict[Hashable, tuple[int, list]] = {}
@@ -336,7 +320,7 @@ class CudaGraphs:
         self._failures: Counter[Hashable] = Counter()
         self._refused: set[Hashable] = set()
 
-    def bind(self, kind: Hashable, *parts: Any) -> RunPass:
+    def bind(self, kind: Hashable, *parts: Any, batched: bool = False) -> RunPass:
         """What runs passes that use these networks.
 
         The returned function takes the pass' name, the pass itself, and its inputs: nested mappings and sequences of
@@ -353,6 +337,8 @@ class CudaGraphs:
             kind: says what the networks are for. Once a tensor of theirs was replaced or an attribute changed, the
                 recordings of this kind are given up; new values in the same tensors need no new recording.
             parts: networks that the passes use, and objects that hold some.
+            batched: whether the passes treat entries along the first dimension of their tensors apart, whatever its
+                length, so that those of several threads may be run as one.
         """
         state = _state_of(parts)
         with self._lock:
@@ -361,7 +347,7 @@ class CudaGraphs:
                 self._states[kind] = known = (next(self._serial), state)
         if stale:
             self._drop(lambda key: key[0] == kind and key[1] < known[0])
-        return functools.partial(self._run, kind, known[0])
+        return functools.partial(self._run, kind, known[0], batched)
 
     @contextlib.contextmanager
     def stream(self, device: torch.device) -> Iterator[None]:
@@ -431,11 +417,22 @@ class CudaGraphs:
             lanes.append(lane)
             return lane
 
-    def _run(self, kind: Hashable, serial: int, name: str, function: Callable[[Any], Any], inputs: Any) -> Any:
+    def _run(
+        self,
+        kind: Hashable,
+        serial: int,
+        batched: bool,
+        name: str,
+        function: Callable[[Any], Any],
+        inputs: Any,
+    ) -> Any:
         tensors: list[torch.Tensor] = []
-        key = (kind, serial, name, _flatten(inputs, tensors), _arithmetic())
+        key = (kind, serial, name, flatten(inputs, tensors), _arithmetic())
         if key in self._refused or not self._records(tensors):
             return function(inputs)
+        if batched and self.batching.most > 1:
+            compute = functools.partial(self._run, kind, serial, False, name, function)
+            return self.batching.run(key, compute, inputs)
         lane = self._lane(tensors[0].device, key)
         # Leaving inference mode switches gradients on, with which a pass may take other kernels.
         gradients = torch.is_grad_enabled()
@@ -448,13 +445,13 @@ class CudaGraphs:
                 torch._foreach_copy_(recording.inputs, tensors)
                 recording.replay()
                 outputs: list[torch.Tensor] = []
-                _flatten(recording.outputs, outputs)
-                return _with_tensors(recording.outputs, iter([output.clone() for output in outputs]))
+                flatten(recording.outputs, outputs)
+                return with_tensors(recording.outputs, iter([output.clone() for output in outputs]))
 
     def _first(self, lane: Lane, key: tuple, function: Callable[[Any], Any], inputs: Any, tensors: list) -> Any:
         """A pass that is not recorded here: launched kernel by kernel, which makes its kernels ready, and recorded."""
         with HostWaits() as waits:
-            outputs = function(_with_tensors(inputs, iter([tensor.detach().clone() for tensor in tensors])))
+            outputs = function(with_tensors(inputs, iter([tensor.detach().clone() for tensor in tensors])))
         if waits.found:
             self._refuse(key, f"it makes the host wait for the GPU, by {waits.found[0]}")
             return outputs

@@ -19,30 +19,26 @@ _ALIGNMENT = 64
 
 
 class PackedTensors(Mapping[str, torch.Tensor]):
-    """Tensors of one precision by name, as views of a single one: hundreds of them are copied at once.
+    """Tensors [T, …] of one precision by name, as views of a single one [T, N]: hundreds of them are copied at once.
 
     Args:
-        shapes: of each by name.
-        flat: as many numbers as `size` says, of one dimension.
+        shapes: of each by name, without the first dimension.
+        flat: all of them, those of an entry T in a row.
     """
 
     def __init__(self, shapes: Mapping[str, torch.Size], flat: torch.Tensor):
         self.shapes, self.flat = dict(shapes), flat
-        ends = itertools.accumulate(self._padded(shape) for shape in self.shapes.values())
+        ends = itertools.accumulate(map(self._padded, self.shapes.values()))
         self._starts = dict(zip(self.shapes, itertools.chain([0], ends)))
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> PackedTensors:
-        """A copy of tensors of one precision and device."""
+        """A copy of tensors of one first dimension, precision and device."""
         first = next(iter(tensors.values()))
-        packed = cls.zeros({name: tensor.shape for name, tensor in tensors.items()}, first)
+        shapes = {name: tensor.shape[1:] for name, tensor in tensors.items()}
+        packed = cls(shapes, first.new_zeros(len(first), sum(map(cls._padded, shapes.values()))))
         packed.fill(tensors)
         return packed
-
-    @classmethod
-    def zeros(cls, shapes: Mapping[str, torch.Size], like: torch.Tensor) -> PackedTensors:
-        """Zeros of the precision and on the device of `like`."""
-        return cls(shapes, like.new_zeros(sum(cls._padded(shape) for shape in shapes.values())))
 
     @staticmethod
     def _padded(shape: torch.Size) -> int:
@@ -50,7 +46,7 @@ class PackedTensors(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         start, shape = self._starts[name], self.shapes[name]
-        return self.flat[start : start + shape.numel()].view(shape)
+        return self.flat[:, start : start + shape.numel()].view(-1, *shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -69,7 +65,8 @@ class ReplayedProblem(InnerProblem):
 
     Three kinds of passes make an inversion: the start (planes, the loss' view of the photos, the code alone), a step
     with and one without Eq. 12, and the end. Photos, codes, cameras, parameters and velocities are their inputs;
-    learning rates and the other settings of `inner` are recorded, so that others have recordings of their own.
+    learning rates and the other settings of `inner` are recorded, so that others have recordings of their own. All
+    tensors have tasks or their photos first, so that passes of several threads can be run as one (`bind`'s `batched`).
 
     Args:
         graphs: keeps the recordings.
@@ -88,7 +85,8 @@ class ReplayedProblem(InnerProblem):
         inner: InnerLoop,
     ):
         # The weights stand for whether there is Eq. 12: photos with and without it come in turn; so do precisions.
-        self.run_pass = graphs.bind(("adaptation", loss.weights, loss.dtype), generator, auxiliary, loss)
+        kind = ("adaptation", loss.weights, loss.dtype)
+        self.run_pass = graphs.bind(kind, generator, auxiliary, loss, batched=True)
         self.loss, self.inner = loss, inner
 
         def begin(given: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +119,8 @@ class ReplayedProblem(InnerProblem):
         if not inner.momentum:
             velocity = None  # nobody reads it
         elif velocity is None:
-            velocity = PackedTensors.zeros(shapes, packed.flat)  # with which the first step is the same as without any
+            # With which the first step is the same as without any.
+            velocity = PackedTensors(shapes, torch.zeros_like(packed.flat))
 
         def descend(given: dict[str, Any]) -> dict[str, Any]:
             theta = PackedTensors(shapes, given["parameters"])

@@ -245,16 +245,17 @@ class TestRecordings:
         inverter.disable_cuda_graphs()
         assert not graphs.lanes and inverter._graphs is None
 
-    @pytest.mark.parametrize("numbers", [{"concurrency": 0}, {"capacity": 0}])
+    @pytest.mark.parametrize("numbers", [{"concurrency": 0}, {"capacity": 0}, {"batch": 0}])
     def test_numbers_below_one(self, numbers):
         with pytest.raises(ValueError, match="1 or more"):
             CudaGraphs(**numbers)
 
     def test_packed_tensors(self):
-        tensors = {"a": torch.randn(3, 5), "b": torch.randn(()), "c": torch.randn(1, 64)}
+        tensors = {"a": torch.randn(2, 3, 5), "b": torch.randn(2), "c": torch.randn(2, 1, 64)}
         packed = PackedTensors.of(tensors)
         assert list(packed) == list(tensors) and all(torch.equal(packed[name], t) for name, t in tensors.items())
-        assert all(t.data_ptr() % 64 == packed.flat.data_ptr() % 64 for t in packed.values())
+        assert all(t[1].data_ptr() % 64 == packed.flat.data_ptr() % 64 for t in packed.values())
+        assert all(torch.equal(PackedTensors(packed.shapes, packed.flat[1:])[n], t[1:]) for n, t in tensors.items())
         packed.fill({name: tensor + 1 for name, tensor in tensors.items()})
         again = PackedTensors(packed.shapes, packed.flat.clone())
         assert all(torch.equal(again[name], t + 1) for name, t in tensors.items())

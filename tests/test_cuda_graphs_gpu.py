@@ -101,8 +101,10 @@ def test_threads(inverter, eager, graphs, crops, cameras):
     for _ in range(2):  # the first time recordings are made meanwhile
         with ThreadPoolExecutor(8) as pool:
             for number, (result, view) in enumerate(pool.map(invert, range(8))):
-                assert_equal_inversions(result, eager[number % 3])
+                # Batches have other kernels, and steps amplify what these round otherwise.
+                assert_equal_inversions(result, eager[number % 3], 1e-4)
                 assert view.size == (32, 32)
+    assert sum(count for size, count in graphs.batching.batches.items() if size > 1)
     assert 1 <= len(graphs._lanes[inverter.device]) <= graphs.concurrency
 
 

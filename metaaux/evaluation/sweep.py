@@ -77,7 +77,8 @@ def run_threads(work: Work, threads: int) -> dict[str, Any]:
     turn.
 
     Returns:
-        "threads"; "one_per_second" and "all_per_second", inversions by the medians; "ratio" of the two; "difference"
+        "threads"; "one_per_second" and "all_per_second", inversions by the medians; "ratio" of the two; "batches", how
+        often so many threads' passes were run as one, warm-up included (empty without recordings); "difference"
         of results of all at once from those of the same pictures alone (see `run_sweep`, the largest of all pictures),
         and "difference_alone", that of two runs alone, which sums in varying order (atomics) may cause.
     """
@@ -111,9 +112,15 @@ def run_threads(work: Work, threads: int) -> dict[str, Any]:
         "one_per_second": threads / alone,
         "all_per_second": threads / at_once,
         "ratio": alone / at_once,
+        "batches": _batches(inverter),
         "difference": _largest(first, together),
         "difference_alone": _largest(first, again),
     }
+
+
+def _batches(inverter: MetaAuxInverter) -> dict[str, int]:
+    batches = {} if inverter._graphs is None else inverter._graphs.batching.batches
+    return {str(size): batches[size] for size in sorted(batches)}
 
 
 def _captures(inverter: MetaAuxInverter) -> int:
@@ -123,11 +130,12 @@ def _captures(inverter: MetaAuxInverter) -> int:
 @contextmanager
 def _restored(inverter: MetaAuxInverter) -> Iterator[None]:
     precision, graphs = inverter.precision, inverter._graphs
+    settings = None if graphs is None else (graphs.concurrency, graphs.batching.most)
     try:
         yield
     finally:
         inverter.precision = precision
-        inverter.disable_cuda_graphs() if graphs is None else inverter.enable_cuda_graphs(graphs.concurrency)
+        inverter.disable_cuda_graphs() if settings is None else inverter.enable_cuda_graphs(*settings)
 
 
 def _difference(a: tuple[torch.Tensor, float], b: tuple[torch.Tensor, float]) -> dict[str, float]:
