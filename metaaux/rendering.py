@@ -57,7 +57,7 @@ class RenderingMixin:
             )
         return self.latent_directions.as_dict()
 
-    def enable_cuda_graphs(self, concurrency: int = 2, batch: int = 4) -> None:
+    def enable_cuda_graphs(self, concurrency: int = 2, batch: int = 1) -> None:
         """Records inversions and views as CUDA graphs, and replays them: many times as fast on a GPU, same results.
 
         For programs that invert many photos or render many views: the first of each kind and shape takes twice as
@@ -69,8 +69,8 @@ class RenderingMixin:
             concurrency: how many passes of different threads may be on the GPU at once; each takes as much memory as
                 an inversion alone.
             batch: how many inversions of different threads may be computed as one batch, which fills a GPU better
-                ([`~metaaux.dynamic_batching`]); memory grows with it once they are. Those of as many photos, with the
-                same settings, join each other. 1: each by itself.
+                (`metaaux.dynamic_batching`); memory grows with it once they are. Those of as many photos, with the
+                same settings, join each other; the sums of a batch are rounded otherwise. 1: each by itself.
 
         Raises:
             ValueError: a number below 1.

@@ -19,6 +19,8 @@ from .benchmark import Work, random_picture, run_benchmark
 
 #: Times that threads are compared with one.
 ROUNDS = 3
+#: Photos that threads' inversions are run as one of at most.
+BATCH = 4
 #: Rounds at most in which recordings are still made; one that is refused could be tried for ever.
 MOST_WARM_UPS = 10
 
@@ -39,7 +41,8 @@ def run_sweep(
         inverter: left as it was.
         precisions: names, see `precision.PRECISIONS`.
         random_weights, steps, repeats, warmup, counts: see `run_benchmark`.
-        threads: inversions at once, see `run_threads`, on CUDA of the configurations with graphs; 0: none.
+        threads: inversions at once, see `run_threads`, on CUDA of the configurations with graphs, which then run up
+            to `BATCH` as one; 0: none.
 
     Returns:
         What `run_benchmark` does of the first precision without graphs, and "configurations", a list of {"precision",
@@ -61,7 +64,7 @@ def run_sweep(
         reference = work.image, work.loss
         for precision, graphs in itertools.product(precisions, (False, True) if on_cuda else (False,)):
             inverter.precision = precision
-            inverter.enable_cuda_graphs() if graphs else inverter.disable_cuda_graphs()
+            inverter.enable_cuda_graphs(batch=BATCH if threads else 1) if graphs else inverter.disable_cuda_graphs()
             figures = run_benchmark(inverter, random_weights, steps, repeats, warmup, counts, work)
             first = first or figures
             entry = {key: figures[key] for key in ("precision", "cuda_graphs", "measures")}
