@@ -141,6 +141,10 @@ class TestRecordings:
             lambda: network[1].register_buffer("running_mean", torch.randn(2)),
             lambda: setattr(network[1], "eps", 0.5),
             lambda: network.append(nn.ReLU()),
+            lambda: network.__setitem__(2, nn.LeakyReLU(0.5)),
+            lambda: setattr(network[1], "note", "new"),
+            lambda: delattr(network[1], "note"),
+            lambda: setattr(network[0], "bias", None),
         )
         for number, change in enumerate(changes, start=2):
             change()
