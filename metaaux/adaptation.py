@@ -439,9 +439,7 @@ def _inner_rates(network, parameters, learning_rate, learning_rates) -> dict[str
         return {name: float(learning_rates[name]) for name in parameters}
     if learning_rate is not None:
         return dict.fromkeys(parameters, float(learning_rate))
-    rates = network.inner_rates()
-    # Read at once: one by one, each would make the host wait for a GPU.
-    return dict(zip(rates, torch.stack(list(rates.values())).tolist(), strict=True))
+    return network.inner_rate_values()
 
 
 def _check_inputs(generator, target, w, camera, steps, flip_share) -> None:

@@ -143,7 +143,8 @@ class _Known:
 
     def __init__(self, serial: int, state: list, parts: Sequence[Any]):
         self.serial, self.state, self._parts = serial, state, parts
-        modules = [module for part in parts if isinstance(part, torch.nn.Module) for module in part.modules()]
+        self._networks = all(isinstance(part, torch.nn.Module) for part in parts)
+        modules = [module for part in parts for module in part.modules()] if self._networks else []
         self._owns = [vars(module) for module in modules]
         self._inner = [own[name] for own in self._owns for name in ("_modules", "_parameters", "_buffers")]
         # Kept, so that nothing new can have the identity of what is gone.
@@ -153,9 +154,7 @@ class _Known:
 
     def holds(self, parts: Sequence[Any]) -> bool:
         """Whether these are the same networks, unchanged; where it cannot be told so fast, it is said not to be."""
-        if len(parts) != len(self._parts) or not all(map(operator.is_, parts, self._parts)):
-            return False
-        if not all(isinstance(part, torch.nn.Module) for part in parts):
+        if not self._networks or len(parts) != len(self._parts) or not all(map(operator.is_, parts, self._parts)):
             return False
         try:
             return self._look() == self._seen

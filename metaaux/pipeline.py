@@ -323,7 +323,11 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
     def make_problem(self) -> Callable[..., InnerProblem]:
         """How [`~metaaux.adaptation.adapt`] takes its steps with this pipeline's networks: by recordings, or not."""
         graphs = self._recordings
-        return InnerProblem if graphs is None else functools.partial(ReplayedProblem, graphs)
+        if graphs is None:
+            return InnerProblem
+        networks = (self.generator, self.auxiliary, self.discriminator, self.identity, self.perceptual)
+        networks = [network for network in networks if network is not None]
+        return functools.partial(ReplayedProblem, graphs, networks=networks)
 
     def inversion_loss(self, flip: bool = False) -> InversionLoss:
         """Eq. 8 with this checkpoint's weights and networks; with `flip` Eq. 12 takes part, as `InversionLoss.flip`.

@@ -64,11 +64,9 @@ class AuxiliaryAdaptation(InversionMethod):
 
     def rates(self) -> dict[str, float]:
         """α of Eq. 5 for each tensor."""
-        rates = self.auxiliary.inner_rates()
         if self.learning_rate is not None:
-            return dict.fromkeys(rates, self.learning_rate)
-        # Read at once: one by one, each would make the host wait for a GPU.
-        return dict(zip(rates, torch.stack(list(rates.values())).tolist(), strict=True))
+            return dict.fromkeys(self.auxiliary.adaptable_parameters(), self.learning_rate)
+        return self.auxiliary.inner_rate_values()
 
     def invert(self, image: torch.Tensor, camera: torch.Tensor) -> list[Reconstruction]:
         if len(image) > 1:

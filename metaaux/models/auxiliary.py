@@ -230,6 +230,10 @@ class AuxiliaryNetwork(ModelMixin, ConfigMixin):
         """α of Eq. 5 for each adaptable parameter, scalars; differentiable, as meta-training learns them."""
         return dict(zip(self.adaptable_parameters(), self.log_inner_rates.exp().unbind(), strict=True))
 
+    def inner_rate_values(self) -> dict[str, float]:
+        """`inner_rates` as numbers, read at once: one by one, each would make the host wait for a GPU."""
+        return dict(zip(self.adaptable_parameters(), self.log_inner_rates.exp().tolist(), strict=True))
+
     def _log_rates(self) -> dict[str, torch.Tensor]:
         return dict(zip(self.adaptable_parameters(), self.log_inner_rates.unbind(), strict=True))
 
