@@ -212,8 +212,7 @@ class _Streams:
             self._free.append(stream)
 
 
-#: Streams of the package's own.
-STREAMS = _Streams()
+_STREAMS = _Streams()
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,7 +283,7 @@ class CudaLane(Lane):
 
     def __init__(self, device: torch.device):
         super().__init__(device)
-        self.pool, self.stream = torch.cuda.graph_pool_handle(), STREAMS.take(device)
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), _STREAMS.take(device)
         self.done = torch.cuda.Event()  # what was launched last
         self.user: int | None = None  # by which thread
 
@@ -317,7 +316,7 @@ class CudaLane(Lane):
         self.done.synchronize()
 
     def close(self) -> None:
-        STREAMS.give_back(self.stream)
+        _STREAMS.give_back(self.stream)
 
 
 class CudaGraphs:
@@ -403,14 +402,14 @@ class CudaGraphs:
             yield
             return
         before = torch.cuda.current_stream(device)
-        own = STREAMS.take(before.device)
+        own = _STREAMS.take(before.device)
         own.wait_stream(before)
         try:
             with torch.cuda.stream(own):
                 yield
         finally:
             before.wait_stream(own)
-            STREAMS.give_back(own)
+            _STREAMS.give_back(own)
 
     def release(self) -> None:
         """Gives up all recordings and their memory, once the GPU has done what was launched."""
