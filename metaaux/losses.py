@@ -287,10 +287,27 @@ class InversionLoss:
         if in_one_pass and (reduced := self.perceptual.reduced(image)).shape == image_raw.shape:
             # One batch of both kinds of input, which works through the weights once.
             features = discriminator.features(torch.cat((image, image)), torch.cat((reduced, image_raw)))
-            taps, judged = zip(*(feature.chunk(2) for feature in features), strict=True)
-            return list(taps), discriminator.judge(judged[-1], camera)
+            judged = features[-1].chunk(2)[1]
+            return [_FirstHalf.apply(feature) for feature in features], discriminator.judge(judged, camera)
         logits = discriminator(image, image_raw, camera) if with_logits else None
         return self.perceptual.taps(image) if with_taps else None, logits
+
+
+class _FirstHalf(torch.autograd.Function):
+    """[2·B, …] → [B, …]. Its gradient has the layout of what comes back, where a slice's is contiguous: convolutions
+    of `channels_last` would copy it."""
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x.narrow(0, 0, len(x) // 2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        return
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return F.pad(gradient, (0, 0) * (gradient.ndim - 1) + (0, len(gradient)))
 
 
 def _non_saturating(logits: torch.Tensor) -> torch.Tensor:

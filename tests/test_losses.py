@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from metaaux import MetaAuxInverter
 from metaaux.baselines import MethodOptions, make_methods
 from metaaux.evaluation.metrics import ReconstructionMetrics
-from metaaux.losses import InversionLoss, LossWeights, perceptual_distance
+from metaaux.losses import InversionLoss, LossWeights, _FirstHalf, perceptual_distance
 from metaaux.models.auxiliary import AuxiliaryNetwork
 from metaaux.models.discriminator import DualDiscriminator
 from metaaux.models.perceptual import LPIPS, DiscriminatorPerceptualDistance
@@ -183,6 +183,15 @@ def test_one_pass_gives_features_and_logits_as_two_do(tiny_components, pair, cas
     assert (fewer < more) == (case == "2D")
     torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-7)
+
+
+def test_gradients_of_half_a_batch_keep_their_layout():
+    x = torch.randn(4, 3, 2, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert torch.equal(_FirstHalf.apply(x), x[:2])
+    torch.autograd.gradcheck(_FirstHalf.apply, x)
+    torch.autograd.gradgradcheck(_FirstHalf.apply, x)
+    (gradient,) = torch.autograd.grad(_FirstHalf.apply(x).square().sum(), x)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_distance_needs_a_network():

@@ -147,8 +147,10 @@ def test_offset_multiplies_the_weight(upsample, per_sample):
         torch.testing.assert_close(y[i : i + 1], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("avx512", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_derivatives_of_the_convolutions_on_a_cpu(transposed):
+def test_derivatives_of_the_convolutions_on_a_cpu(transposed, avx512, monkeypatch):
+    monkeypatch.setattr(modulation, "_AVX512", avx512)
     inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((2, 2, 3, 3), (2, 2, 3, 3))]
 
     def convolution(x, kernels):
@@ -158,6 +160,10 @@ def test_derivatives_of_the_convolutions_on_a_cpu(transposed):
     alone = torch.stack([convolution(x[None], inputs[1])[0] for x in inputs[0]])
     mapped = torch.func.vmap(convolution, (0, None))(inputs[0][:, None], inputs[1])[:, 0]
     torch.testing.assert_close(mapped, alone)
+    x = inputs[0].detach().contiguous(memory_format=torch.channels_last)
+    ours = torch.autograd.grad(convolution(x, inputs[1]).square().sum(), inputs[1])[0]
+    plain = F.conv_transpose2d(x, inputs[1], stride=2) if transposed else F.conv2d(x, inputs[1], padding=1)
+    torch.testing.assert_close(ours, torch.autograd.grad(plain.square().sum(), inputs[1])[0])
 
 
 @pytest.mark.parametrize("batch", [1, 2])
