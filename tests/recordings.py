@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
@@ -38,6 +41,21 @@ class CpuLane(Lane):
 
 class CpuGraphs(CudaGraphs):
     lane_type = CpuLane
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._computing = threading.RLock()
+
+    def bind(self, kind, *parts, batched=False):
+        run = super().bind(kind, *parts, batched=batched)
+
+        def alone(function, given):
+            # A replay runs the Python of the thread that recorded it, on that thread's private networks; a GPU's runs
+            # none.
+            with self._computing:
+                return function(given)
+
+        return lambda name, function, inputs: run(name, functools.partial(alone, function), inputs)
 
     def runs_on(self, device):
         return True
