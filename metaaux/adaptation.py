@@ -12,23 +12,20 @@ network. So several threads may adapt one network at once. Dimensions: see `meta
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from .cameras import mirror_camera
-from .devices import synchronize
 from .losses import InversionLoss, Reference
 from .models.auxiliary import AuxiliaryNetwork, AuxiliaryOutput
 from .models.eg3d import GeneratorOutput
 from .models.recomputation import recomputed
 from .models.stylegan2 import ImageOutput
 from .models.views import private_view
+from .step_reports import StepCallback, StepReports
 from .tasks import Generator, Tasks, predict_tasks, synthesize_tasks
-
-StepCallback = Callable[[int, torch.Tensor, dict[str, float]], None]
 
 
 @dataclass
@@ -366,7 +363,8 @@ def adapt(
         max_gradient_norm: gradients of a larger norm are scaled down to it. Default: the auxiliary network's.
         flip_share: see `InnerLoop`; in the paper it is 1.
         on_step: called as (step, image [P, 3, S, S], losses) for step -1 (the encoder alone, Δθ = 0), 0 (the
-            prediction before any gradient step) and 1 … N (after each); losses as in `AdaptationResult.steps`.
+            prediction before any gradient step) and 1 … N (after each); losses as in `AdaptationResult.steps`. On
+            CUDA it is called while the next step is computed, on another stream.
         dtype: reduced precision of the generator and the auxiliary network; the loss has its own. `None`: theirs.
         make_problem: makes an `InnerProblem`, or what takes its steps in another way, of its arguments.
 
@@ -375,8 +373,7 @@ def adapt(
         FloatingPointError: the loss became infinite or not a number.
     """
     _check_inputs(generator, target, w, camera, steps, flip_share)
-    reports = _Reports(target.device, on_step)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), StepReports(target.device, on_step) as reports:
         # A tensor made in inference mode cannot be saved for backward; a clone made here can.
         target, w, camera = (tensor.detach().clone() for tensor in (target, w, camera))
         network = private_view(auxiliary).eval()
@@ -395,38 +392,6 @@ def adapt(
     parameters = {name: parameter.detach().squeeze(0) for name, parameter in adapted.items()}
     weight_offsets = {name: offset.squeeze(0) for name, offset in offsets.weight_offsets.items()}
     return AdaptationResult(parameters, weight_offsets, offsets.offset_planes, reports.steps, image)
-
-
-class _Reports:
-    """The figures of each step of `adapt`, with the time it took on the device."""
-
-    def __init__(self, device: torch.device, on_step: StepCallback | None):
-        self.device, self.on_step = device, on_step
-        self.steps: list[dict[str, float]] = []
-
-    def start(self) -> None:
-        """A step's time begins."""
-        synchronize(self.device)
-        self.started = time.perf_counter()
-
-    def add(self, step: int, image: torch.Tensor, losses: Mapping[str, torch.Tensor]) -> None:
-        """A step's time ends; the next one's begins when the caller has seen it.
-
-        Raises:
-            FloatingPointError: the loss is infinite or not a number.
-        """
-        values = dict(zip(losses, torch.cat(list(losses.values())).tolist(), strict=True))
-        if not math.isfinite(values["total"]):
-            raise FloatingPointError(
-                f"the loss is {values['total']} at step {step} of the adaptation; lower the learning rate, set "
-                "max_gradient_norm, or check that photo, code and camera are finite"
-            )
-        started = self.started
-        self.start()
-        self.steps.append({"step": step, **values, "seconds": self.started - started})
-        if self.on_step is not None:
-            self.on_step(step, image, dict(self.steps[-1]))
-            self.start()  # the caller's drawing is not counted
 
 
 def _inner_rates(network, parameters, learning_rate, learning_rates) -> dict[str, float]:

@@ -148,7 +148,8 @@ class _Streams:
             self._free.append(stream)
 
 
-_STREAMS = _Streams()
+#: Streams of the package's own.
+STREAMS = _Streams()
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +220,7 @@ class CudaLane(Lane):
 
     def __init__(self, device: torch.device):
         super().__init__(device)
-        self.pool, self.stream = torch.cuda.graph_pool_handle(), _STREAMS.take(device)
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), STREAMS.take(device)
         self.done = torch.cuda.Event()  # what was launched last
         self.user: int | None = None  # by which thread
 
@@ -252,7 +253,7 @@ class CudaLane(Lane):
         self.done.synchronize()
 
     def close(self) -> None:
-        _STREAMS.give_back(self.stream)
+        STREAMS.give_back(self.stream)
 
 
 class CudaGraphs:
@@ -338,14 +339,14 @@ class CudaGraphs:
             yield
             return
         before = torch.cuda.current_stream(device)
-        own = _STREAMS.take(before.device)
+        own = STREAMS.take(before.device)
         own.wait_stream(before)
         try:
             with torch.cuda.stream(own):
                 yield
         finally:
             before.wait_stream(own)
-            _STREAMS.give_back(own)
+            STREAMS.give_back(own)
 
     def release(self) -> None:
         """Gives up all recordings and their memory, once the GPU has done what was launched."""

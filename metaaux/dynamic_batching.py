@@ -41,8 +41,9 @@ class DynamicBatching:
 
     A pass takes and gives nested mappings and sequences of tensors (`structures`), and treats the entries along their
     first dimension apart. The thread whose request is the oldest leads: on a GPU it waits until the pass before has
-    been computed, takes what has gathered meanwhile, up to the largest power of two, and launches it on its own
-    stream; the others' streams wait for that. Outputs of a batch are views of the same tensors, nobody's to change.
+    been computed, unless that was its own alone, takes what has gathered meanwhile, up to the largest power of two,
+    and launches it on its own stream; the others' streams wait for that. Outputs of a batch are views of the same
+    tensors, nobody's to change.
 
     Args:
         most: so many requests at most in a pass. Powers of two alone are taken, since each number has a recording of
@@ -63,8 +64,8 @@ class DynamicBatching:
         self._changed = threading.Condition()
         self._waiting: defaultdict[Hashable, deque[_Request]] = defaultdict(deque)
         self._led: set[Hashable] = set()
-        #: When what was launched last of a key is done.
-        self._done: dict[Hashable, torch.cuda.Event | None] = {}
+        #: When what was launched last of a key is done, and whose it was, if one thread's alone.
+        self._last: dict[Hashable, tuple[torch.cuda.Event | None, int | None]] = {}
 
     def run(self, key: Hashable, compute: Callable[[Any], Any], inputs: Any) -> Any:
         """What `compute` makes of `inputs`.
@@ -100,7 +101,9 @@ class DynamicBatching:
     def _lead(self, key: Hashable, request: _Request, compute: Callable[[Any], Any], device: torch.device) -> Any:
         queue, batch = self._waiting[key], []
         try:
-            if (before := self._done.get(key)) is not None:
+            before, owner = self._last.get(key, (None, None))
+            # A thread that is alone runs ahead of the GPU, as without batches.
+            if before is not None and owner != threading.get_ident():
                 before.synchronize()
             with self._changed:
                 size = 1 << (min(len(queue), self.most).bit_length() - 1)
@@ -116,7 +119,7 @@ class DynamicBatching:
             done = _event(device)
             with self._changed:
                 self.batches[len(outputs)] += 1
-                self._done[key] = done
+                self._last[key] = done, threading.get_ident() if len(outputs) == 1 else None
                 for served, own in zip(batch, outputs, strict=False):
                     served.outputs, served.ready, served.settled = own, done, True
             return request.outputs
