@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from .dynamic_batching import DynamicBatching
 from .network_state import KnownState, state_of
 from .structures import flatten, with_tensors
 
@@ -32,8 +31,9 @@ Result = TypeVar("Result")
 #: Runs a pass: (name, function, inputs) → outputs; see `CudaGraphs.bind`.
 RunPass = Callable[[str, Callable[[Any], Any], Any], Any]
 
-# PyTorch allows one capture at a time in a process, and no emptying of its cache meanwhile.
-_CAPTURING = threading.Lock()
+# PyTorch allows one capture at a time in a process, and no emptying of its cache meanwhile. A pass that is launched so
+# that it can be captured next takes its turn too: beside other threads' captures cuDNN has failed in one.
+_CAPTURING = threading.RLock()
 # Captures of a pass that may fail.
 _TRIES = 3
 
@@ -271,11 +271,9 @@ class CudaGraphs:
     Args:
         concurrency: passes that a GPU may run at once: batches of one leave much of it idle. Memory grows with it.
         capacity: recordings that a lane keeps; the longest unused goes first.
-        batch: passes of different threads that are run as one at most, where `bind` is told that they may be.
 
     Attributes:
         captures: recordings made so far.
-        batching: what runs several passes as one.
 
     Raises:
         ValueError: a number below 1.
@@ -283,13 +281,10 @@ class CudaGraphs:
 
     lane_type: type[Lane] = CudaLane
 
-    def __init__(self, concurrency: int = 2, capacity: int = 32, batch: int = 1):
-        if min(concurrency, capacity, batch) < 1:
-            raise ValueError(
-                f"concurrency, capacity and batch must be 1 or more, got {concurrency}, {capacity} and {batch}"
-            )
+    def __init__(self, concurrency: int = 2, capacity: int = 32):
+        if min(concurrency, capacity) < 1:
+            raise ValueError(f"concurrency and capacity must be 1 or more, got {concurrency} and {capacity}")
         self.concurrency, self.capacity, self.captures = concurrency, capacity, 0
-        self.batching = DynamicBatching(batch)
         self._lock = threading.Lock()
         self._lanes: dict[torch.device, list[Lane]] = {}
         self._states: dict[Hashable, KnownState] = {}
@@ -297,7 +292,7 @@ class CudaGraphs:
         self._failures: Counter[Hashable] = Counter()
         self._refused: set[Hashable] = set()
 
-    def bind(self, kind: Hashable, *parts: Any, batched: bool = False) -> RunPass:
+    def bind(self, kind: Hashable, *parts: Any) -> RunPass:
         """What runs passes that use these networks.
 
         The returned function takes the pass' name, the pass itself, and its inputs: nested mappings and sequences of
@@ -314,8 +309,6 @@ class CudaGraphs:
             kind: says what the networks are for. Once a tensor of theirs was replaced or an attribute changed, the
                 recordings of this kind are given up; new values in the same tensors need no new recording.
             parts: networks that the passes use, and objects that hold some.
-            batched: whether the passes treat entries along the first dimension of their tensors apart, whatever its
-                length, so that those of several threads may be run as one.
         """
         known = self._states.get(kind)
         if known is None or not known.holds(parts):
@@ -327,7 +320,7 @@ class CudaGraphs:
                 self._states[kind] = known
             if stale:
                 self._drop(lambda key: key[0] == kind and key[1] < known.serial)
-        return functools.partial(self._run, kind, known.serial, batched)
+        return functools.partial(self._run, kind, known.serial)
 
     @contextlib.contextmanager
     def stream(self, device: torch.device) -> Iterator[None]:
@@ -397,29 +390,19 @@ class CudaGraphs:
             lanes.append(lane)
             return lane
 
-    def _run(
-        self,
-        kind: Hashable,
-        serial: int,
-        batched: bool,
-        name: str,
-        function: Callable[[Any], Any],
-        inputs: Any,
-    ) -> Any:
+    def _run(self, kind: Hashable, serial: int, name: str, function: Callable[[Any], Any], inputs: Any) -> Any:
         tensors: list[torch.Tensor] = []
         key = (kind, serial, name, flatten(inputs, tensors), _arithmetic())
         if key in self._refused or not self._records(tensors):
             return function(inputs)
-        if batched and self.batching.most > 1:
-            compute = functools.partial(self._run, kind, serial, False, name, function)
-            return self.batching.run(key, compute, inputs)
         lane = self._lane(tensors[0].device, key)
         # Leaving inference mode switches gradients on, with which a pass may take other kernels.
         gradients = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(gradients), lane.turn():
             recording = lane.recordings.get(key)
             if recording is None:
-                return self._first(lane, key, function, inputs, tensors)
+                with _CAPTURING:
+                    return self._first(lane, key, function, inputs, tensors)
             lane.recordings.move_to_end(key)
             with torch.no_grad():
                 torch._foreach_copy_(recording.inputs, tensors)

@@ -400,7 +400,7 @@ class MetaAuxInverter(HubMixin, RenderingMixin, DiffusionPipeline):
             return encode(self.encoder, self.identity, given["image"], given["cameras"], given["dtype"])
 
         given = {"image": target.to(self.encoder.dtype), "cameras": cameras, "dtype": reduced_dtype(self.precision)}
-        return self._run_pass("encoding", self.encoder, self.identity, batched=True)("encode", pass_of, given)
+        return self._run_pass("encoding", self.encoder, self.identity)("encode", pass_of, given)
 
     def _crops(
         self, photo: Photo | Sequence[Photo], camera: torch.Tensor | None

@@ -57,7 +57,7 @@ class RenderingMixin:
             )
         return self.latent_directions.as_dict()
 
-    def enable_cuda_graphs(self, concurrency: int = 2, batch: int = 1) -> None:
+    def enable_cuda_graphs(self, concurrency: int = 2) -> None:
         """Records inversions and views as CUDA graphs, and replays them: many times as fast on a GPU, same results.
 
         For programs that invert many photos or render many views: the first of each kind and shape takes twice as
@@ -68,15 +68,12 @@ class RenderingMixin:
         Args:
             concurrency: how many passes of different threads may be on the GPU at once; each takes as much memory as
                 an inversion alone.
-            batch: how many inversions of different threads may be computed as one batch, which fills a GPU better
-                (`metaaux.dynamic_batching`); memory grows with it once they are. Those of as many photos, with the
-                same settings, join each other; the sums of a batch are rounded otherwise. 1: each by itself.
 
         Raises:
-            ValueError: a number below 1.
+            ValueError: `concurrency` below 1.
         """
         self.disable_cuda_graphs()
-        self._graphs = CudaGraphs(concurrency, batch=batch)
+        self._graphs = CudaGraphs(concurrency)
 
     def disable_cuda_graphs(self) -> None:
         """Undoes [`enable_cuda_graphs`] and frees the recordings' memory."""
@@ -125,10 +122,10 @@ class RenderingMixin:
         graphs = self._recordings
         return contextlib.nullcontext() if graphs is None else graphs.stream(self._weights_device)
 
-    def _run_pass(self, kind: str, *networks: torch.nn.Module, batched: bool = False) -> RunPass:
-        """What runs passes of these networks, by recordings where there are any; see `CudaGraphs.bind`."""
+    def _run_pass(self, kind: str, *networks: torch.nn.Module) -> RunPass:
+        """What runs passes of these networks, by recordings where there are any."""
         graphs = self._recordings
-        return run_eagerly if graphs is None else graphs.bind(kind, *networks, batched=batched)
+        return run_eagerly if graphs is None else graphs.bind(kind, *networks)
 
     @torch.no_grad()
     def synthesize(

@@ -72,8 +72,7 @@ class ReplayedProblem(InnerProblem):
 
     Three kinds of passes make an inversion: the start (planes, the loss' view of the photos, the code alone), a step
     with and one without Eq. 12, and the end. Photos, codes, cameras, parameters and velocities are their inputs;
-    learning rates and the other settings of `inner` are recorded, so that others have recordings of their own. All
-    tensors have tasks or their photos first, so that passes of several threads can be run as one (`bind`'s `batched`).
+    learning rates and the other settings of `inner` are recorded, so that others have recordings of their own.
 
     Args:
         graphs: keeps the recordings.
@@ -96,7 +95,7 @@ class ReplayedProblem(InnerProblem):
     ):
         # The weights stand for whether there is Eq. 12: photos with and without it come in turn; so do precisions.
         kind = ("adaptation", loss.weights, loss.dtype)
-        self.run_pass = graphs.bind(kind, *(networks or (generator, auxiliary, loss)), batched=True)
+        self.run_pass = graphs.bind(kind, *(networks or (generator, auxiliary, loss)))
         self.loss, self.inner = loss, inner
 
         def begin(given: dict[str, Any]) -> dict[str, Any]:

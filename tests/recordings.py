@@ -46,8 +46,8 @@ class CpuGraphs(CudaGraphs):
         super().__init__(*args, **kwargs)
         self._computing = threading.RLock()
 
-    def bind(self, kind, *parts, batched=False):
-        run = super().bind(kind, *parts, batched=batched)
+    def bind(self, kind, *parts):
+        run = super().bind(kind, *parts)
 
         def alone(function, given):
             # A replay runs the Python of the thread that recorded it, on that thread's private networks; a GPU's runs

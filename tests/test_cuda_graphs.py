@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 
 import pytest
 import torch
@@ -240,6 +242,31 @@ class TestRecordings:
             assert waiting.result()["y"][0].item() == 1
         assert graphs.captures == 2
 
+    def test_first_passes_take_turns(self):
+        capturing, go_on, launched = threading.Event(), threading.Event(), []
+
+        class Slow(CpuLane):
+            def capture(self, function):
+                capturing.set()
+                assert go_on.wait(20)
+                return super().capture(function)
+
+        graphs = CpuGraphs(concurrency=2)
+        graphs.lane_type = Slow
+        run = graphs.bind("test", nn.Identity())
+
+        def first(name):
+            return run(name, lambda given: launched.append(name) or given["x"] * 2, {"x": torch.ones(1)}).item()
+
+        with ThreadPoolExecutor(2) as pool:
+            one = pool.submit(first, "one")
+            assert capturing.wait(20)
+            other = pool.submit(first, "other")
+            assert not wait_for([other], 0.2).done and launched == ["one"]
+            go_on.set()
+            assert one.result(20) == other.result(20) == 2
+        assert launched == ["one", "one", "other", "other"] and len(graphs.lanes) == 2
+
     def test_release(self, recorded, crops, cameras):
         inverter, graphs = recorded
         first = inverter.invert(crops[0], steps=1, camera=cameras[0])
@@ -249,7 +276,7 @@ class TestRecordings:
         inverter.disable_cuda_graphs()
         assert not graphs.lanes and inverter._graphs is None
 
-    @pytest.mark.parametrize("numbers", [{"concurrency": 0}, {"capacity": 0}, {"batch": 0}])
+    @pytest.mark.parametrize("numbers", [{"concurrency": 0}, {"capacity": 0}])
     def test_numbers_below_one(self, numbers):
         with pytest.raises(ValueError, match="1 or more"):
             CudaGraphs(**numbers)

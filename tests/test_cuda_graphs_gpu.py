@@ -90,10 +90,8 @@ def test_flip_loss_and_several_photos(inverter, eager, graphs, crops, cameras):
         assert_equal_inversions(inverter.invert(crops, steps=2, camera=cameras), several)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_threads(inverter, eager, crops, cameras, batch):
-    inverter.enable_cuda_graphs(batch=batch)
-    graphs, ready = inverter._graphs, threading.Barrier(8)
+def test_threads(inverter, eager, graphs, crops, cameras):
+    ready = threading.Barrier(8)
 
     def invert(number):
         ready.wait()
@@ -103,10 +101,8 @@ def test_threads(inverter, eager, crops, cameras, batch):
     for _ in range(2):  # the first time recordings are made meanwhile
         with ThreadPoolExecutor(8) as pool:
             for number, (result, view) in enumerate(pool.map(invert, range(8))):
-                # Batches have other kernels, and steps amplify what these round otherwise.
-                assert_equal_inversions(result, eager[number % 3], 1e-5 if batch == 1 else 1e-4)
+                assert_equal_inversions(result, eager[number % 3])
                 assert view.size == (32, 32)
-    assert (max(graphs.batching.batches, default=1) > 1) == (batch > 1)
     assert 1 <= len(graphs._lanes[inverter.device]) <= graphs.concurrency
 
 

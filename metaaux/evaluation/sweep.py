@@ -19,8 +19,6 @@ from .benchmark import Work, random_picture, run_benchmark
 
 #: Times that threads are compared with one.
 ROUNDS = 3
-#: Photos that threads' inversions are run as one of at most.
-BATCH = 4
 #: Rounds at most in which recordings are still made; one that is refused could be tried for ever.
 MOST_WARM_UPS = 10
 
@@ -41,8 +39,7 @@ def run_sweep(
         inverter: left as it was.
         precisions: names, see `precision.PRECISIONS`.
         random_weights, steps, repeats, warmup, counts: see `run_benchmark`.
-        threads: inversions at once, see `run_threads`, on CUDA of the configurations with graphs, which then run up
-            to `BATCH` as one; 0: none.
+        threads: inversions at once, see `run_threads`, on CUDA of the configurations with graphs; 0: none.
 
     Returns:
         What `run_benchmark` does of the first precision without graphs, and "configurations", a list of {"precision",
@@ -64,7 +61,7 @@ def run_sweep(
         reference = work.image, work.loss
         for precision, graphs in itertools.product(precisions, (False, True) if on_cuda else (False,)):
             inverter.precision = precision
-            inverter.enable_cuda_graphs(batch=BATCH if threads else 1) if graphs else inverter.disable_cuda_graphs()
+            inverter.enable_cuda_graphs() if graphs else inverter.disable_cuda_graphs()
             figures = run_benchmark(inverter, random_weights, steps, repeats, warmup, counts, work)
             first = first or figures
             entry = {key: figures[key] for key in ("precision", "cuda_graphs", "measures")}
@@ -80,8 +77,7 @@ def run_threads(work: Work, threads: int) -> dict[str, Any]:
     turn.
 
     Returns:
-        "threads"; "one_per_second" and "all_per_second", inversions by the medians; "ratio" of the two; "batches", how
-        often so many threads' passes were run as one, warm-up included (empty without recordings); "difference"
+        "threads"; "one_per_second" and "all_per_second", inversions by the medians; "ratio" of the two; "difference"
         of results of all at once from those of the same pictures alone (see `run_sweep`, the largest of all pictures),
         and "difference_alone", that of two runs alone, which sums in varying order (atomics) may cause.
     """
@@ -115,15 +111,9 @@ def run_threads(work: Work, threads: int) -> dict[str, Any]:
         "one_per_second": threads / alone,
         "all_per_second": threads / at_once,
         "ratio": alone / at_once,
-        "batches": _batches(inverter),
         "difference": _largest(first, together),
         "difference_alone": _largest(first, again),
     }
-
-
-def _batches(inverter: MetaAuxInverter) -> dict[str, int]:
-    batches = {} if inverter._graphs is None else inverter._graphs.batching.batches
-    return {str(size): batches[size] for size in sorted(batches)}
 
 
 def _captures(inverter: MetaAuxInverter) -> int:
@@ -133,12 +123,11 @@ def _captures(inverter: MetaAuxInverter) -> int:
 @contextmanager
 def _restored(inverter: MetaAuxInverter) -> Iterator[None]:
     precision, graphs = inverter.precision, inverter._graphs
-    settings = None if graphs is None else (graphs.concurrency, graphs.batching.most)
     try:
         yield
     finally:
         inverter.precision = precision
-        inverter.disable_cuda_graphs() if settings is None else inverter.enable_cuda_graphs(*settings)
+        inverter.disable_cuda_graphs() if graphs is None else inverter.enable_cuda_graphs(graphs.concurrency)
 
 
 def _difference(a: tuple[torch.Tensor, float], b: tuple[torch.Tensor, float]) -> dict[str, float]:
