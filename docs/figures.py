@@ -314,27 +314,43 @@ def speed(folder: str = "", name: str = "speed") -> str:
     body = []
     for entry in results["configurations"]:
         timed = [entry["measures"][key] for key in ("synthesis", "cached_view", "tuning_step", "adaptation")]
-        profile, threads = timed[-1]["profile"], entry.get("threads_at_once")
+        profile = timed[-1]["profile"]
         launches = "graphs" if entry["cuda_graphs"] else "plain launches"
         body.append(
             [
                 f"{_PRECISIONS[entry['precision']]}, {launches}",
                 *(f"{_digits(m['median_ms'])} ({_digits(m['profile']['busy_ms'])})" for m in timed),
                 f"{profile['kernels']:,} in {profile['launches']:,}",
-                "" if threads is None else f"×{threads['ratio']:.2f}",
             ]
         )
     official = results.get("official", {"measures": {}})
     for configuration, measures in official["measures"].items():
         times = (_digits(measures[key]["median_ms"]) for key in ("synthesis", "cached_view", "tuning_step"))
-        body.append([f"official code, {official['operations']}, {configuration}", *times, "", "", ""])
+        body.append([f"official code, {official['operations']}, {configuration}", *times, "", ""])
     header = ["synthesis", "cached view", "tuning step", "inversion of 5 steps", "its kernels, launches"]
-    return markdown(["", *header, "eight threads at once"], body)
+    return markdown(["", *header], body)
 
 
 def speed_mini(folder: str = "") -> str:
     """Likewise, of the embedded checkpoint."""
     return speed(folder, "speed_mini")
+
+
+def threads(folder: str = "") -> str:
+    """Throughput of eight threads, by lanes and by how many of their inversions were computed as one batch."""
+    body = []
+    for entry in read(folder + "threads")["entries"]:
+        name = f"{entry['model']}, {_PRECISIONS[entry['precision']]}"
+        batch = "each by itself" if entry["batch"] == 1 else f"{entry['batch']} at most"
+        if "error" in entry:
+            body.append([name, str(entry["lanes"]), batch, entry["error"], "", "", "", ""])
+            continue
+        busy = [_digits(entry[which]["busy_ms"]) if which in entry else "" for which in ("alone", "at_once")]
+        rates = (entry["one_per_second"], entry["all_per_second"])
+        cells = [name, str(entry["lanes"]), batch, *map(_digits, rates), f"×{entry['ratio']:.2f}"]
+        body.append([*cells, " → ".join(filter(None, busy)), f"{entry['difference']['loss']:.4f}"])
+    header = ["lanes", "as one batch", "one thread, inversions/s", "eight threads", "times one"]
+    return markdown(["", *header, "GPU busy with the eight: alone → at once", "loss: largest difference"], body)
 
 
 def speed_against(folder: str = "") -> str:
@@ -380,7 +396,7 @@ TABLES = {
     make.__name__: make
     for make in (
         *(summary, table1, table1_pti_own_stop, table1_pti, table2, table2_plain, table2_gains, table2_pti),
-        *(table3, presets, scaling, speed, speed_mini, speed_against, precisions),
+        *(table3, presets, scaling, speed, speed_mini, threads, speed_against, precisions),
     )
 }
 
