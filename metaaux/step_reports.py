@@ -1,7 +1,7 @@
 """What is told of each step of an inversion, and how long the step took on its device.
 
 On CUDA a step is told of while the GPU already computes the next one: what the host does in between, from reading the
-losses to drawing the caller's picture, would be a fifth of a full-size inversion otherwise.
+losses to drawing the caller's picture, was a fifth of an inversion of the embedded model (docs/speed.md).
 """
 
 from __future__ import annotations
