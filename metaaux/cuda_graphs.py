@@ -281,7 +281,7 @@ class CudaGraphs:
 
     lane_type: type[Lane] = CudaLane
 
-    def __init__(self, concurrency: int = 2, capacity: int = 32):
+    def __init__(self, concurrency: int = 2, capacity: int = 16):
         if min(concurrency, capacity) < 1:
             raise ValueError(f"concurrency and capacity must be 1 or more, got {concurrency} and {capacity}")
         self.concurrency, self.capacity, self.captures = concurrency, capacity, 0

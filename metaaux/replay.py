@@ -20,11 +20,11 @@ _ALIGNMENT = 64
 
 
 class PackedTensors(Mapping[str, torch.Tensor]):
-    """Tensors [T, …] of one precision by name, as views of a single one [T, N]: hundreds of them are copied at once.
+    """Tensors of one precision by name, as views of a single one: hundreds of them are copied at once.
 
     Args:
-        shapes: of each by name, without the first dimension.
-        flat: all of them, those of an entry T in a row.
+        shapes: of each by name.
+        flat: all of them in a row, each padded to a multiple of `_ALIGNMENT`.
     """
 
     def __init__(self, shapes: Mapping[str, torch.Size], flat: torch.Tensor):
@@ -34,10 +34,10 @@ class PackedTensors(Mapping[str, torch.Tensor]):
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> PackedTensors:
-        """A copy of tensors of one first dimension, precision and device."""
+        """A copy of tensors of one precision and device."""
         first = next(iter(tensors.values()))
-        shapes = {name: tensor.shape[1:] for name, tensor in tensors.items()}
-        packed = cls(shapes, first.new_zeros(len(first), sum(map(cls._padded, shapes.values()))))
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        packed = cls(shapes, first.new_zeros(sum(map(cls._padded, shapes.values()))))
         packed.fill(tensors)
         return packed
 
@@ -53,7 +53,7 @@ class PackedTensors(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         start, shape = self._starts[name], self.shapes[name]
-        return self.flat[:, start : start + shape.numel()].view(-1, *shape)
+        return self.flat[start : start + shape.numel()].view(shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
